@@ -1,0 +1,1 @@
+"""MoDeGPT: modular decomposition of large language models, reproduced and measured."""
