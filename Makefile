@@ -1,0 +1,41 @@
+# Everything a fresh clone needs: `make demo`, `make test`. Only Python 3.11+, pip and make are assumed.
+SHELL := /bin/sh
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+STARTED := $(VENV)/.install-started
+JOBS ?= 2
+
+# The first interpreter on the path that is recent enough; override with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+
+.PHONY: demo test tiny-models install clean
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	@$(PY) -m modegpt
+
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+
+tiny-models: $(INSTALLED)
+	@$(PY) -m modegpt.tiny
+
+install: $(INSTALLED)
+
+# An interrupted install leaves its start mark behind and is begun again from an empty environment. The fallback without
+# ensurepip is for distributions that ship it apart from Python.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; none was found on the path (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	@if test -e $(STARTED); then echo "The last installation was interrupted; starting over."; rm -rf $(VENV); fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
+	@touch $(STARTED)
+	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time)."
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,sweep,recovery]'
+	@rm -f $(STARTED) && touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

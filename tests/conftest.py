@@ -1,0 +1,37 @@
+"""What every test shares: one thread, no network, and the optional folder of real models and data."""
+
+import os
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real models and data: ``MODEGPT_SHARED``, or ``shared`` beside the checkout. Skips where it is absent."""
+    directory = Path(os.environ.get("MODEGPT_SHARED", REPOSITORY.parent / "shared"))
+    if not directory.is_dir():
+        pytest.skip(f"real models and data are not here: {directory} (set MODEGPT_SHARED)")
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global random state, whatever ran before it."""
+    torch.manual_seed(0)
