@@ -1,0 +1,109 @@
+"""Observing a model on calibration tokens, one layer at a time, once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modegpt.architectures import block_linear_parameters, decoder_layers, dense_shape, family_of
+from modegpt.calibration.cache import StatisticsCache
+from modegpt.calibration.statistics import LayerObserver, Statistics
+from modegpt.calibration.stream import HiddenStates, advance, embed
+from modegpt.calibration.tokens import CalibrationTokens
+from modegpt.metering import CostMeter
+from modegpt.progress import Progress
+
+
+@dataclass
+class Calibration:
+    """A dense model, the tokens it is observed on, and how.
+
+    Args:
+        batch_size: windows per forward.
+        precision: of each chunk's product in the Gram matrices; sums are always float64.
+        cache: where statistics outlive the run, or None.
+    """
+
+    model: PreTrainedModel
+    tokens: CalibrationTokens
+    batch_size: int = 8
+    precision: torch.dtype = torch.float64
+    cache: StatisticsCache | None = None
+    progress: Progress = field(default_factory=Progress)
+    meter: CostMeter = field(default_factory=CostMeter)
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.model.config)
+
+    @property
+    def num_layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    def embed(self) -> HiddenStates:
+        """The calibration batches in front of layer 0."""
+        return embed(self.model, self.tokens.ids, batch_size=self.batch_size)
+
+    def block_influence(self, also: frozenset[str] = frozenset()) -> Tensor:
+        """Block influence of every layer, (L,) float64.
+
+        Where a cache is at hand the statistics ``also`` that the caller will ask for next are collected
+        in the same pass and kept there; otherwise only cosines are, so that one layer's statistics live at a time.
+        """
+        names = frozenset({"layer.influence"}) | (also if self.cache is not None else frozenset())
+        return torch.stack([statistics["layer.influence"].cpu() for statistics in self.statistics(names, stage="influence")])
+
+    def statistics(self, names: frozenset[str], *, stage: str = "statistics") -> Iterator[Statistics]:
+        """Yield each layer's statistics in order; the previous layer's are the caller's to drop.
+
+        What the cache holds is read; the model runs only as far as something is missing.
+        """
+        layers = decoder_layers(self.model)
+        hidden: HiddenStates | None = None
+        position = 0
+        description = "block influence" if names == {"layer.influence"} else "statistics"
+        for index in self.progress.track(range(self.num_layers), description, unit="layer"):
+            with self.meter.stage(stage) as metered:
+                statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
+                missing = names - statistics.keys()
+                if missing:
+                    if hidden is None:
+                        hidden = self.embed()
+                    for skipped in range(position, index):
+                        advance(hidden, skipped, layers[skipped])
+                    observed = self.observe(hidden, index, missing)
+                    if self.cache is not None:
+                        self.cache.store(index, observed)
+                    statistics |= observed
+                    metered.flops += layer_flops(self.model, self.tokens.ids) * (index + 1 - position) + gram_flops(observed, self.tokens.num_tokens)
+                    self.meter.forward_passes += (index + 1 - position) / self.num_layers
+                    position = index + 1
+            yield statistics
+        self.meter.calibration_tokens = self.tokens.num_tokens
+
+    def observe(self, hidden: HiddenStates, index: int, names: frozenset[str]) -> Statistics:
+        """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``."""
+        layer = decoder_layers(self.model)[index]
+        observer = LayerObserver(self.family, layer, head_dim=dense_shape(self.model.config).qk_head_dim, names=names, precision=self.precision)
+        with observer.watching(next(iter(hidden.arguments[index].values()))):
+            advance(hidden, index, layer, observe=observer.residual)
+        return observer.result()
+
+
+def gram_flops(statistics: Statistics, num_tokens: int) -> float:
+    """Multiply-adds, twice, of the Gram matrices in ``statistics``."""
+    return sum(2.0 * num_tokens * value.numel() for value in statistics.values() if value.ndim >= 2 and value.shape[-1] == value.shape[-2])
+
+
+def layer_flops(model: PreTrainedModel, ids: Tensor) -> float:
+    """FLOPs of one average decoder layer over ``ids`` (num_samples, sequence_length).
+
+    Linears: 2 per weight and token; attention: query-key and value products over the causal half.
+    """
+    num_samples, length = ids.shape
+    num_layers = len(decoder_layers(model))
+    shape = dense_shape(model.config)
+    linears = 2.0 * block_linear_parameters(model) / num_layers * ids.numel()
+    attention = model.config.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) * num_samples * length**2
+    return linears + attention

@@ -1,0 +1,81 @@
+"""Walking a decoder layer by layer: hidden states flow on, one layer works at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.architectures import decoder_layers
+from modegpt.errors import UserError
+
+
+@dataclass
+class HiddenStates:
+    """The residual stream of every calibration batch in front of one layer.
+
+    ``batches[b]`` is (batch, sequence_length, d_h); ``arguments[l][batch size]`` holds what the model
+    passes to layer ``l`` beside the hidden states (rotary embedding, attention mask), which depends on
+    nothing but the batch size because calibration windows are unpadded and of one length.
+    """
+
+    batches: list[Tensor]
+    arguments: list[dict[int, dict[str, Any]]]
+
+    def layer_arguments(self, index: int, batch: Tensor) -> dict[str, Any]:
+        return self.arguments[index][batch.shape[0]]
+
+
+@contextmanager
+def _layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) -> Iterator[None]:
+    for index, layer in enumerate(layers):
+        layer.forward = stand_in(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def embed(model: nn.Module, tokens: Tensor, *, batch_size: int) -> HiddenStates:
+    """The hidden states entering layer 0, and the arguments of every layer.
+
+    The model's own forward runs with each layer replaced by a recorder that passes its input through,
+    so embeddings, positions and masks are the family's own. ``tokens``: (num_samples, sequence_length).
+    """
+    layers = decoder_layers(model)
+    batches: list[Tensor] = []
+    arguments: list[dict[int, dict[str, Any]]] = [{} for _ in layers]
+
+    def recorder(index: int) -> Callable:
+        def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            arguments[index].setdefault(hidden_states.shape[0], kwargs)
+            if index == 0:
+                batches.append(hidden_states)
+            return hidden_states
+
+        return record
+
+    with _layers_replaced(layers, recorder):
+        for batch in tokens.split(batch_size):
+            model.base_model(batch.to(model.device), use_cache=False)
+    return HiddenStates(batches=batches, arguments=arguments)
+
+
+@torch.no_grad()
+def advance(hidden: HiddenStates, index: int, layer: nn.Module, observe: Callable[[Tensor, Tensor], None] | None = None) -> None:
+    """Run ``layer`` (number ``index``) on every batch, replacing each hidden state by its output.
+
+    ``observe(x_in, x_out)`` sees each batch's residual stream entering and leaving.
+    Raises UserError naming the layer when an activation is not finite.
+    """
+    for b, x_in in enumerate(hidden.batches):
+        x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
+        if not torch.isfinite(x_out).all():
+            raise UserError(f"calibration found NaN or inf in the activations leaving decoder layer {index}; check the weights and the dtype (bfloat16 or float32 instead of float16)")
+        if observe is not None:
+            observe(x_in, x_out)
+        hidden.batches[b] = x_out
