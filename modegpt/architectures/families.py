@@ -1,0 +1,117 @@
+"""The model families: where each keeps its layers and their linear maps. Data, not code."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from modegpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: paths of modules (in the model for ``layers``, in a layer for the rest) and what sets it apart.
+
+    ``gate`` is None where the MLP is not gated. ``query_key_dense`` is None or the reason why queries
+    and keys are left alone by default.
+    """
+
+    model_type: str
+    compressed: str
+    """Name of the compressed model class in ``modeling_modegpt.py``."""
+    layers: str = "model.layers"
+    query_path: str = "self_attn.q_proj"
+    key_path: str = "self_attn.k_proj"
+    value_path: str = "self_attn.v_proj"
+    output_path: str = "self_attn.o_proj"
+    gate_path: str | None = "mlp.gate_proj"
+    up_path: str = "mlp.up_proj"
+    down_path: str = "mlp.down_proj"
+    attention_path: str = "self_attn"
+    query_norm_path: str | None = None
+    key_norm_path: str | None = None
+    rope: bool = True
+    query_key_dense: str | None = None
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        return layer.get_submodule(self.attention_path)
+
+    def query(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.query_path)
+
+    def key(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.key_path)
+
+    def value(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.value_path)
+
+    def output(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.output_path)
+
+    def gate(self, layer: nn.Module) -> nn.Linear | None:
+        return None if self.gate_path is None else layer.get_submodule(self.gate_path)
+
+    def up(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.up_path)
+
+    def down(self, layer: nn.Module) -> nn.Linear:
+        return layer.get_submodule(self.down_path)
+
+    def normalise_query(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """Query states (..., heads, d) after the head norm, where the family has one."""
+        return states if self.query_norm_path is None else layer.get_submodule(self.query_norm_path)(states)
+
+    def normalise_key(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """Key states (..., heads, d) after the head norm, where the family has one."""
+        return states if self.key_norm_path is None else layer.get_submodule(self.key_norm_path)(states)
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "MoDeGPTLlamaForCausalLM"),
+        Family("mistral", "MoDeGPTMistralForCausalLM"),
+        Family("qwen2", "MoDeGPTQwen2ForCausalLM"),
+        Family(
+            "qwen3",
+            "MoDeGPTQwen3ForCausalLM",
+            query_norm_path="self_attn.q_norm",
+            key_norm_path="self_attn.k_norm",
+            query_key_dense="the RMSNorm of queries and keys takes its statistics over the whole head, so dropping columns changes the columns that stay",
+        ),
+        Family(
+            "opt",
+            "MoDeGPTOPTForCausalLM",
+            layers="model.decoder.layers",
+            output_path="self_attn.out_proj",
+            gate_path=None,
+            up_path="fc1",
+            down_path="fc2",
+            rope=False,
+        ),
+    )
+}
+
+COMPRESSED_PREFIX = "modegpt_"
+
+
+def is_compressed(config: PreTrainedConfig) -> bool:
+    """Whether ``config`` belongs to a model that this package compressed."""
+    return config.model_type.startswith(COMPRESSED_PREFIX)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a dense or a compressed model.
+
+    Raises:
+        UserError: the family is not supported, or this configuration of it is not.
+    """
+    family = FAMILIES.get(config.model_type.removeprefix(COMPRESSED_PREFIX))
+    if family is None:
+        raise UserError(f"model family {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    rotary_share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if rotary_share != 1.0:
+        raise UserError(f"{config.model_type} with partial_rotary_factor {rotary_share} is not supported: every head dimension must be rotary")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{config.model_type} with use_bidirectional_attention is not supported: only causal language models are")
+    return family

@@ -1,0 +1,97 @@
+"""The sizes of layers, dense and compressed, and the configuration that states them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modegpt.architectures.families import family_of, is_compressed
+from modegpt.errors import UserError
+from modegpt.modeling import modeling_modegpt
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer.
+
+    Args:
+        qk_head_dim: columns a head of query and key has (even under RoPE).
+        v_head_dim: columns a head of values has.
+        intermediate_size: MLP width; 0 leaves only the MLP's bias.
+        num_kv_heads: key/value heads, each with the dense model's number of query heads; 0 leaves only the output's bias.
+        linear_ranks: inner size of each linear stored as two factors, by its path in the layer.
+        extra_biases: paths of linears that have a bias though the family gives them none.
+    """
+
+    qk_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    num_kv_heads: int
+    linear_ranks: dict[str, int] = field(default_factory=dict)
+    extra_biases: tuple[str, ...] = ()
+
+
+def compressed_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The compressed model class for a dense or compressed configuration."""
+    return getattr(modeling_modegpt, family_of(config).compressed)
+
+
+def empty_dense_layer(config: PreTrainedConfig) -> nn.Module:
+    """A decoder layer of the dense model without data (meta tensors): names, shapes and biases to look at."""
+    with torch.device("meta"):
+        return compressed_class(config).layer_class(config, 0)
+
+
+def dense_shape(config: PreTrainedConfig) -> LayerShape:
+    """The shape every layer of a dense model has.
+
+    Raises:
+        UserError: the family is not supported, or the model is compressed already.
+    """
+    if is_compressed(config):
+        raise UserError("this model is compressed already; start from the dense model it was made of")
+    dense = compressed_config(config)
+    return LayerShape(dense.qk_head_dims[0], dense.v_head_dims[0], dense.intermediate_sizes[0], dense.kv_head_counts[0])
+
+
+def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
+    """The shape of each layer of a dense or compressed model, in order."""
+    if not is_compressed(config):
+        return [dense_shape(config)] * config.num_hidden_layers
+    columns = (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes, config.kv_head_counts, config.linear_ranks)
+    return [LayerShape(*sizes, tuple(biases)) for *sizes, biases in zip(*columns, config.extra_biases, strict=True)]
+
+
+def compressed_config(
+    config: PreTrainedConfig,
+    shapes: Sequence[LayerShape] | None = None,
+    kept_layers: Sequence[int] | None = None,
+) -> PreTrainedConfig:
+    """The configuration of a dense ``config`` compressed to ``shapes``, one per kept layer (None: dense sizes).
+
+    ``kept_layers`` are the dense indices of the layers that stay, increasing; None keeps all.
+    """
+    model_class = compressed_class(config)
+    kept = list(range(config.num_hidden_layers)) if kept_layers is None else list(kept_layers)
+    assert kept == sorted(set(kept)) and all(0 <= index < config.num_hidden_layers for index in kept), kept
+    fields = config.to_dict()
+    for stale in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(stale, None)
+    fields |= {"num_hidden_layers": len(kept), "kept_layers": kept}
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][index] for index in kept]
+    if shapes is not None:
+        assert len(shapes) == len(kept), (len(shapes), len(kept))
+        fields |= {
+            "qk_head_dims": [shape.qk_head_dim for shape in shapes],
+            "v_head_dims": [shape.v_head_dim for shape in shapes],
+            "kv_head_counts": [shape.num_kv_heads for shape in shapes],
+            "intermediate_sizes": [shape.intermediate_size for shape in shapes],
+            "linear_ranks": [dict(shape.linear_ranks) for shape in shapes],
+            "extra_biases": [list(shape.extra_biases) for shape in shapes],
+        }
+    compressed = model_class.config_class(**fields, architectures=[model_class.__name__])
+    compressed._attn_implementation = config._attn_implementation
+    return compressed
