@@ -1,8 +1,8 @@
 """The only place that knows Hugging Face names: families, weights by role, sizes, and building a compressed model."""
 
-from modegpt.architectures.build import build_compressed, build_layer, merged_tensors
-from modegpt.architectures.families import FAMILIES, Family, family_of, is_compressed
-from modegpt.architectures.shapes import LayerShape, compressed_config, dense_shape, layer_shapes
+from modegpt.architectures.build import build_compressed, build_layer, merged_tensors, unfused
+from modegpt.architectures.families import FAMILIES, Family, family_of
+from modegpt.architectures.shapes import LayerShape, compressed_config, dense_shape, is_compressed, layer_shapes
 from modegpt.architectures.weights import block_linear_parameters, decoder_layers, layer_tensors, read_mlp, read_query_key, read_value_output
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "read_mlp",
     "read_query_key",
     "read_value_output",
+    "unfused",
 ]

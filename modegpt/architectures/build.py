@@ -7,17 +7,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures.families import family_of
-from modegpt.architectures.shapes import LayerShape, compressed_class, compressed_config
+from modegpt.architectures.families import Family, family_of, is_ours
+from modegpt.architectures.shapes import LayerShape, compressed_class, compressed_config, layer_shapes
 from modegpt.architectures.weights import decoder_layers
 
 
-def merged_tensors(layer: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_tensors(family: Family, layer: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a compressed layer: those of the dense ``layer``, with every map that ``changed`` names replaced whole."""
+    fused = family.fused
     linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    replaced = {path for path in linears if any(name.startswith(f"{path}.") for name in changed)}
+    replaced = {path for path in linears if any(name.startswith(f"{part}.") for name in changed for part in fused.get(path, (path,)))}
     kept = {name: tensor for name, tensor in layer.state_dict().items() if name.rpartition(".")[0] not in replaced}
     return kept | dict(changed)
+
+
+def unfused(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with each of its family's fused maps taken apart into views of it; ``model`` itself where none is fused.
+
+    What comes back is of this package's class for the family, at full size, and shares every tensor.
+    """
+    family = family_of(model.config)
+    if not family.fused or is_ours(model.config):
+        return model
+    config = compressed_config(model.config)
+    with torch.device("meta"):
+        empty = compressed_class(config).make_layer(config, 0)
+    changed = []
+    for layer in decoder_layers(model):
+        changed.append({})
+        for path, parts in family.fused.items():
+            rows = [empty.get_submodule(part).out_features for part in parts]
+            changed[-1] |= {f"{part}.weight": W for part, W in zip(parts, layer.get_submodule(path).weight.detach().split(rows), strict=True)}
+    return build_compressed(model, layer_shapes(config), changed)
 
 
 def build_layer(config: PreTrainedConfig, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -52,11 +73,12 @@ def build_compressed(
     config = compressed_config(model.config, shapes, kept_layers)
     with torch.device("meta"):
         compressed = compressed_class(config)(config)
-    prefix = family_of(config).layers
+    family = family_of(config)
+    prefix = family.layers
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{prefix}.")}
     dense_layers = decoder_layers(model)
     for index, (source, changed) in enumerate(zip(config.kept_layers, layer_tensors, strict=True)):
-        tensors |= {f"{prefix}.{index}.{name}": tensor for name, tensor in merged_tensors(dense_layers[source], changed).items()}
+        tensors |= {f"{prefix}.{index}.{name}": tensor for name, tensor in merged_tensors(family, dense_layers[source], changed).items()}
     compressed.load_state_dict(tensors, strict=True, assign=True)
     compressed.tie_weights()
     _restore_buffers(compressed, model)

@@ -1,6 +1,7 @@
 """The model families: where each keeps its layers and their linear maps. Data, not code."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -32,6 +33,8 @@ class Family:
     key_norm_path: str | None = None
     rope: bool = True
     query_key_dense: str | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Maps that the family stores as one: path of the fused map to the paths of its parts, in row order."""
 
     def attention(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.attention_path)
@@ -89,14 +92,23 @@ FAMILIES = {
             down_path="fc2",
             rope=False,
         ),
+        Family("gemma", "MoDeGPTGemmaForCausalLM"),
+        Family(
+            "phi3",
+            "MoDeGPTPhi3ForCausalLM",
+            fused={
+                "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+            },
+        ),
     )
 }
 
 COMPRESSED_PREFIX = "modegpt_"
 
 
-def is_compressed(config: PreTrainedConfig) -> bool:
-    """Whether ``config`` belongs to a model that this package compressed."""
+def is_ours(config: PreTrainedConfig) -> bool:
+    """Whether ``config`` belongs to this package's own model classes (whatever the sizes) rather than to the family's."""
     return config.model_type.startswith(COMPRESSED_PREFIX)
 
 

@@ -1,5 +1,6 @@
 """The sizes of layers, dense and compressed, and the configuration that states them."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures.families import family_of, is_compressed
+from modegpt.architectures.families import family_of, is_ours
 from modegpt.errors import UserError
 from modegpt.modeling import modeling_modegpt
+from modegpt.modeling.modeling_modegpt import CompressedFields
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ def empty_dense_layer(config: PreTrainedConfig) -> nn.Module:
         return compressed_class(config).layer_class(config, 0)
 
 
+def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
+    """The shape of each layer of a dense or compressed model, in order."""
+    if not is_ours(config):
+        config = compressed_config(config)
+    columns = (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes, config.kv_head_counts, config.linear_ranks)
+    return [LayerShape(*sizes, tuple(biases)) for *sizes, biases in zip(*columns, config.extra_biases, strict=True)]
+
+
+def is_compressed(config: PreTrainedConfig) -> bool:
+    """Whether any layer is smaller than the family's own, or gone."""
+    if not is_ours(config):
+        return False
+    dense = LayerShape(config.dense_head_dim, config.dense_head_dim, config.dense_width, config.dense_kv_heads)
+    return config.kept_layers != list(range(config.num_hidden_layers)) or any(shape != dense for shape in layer_shapes(config))
+
+
 def dense_shape(config: PreTrainedConfig) -> LayerShape:
     """The shape every layer of a dense model has.
 
@@ -52,16 +70,7 @@ def dense_shape(config: PreTrainedConfig) -> LayerShape:
     """
     if is_compressed(config):
         raise UserError("this model is compressed already; start from the dense model it was made of")
-    dense = compressed_config(config)
-    return LayerShape(dense.qk_head_dims[0], dense.v_head_dims[0], dense.intermediate_sizes[0], dense.kv_head_counts[0])
-
-
-def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The shape of each layer of a dense or compressed model, in order."""
-    if not is_compressed(config):
-        return [dense_shape(config)] * config.num_hidden_layers
-    columns = (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes, config.kv_head_counts, config.linear_ranks)
-    return [LayerShape(*sizes, tuple(biases)) for *sizes, biases in zip(*columns, config.extra_biases, strict=True)]
+    return layer_shapes(config)[0]
 
 
 def compressed_config(
@@ -77,7 +86,7 @@ def compressed_config(
     kept = list(range(config.num_hidden_layers)) if kept_layers is None else list(kept_layers)
     assert kept == sorted(set(kept)) and all(0 <= index < config.num_hidden_layers for index in kept), kept
     fields = config.to_dict()
-    for stale in ("model_type", "architectures", "auto_map", "transformers_version"):
+    for stale in ("model_type", "architectures", "auto_map", "transformers_version", *(own.name for own in dataclasses.fields(CompressedFields))):
         fields.pop(stale, None)
     fields |= {"num_hidden_layers": len(kept), "kept_layers": kept}
     if fields.get("layer_types"):

@@ -23,12 +23,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma.configuration_gemma import GemmaConfig
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaForCausalLM
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, eager_attention_forward, rotate_half
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralForCausalLM, MistralMLP
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, OPTForCausalLM
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3ForCausalLM
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -334,5 +338,50 @@ class MoDeGPTOPTForCausalLM(CompressedCausalLM, OPTForCausalLM):
         return {"fc1": (hidden, width), "fc2": (width, hidden)}
 
 
-MODELS = (MoDeGPTLlamaForCausalLM, MoDeGPTMistralForCausalLM, MoDeGPTQwen2ForCausalLM, MoDeGPTQwen3ForCausalLM, MoDeGPTOPTForCausalLM)
+@strict
+class MoDeGPTGemmaConfig(CompressedFields, GemmaConfig):
+    model_type = "modegpt_gemma"
+
+
+class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention):
+    pass
+
+
+class MoDeGPTGemmaForCausalLM(CompressedCausalLM, GemmaForCausalLM):
+    config_class, attention_class, layer_class = MoDeGPTGemmaConfig, MoDeGPTGemmaAttention, GemmaDecoderLayer
+
+
+@strict
+class MoDeGPTPhi3Config(CompressedFields, Phi3Config):
+    model_type = "modegpt_phi3"
+
+
+class MoDeGPTPhi3Attention(CompressedAttention, Phi3Attention):
+    """The family's fused projection, taken apart."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        del self.qkv_proj
+        for name, size in zip(("q_proj", "k_proj", "v_proj"), config.head_sizes(layer_idx), strict=True):
+            setattr(self, name, nn.Linear(config.hidden_size, size, bias=False))
+
+
+class MoDeGPTPhi3ForCausalLM(CompressedCausalLM, Phi3ForCausalLM):
+    config_class, attention_class, layer_class = MoDeGPTPhi3Config, MoDeGPTPhi3Attention, Phi3DecoderLayer
+
+    @classmethod
+    def resize_layer(cls, layer: nn.Module, config, index: int) -> None:
+        layer.mlp = MistralMLP(config)  # the same gated MLP with gate and up apart
+        super().resize_layer(layer, config, index)
+
+
+MODELS = (
+    MoDeGPTLlamaForCausalLM,
+    MoDeGPTMistralForCausalLM,
+    MoDeGPTQwen2ForCausalLM,
+    MoDeGPTQwen3ForCausalLM,
+    MoDeGPTOPTForCausalLM,
+    MoDeGPTGemmaForCausalLM,
+    MoDeGPTPhi3ForCausalLM,
+)
 """Every compressed model class; a new family joins here."""
