@@ -1,0 +1,129 @@
+"""Output-aware backward elimination: remove, one at a time, the channel whose loss costs the refitted output least."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from modegpt.decompositions.linalg import equilibrate, psd_cholesky
+from modegpt.decompositions.modules import (
+    MLPStatistics,
+    MLPWeights,
+    Reduction,
+    ValueOutputStatistics,
+    ValueOutputWeights,
+    Variant,
+    check_positive,
+)
+from modegpt.decompositions.nystrom import reduce_to_channels, refit
+from modegpt.decompositions.selection import group_heads, keep_value_output, value_output_relative_error
+
+
+def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> tuple[Tensor, Tensor]:
+    """Greedy backward elimination of ``n - rank`` channels; returns (removed in order (n - rank,), cost of each removal).
+
+    C (n, n) Gram of the channels, W (n, m) output matrix. With S the channels still kept, ``P = (C_SS)^-1`` and ``B = P C_S: W``
+    the refitted output matrix, removing j raises the squared error ``min_B ||h W - h_S B||^2`` by exactly ``||B_j||^2 / P_jj``;
+    only P and ``E = B B^T`` are needed, and both change by a rank-one and a rank-two term a removal. Those are applied
+    in panels of ``block`` removals, so that the work is in matrix products; the result does not depend on ``block``. ``ridge``
+    is added to the unit diagonal of the equilibrated C for the scores alone; it bounds P, whose downdates would otherwise
+    lose what a singular C has. About 2 n^3 + 2 n^2 m + 6 n^2 (n - rank) FLOPs, float64.
+    """
+    K, scale, _ = equilibrate(C)
+    K.diagonal().add_(ridge)
+    factor = psd_cholesky(K)
+    P = factor.solve(torch.eye(len(K), dtype=K.dtype, device=K.device))
+    scaled = scale.unsqueeze(1) * W.double()
+    E = scaled @ scaled.mT
+
+    num_removed = len(K) - rank
+    removed = torch.empty(num_removed, dtype=torch.long, device=K.device)
+    costs = torch.empty(num_removed, dtype=K.dtype, device=K.device)
+    alive = torch.ones(len(K), dtype=torch.bool, device=K.device)
+    for start in range(0, num_removed, block):
+        width = min(block, num_removed - start)
+        diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
+        # pending updates: P - p p^T and E - u w^T - w u^T, a column a removal
+        p, u, w = (torch.zeros(len(K), width, dtype=K.dtype, device=K.device) for _ in range(3))
+        for t in range(width):
+            cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
+            j = int(cost.argmin())
+            column_P = P[:, j] - p[:, :t] @ p[j, :t]
+            column_E = E[:, j] - u[:, :t] @ w[j, :t] - w[:, :t] @ u[j, :t]
+            p[:, t] = column_P / column_P[j].sqrt()
+            u[:, t] = column_P / column_P[j]
+            w[:, t] = column_E - 0.5 * column_E[j] * u[:, t]
+            diag_P -= p[:, t] ** 2
+            diag_E -= 2 * u[:, t] * w[:, t]
+            alive[j] = False
+            removed[start + t], costs[start + t] = j, cost[j]
+        P.addmm_(p, p.mT, alpha=-1)
+        E.addmm_(torch.cat([u, w], dim=1), torch.cat([w, u], dim=1).mT, alpha=-1)
+    return removed, costs
+
+
+def surviving(removed: Tensor, num_channels: int) -> Tensor:
+    """Ascending indices of the channels not in ``removed``."""
+    alive = torch.ones(num_channels, dtype=torch.bool, device=removed.device)
+    alive[removed] = False
+    return alive.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class MLPElimination(Variant):
+    """Backward elimination of MLP channels weighted by W_D, then the refit of MLPNystrom.
+
+    Each step removes the channel that raises ``min_W' ||h W_D - h_S W'||^2`` least. Optimum: the exact greedy choice at each step
+    (up to ``ridge``) and the least-squares optimum for the final set; the best set is NP-hard. relative_error: as MLPNystrom.
+    Cost: 2 n^3 + 2 n^2 d_h + 6 n^2 (n - k) FLOPs, then that of the refit. ``block``: panel width, speed alone.
+    Source: optimal brain surgeon step (Hassibi & Stork, 1993) on columns, with delayed updates as in blocked pivoted Cholesky.
+    """
+
+    required: ClassVar[frozenset[str]] = frozenset({"C"})
+    ridge: float = 1e-6
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        check_positive(self, "ridge", zero_allowed=True)
+        check_positive(self, "block")
+
+    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+        removed, _ = eliminate(statistics.C, weights.W_D, rank, ridge=self.ridge, block=self.block)
+        return reduce_to_channels(weights, statistics.C, surviving(removed, weights.inner_size))
+
+
+@dataclass(frozen=True)
+class ValueOutputColumns(Variant):
+    """Keep columns of W_V and refit the group's output blocks: ``W_O <- (G_SS)^+ G_S: W_O``.
+
+    The columns come from backward elimination weighted by the output blocks of the group. Optimum: least squares
+    for the chosen columns, the exact greedy choice (up to ``ridge``) of columns; never better than ValueOutputSVD.
+    relative_error: on the target of ValueOutputSVD. Cost: H_kv times that of MLPElimination at n = d, m = g d_h.
+    Source: column selection, the alternative to Type III that MoDeGPT (arXiv 2408.09632) sets aside.
+    """
+
+    required: ClassVar[frozenset[str]] = frozenset({"G"})
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_positive(self, "ridge", zero_allowed=True)
+
+    def reduce(
+        self, weights: ValueOutputWeights, statistics: ValueOutputStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
+        G, d = statistics.G.double(), weights.inner_size
+        W_O = group_heads(weights.W_O.double(), len(weights.W_V))
+        group_size, d_h = W_O.shape[1], W_O.shape[3]
+        kept, blocks, numerics = [], [], {}
+        for head, (G_head, W) in enumerate(zip(G, W_O.transpose(1, 2).reshape(len(G), d, group_size * d_h))):
+            removed, _ = eliminate(G_head, W, rank, ridge=self.ridge, block=d)
+            kept.append(surviving(removed, d))
+            solved, report = refit(G_head, W, kept[-1])
+            blocks.append(solved.reshape(rank, group_size, d_h).transpose(0, 1))
+            if report:
+                numerics[f"head_{head}"] = report
+        kept, B = torch.stack(kept), torch.stack(blocks)
+        lifted = torch.zeros_like(W_O).scatter(2, kept[:, None, :, None].expand_as(B), B)
+        error = value_output_relative_error(G.unsqueeze(1), W_O, lifted)
+        return Reduction(keep_value_output(weights, kept, W_O=B), relative_error=error, kept=kept, numerics=numerics)

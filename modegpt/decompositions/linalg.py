@@ -1,0 +1,96 @@
+"""Float64 linear algebra on Gram matrices that may be singular or badly scaled, and that says what it had to do."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+JITTERS = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8)  # relative: the equilibrated matrix has a unit diagonal
+SMALLEST_PIVOT = 1e-13  # a smaller squared pivot is rounding noise, and what it multiplies is noise too
+DEAD = 1e-30  # energy of a channel, relative to the largest, under which it never fired
+DEAD_SCALE = 1e-6  # amplitude given to a dead channel: last in every ordering, yet invertible
+EIGENVALUE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class PSDFactor:
+    """``C = S (K_L K_L^T) S`` with S = diag(scale): lower is K_L (..., n, n), scale (..., n)."""
+
+    lower: Tensor
+    scale: Tensor
+    numerics: dict
+
+    def root(self) -> Tensor:
+        """Lower-triangular L (..., n, n) with ``C = L L^T``."""
+        return self.scale.unsqueeze(-1) * self.lower
+
+    def solve(self, B: Tensor) -> Tensor:
+        """``C^-1 B`` for B (..., n, m)."""
+        scale = self.scale.unsqueeze(-1)
+        return torch.cholesky_solve(B / scale, self.lower) / scale
+
+    def inverse_diagonal(self) -> Tensor:
+        """``diag(C^-1)`` (..., n)."""
+        return torch.cholesky_inverse(self.lower).diagonal(dim1=-2, dim2=-1) / self.scale**2
+
+
+def equilibrate(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlation form of a Gram matrix: ``(K, scale, dead)`` with ``C = S K S`` and a unit diagonal of K.
+
+    C (..., n, n), finite. A dead channel (no energy) becomes an identity row of K at a tiny scale.
+    """
+    C = C.double()
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(dim=-1, keepdim=True).clamp(min=0)
+    dead = diagonal <= DEAD * largest
+    dead_scale = torch.where(largest > 0, DEAD_SCALE * largest.sqrt(), torch.ones_like(largest))
+    scale = torch.where(dead, dead_scale, diagonal.clamp(min=0).sqrt())
+    K = (C / scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
+    if dead.any():
+        K.masked_fill_(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    K.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return K, scale, dead
+
+
+def psd_cholesky(C: Tensor) -> PSDFactor:
+    """Cholesky factor of a positive semidefinite C (..., n, n), in float64, after diagonal equilibration.
+
+    A matrix whose pivots reach rounding noise gets the smallest jitter of 1e-12 ... 1e-8 (relative to its unit diagonal) that
+    makes it definite; if none does, its eigenvalues are floored at 1e-8 of the largest. What was done is in ``numerics``:
+    ``jitter`` (largest used), ``num_jittered``, ``num_dead`` and ``num_floored`` (counts over the batch). Equilibration
+    makes the jitter blind to outlier channels, which would inflate one relative to the mean diagonal.
+    n^3/3 FLOPs a matrix.
+    """
+    K, scale, dead = equilibrate(C)
+    flat = K.reshape(-1, *K.shape[-2:])
+    lower = torch.empty_like(flat)
+    pending = torch.arange(len(flat), device=flat.device)
+    numerics: dict = {"num_dead": int(dead.sum())} if dead.any() else {}
+    for jitter in JITTERS:
+        shifted = flat[pending]
+        shifted.diagonal(dim1=-2, dim2=-1).add_(jitter)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        definite = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1) ** 2 >= SMALLEST_PIVOT)
+        lower[pending[definite]] = factor[definite]
+        if jitter and definite.any():
+            numerics["jitter"] = jitter
+            numerics["num_jittered"] = numerics.get("num_jittered", 0) + int(definite.sum())
+        pending = pending[~definite]
+        if not len(pending):
+            break
+    if len(pending):
+        eigenvalues, vectors = torch.linalg.eigh(flat[pending])
+        floored = torch.maximum(eigenvalues, EIGENVALUE_FLOOR * eigenvalues[..., -1:])
+        lower[pending] = torch.linalg.cholesky((vectors * floored.unsqueeze(-2)) @ vectors.mT)
+        numerics["num_floored"] = len(pending)
+    return PSDFactor(lower=lower.reshape(K.shape), scale=scale, numerics=numerics)
+
+
+def energy(C: Tensor, X: Tensor) -> Tensor:
+    """``sum tr(X^T C X)`` over the batch, a scalar: the squared norm of ``x X`` over tokens x with Gram C. 2 n^2 m FLOPs."""
+    return (X * (C @ X)).sum()
+
+
+def relative(error: Tensor, total: Tensor) -> float:
+    """error / total as a float; rounding below zero counts as zero, and a target without energy has no error."""
+    return max(float(error), 0.0) / float(total) if float(total) > 0 else 0.0
