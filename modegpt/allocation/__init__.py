@@ -1,0 +1,1 @@
+"""How much to remove where: block influence, sparsity per layer, integer ranks under an exact parameter budget."""
