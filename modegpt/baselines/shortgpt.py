@@ -1,0 +1,30 @@
+"""ShortGPT: drop the layers that change the residual stream least.
+
+Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv 2403.03853, section 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from modegpt.architectures import Family
+from modegpt.baselines.layer_dropping import drop_layers, num_dropped_layers
+from modegpt.compression.task import Compressed, CompressionTask
+
+
+@dataclass(frozen=True)
+class ShortGPT:
+    """The layers of lowest block influence ``1 - mean cos(x_l, x_{l+1})`` go, measured once on the dense model.
+
+    As many as come nearest to the task's sparsity. Layers of equal influence go from the front.
+    """
+
+    def applicable(self, family: Family) -> str | None:
+        return None
+
+    @torch.no_grad()
+    def compress(self, task: CompressionTask) -> Compressed:
+        influence = task.calibration.block_influence()
+        order = influence.argsort(stable=True).tolist()
+        dropped = order[: num_dropped_layers(task.sparsity, len(order))]
+        return drop_layers(task, dropped, influence=influence.tolist())
