@@ -1,0 +1,1 @@
+"""The command line: compose, check, call. The only place that knows Hydra."""

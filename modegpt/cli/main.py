@@ -1,0 +1,118 @@
+"""Entry point of the main job: compose the configuration, check it, run it, and turn user errors into one line."""
+
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from modegpt.cli.messages import explain, is_defect
+from modegpt.cli.schema import config_directory, register, run_config
+from modegpt.cli.sweep import Sweep, attempt
+from modegpt.errors import UserError
+
+
+class Failed(BaseException):
+    """Carries a lone job's error past Hydra, which would report an Exception on a line of its own."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line (default: this process's own) and return the exit code.
+
+    A user error is one line on standard error; ``MODEGPT_TRACEBACK=1`` shows where it came from.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own kind of traceback
+    Sweep.current = None
+    error: BaseException | None = None
+    try:
+        _run_hydra(arguments)
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except Failed as failed:
+        error = failed.__cause__
+    except (KeyboardInterrupt, Exception) as raised:
+        error = raised
+    finally:
+        if Sweep.current is not None:
+            Sweep.current.stop()
+    lines = _alone(error) if Sweep.current is None else _swept(Sweep.current, error)
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else int(bool(lines))
+
+
+def _alone(error: BaseException | None) -> list[str]:
+    """What to say after a lone run."""
+    if error is None:
+        return []
+    trace = traceback.format_exception(error) if _traceback_wanted() or is_defect(error) else []
+    return [*trace, f"error: {explain(error)}"]
+
+
+def _swept(sweep: Sweep, error: BaseException | None) -> list[str]:
+    """What to say after a sweep. ``error`` is the launcher's or the user's: jobs note theirs."""
+    failures = sweep.failures()
+    if not failures or (error is not None and not is_defect(error) and not isinstance(error, KeyboardInterrupt)):
+        sweep.discard()
+        return _alone(error)
+    trace = traceback.format_exception(error) if error is not None and _traceback_wanted() else []
+    cause = f" ({explain(error)[:200]})" if error is not None else ""
+    return [
+        *trace,
+        *(f"failed: {failure}" for failure in failures),
+        f"error: {len(failures)} of {len(sweep.jobs)} jobs of the sweep failed{cause}; tracebacks are in {sweep.directory}; "
+        "the same command again runs those that have no record",
+    ]
+
+
+def _traceback_wanted() -> bool:
+    return os.environ.get("MODEGPT_TRACEBACK") == "1"
+
+
+def _run_hydra(arguments: list[str]) -> None:
+    parser = get_args_parser()
+    parser.error = _refuse  # argparse's own prints a page of usage
+    overrides = parser.parse_intermixed_args(arguments).overrides
+    flags = [argument for argument in arguments if argument not in overrides]  # Hydra itself wants all flags on one side
+    register()
+    job = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(run_job)
+    own_arguments = sys.argv
+    sys.argv = [own_arguments[0], *flags, *overrides]
+    try:
+        job()
+    finally:
+        sys.argv = own_arguments
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message}; see modegpt --help")
+
+
+def run_job(cfg: DictConfig) -> None:
+    """Hydra's task: one run, alone or as a job of a sweep (then in any process)."""
+    settings = HydraConfig.get()
+    overrides = OmegaConf.to_container(settings.overrides.task)
+    if settings.mode is RunMode.MULTIRUN:
+        directory = Path(settings.runtime.output_dir)
+        return attempt(lambda: _run(cfg, overrides), number=settings.job.num, overrides=overrides, directory=directory)
+    try:
+        return _run(cfg, overrides)
+    except Exception as error:
+        raise Failed from error
+
+
+def _run(cfg: DictConfig, overrides: list[str]) -> None:
+    config = run_config(cfg)
+    import torch  # here and not above: --help and a refused configuration should not wait for it
+
+    from modegpt.run import run
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run(config, command=shlex.join(["modegpt", *overrides]))

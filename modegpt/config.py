@@ -1,0 +1,314 @@
+"""The main job's configuration as plain dataclasses: one place for keys, types, defaults and ranges.
+
+``conf/`` holds the values, ``cli/`` reads them into these classes, the rest of the package is called with their
+fields. Ranges are checked when an object is made, so an instance is a valid configuration; the options of a
+method, decomposition or allocation belong to the class that implements it and are checked by ``build``.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from modegpt.errors import UserError
+
+Built = TypeVar("Built")
+
+TEXT_SOURCES = ("tiny", "wikitext2", "alpaca", "c4", "jsonl", "text")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRACKING_MODES = ("offline", "online", "disabled")
+BUDGETS = ("exact", "nearest")
+
+
+def unknown(subject: str, given: object, choices: Iterable[str]) -> UserError:
+    """The error for ``subject``, in which ``given`` is not among ``choices``: names them, and the nearest if there is one."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(str(given), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{subject} is not known; choose from {', '.join(choices)}{hint}")
+
+
+def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where: str) -> Built:
+    """Make ``choices[options["name"]]`` from the remaining options, its dataclass fields.
+
+    Raises:
+        UserError: unknown name or option (the valid ones are named), a missing option, or a value of the wrong type.
+    """
+    options = dict(options)
+    name = options.pop("name", None)
+    if name not in choices:
+        raise unknown(f"{where}.name={name}", name, choices)
+    cls = choices[name]
+    known = {option.name: option for option in fields(cls) if option.init}
+    hints = typing.get_type_hints(cls)
+    for key, value in options.items():
+        if key not in known:
+            raise unknown(f"{where}.{key}", key, known) if known else UserError(f"{where}.{key} is not known: {name} has no options")
+        if not _fits(value, hints[key]):
+            raise UserError(f"{where}.{key}={value} has the wrong type: expected {_type_name(hints[key])}")
+    for key, option in known.items():
+        if key not in options and option.default is MISSING and option.default_factory is MISSING:
+            raise UserError(f"{where}.{key} is missing: {name} needs it")
+    return cls(**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is one of the type ``hint`` (an integer is a float, a list is a tuple, a bool no number)."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(member, arguments[0]) for member in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    if isinstance(value, bool) and hint is not bool:
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise unknown(f"{where}={value}", value, choices)
+
+
+def _at_least(where: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise UserError(f"{where}={value} is too small: at least {minimum}")
+
+
+def _sparsity(where: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise UserError(f"{where}={value} is outside [0, 1): it is the share of the weights to remove")
+
+
+@dataclass
+class OutputConfig:
+    """Where results go: ``root/experiment/<name of the run>/record.json``."""
+
+    root: str = "results"
+    experiment: str = "runs"
+    overwrite: bool = False
+    """Compute and write again what has a record already (the old record is kept beside the new one)."""
+    save_model: str | None = None
+    """Where the compressed model is saved as a checkpoint: a directory, ``auto`` (beside the record) or nowhere."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):
+            raise UserError(f"output.experiment={self.experiment} must be one directory name of letters, digits, '.', '_' and '-'")
+
+
+@dataclass
+class CacheConfig:
+    """What is reused between runs: calibration statistics and dense scores."""
+
+    dir: str | None = None
+    """Null: ``$MODEGPT_CACHE``, or ``modegpt`` in the user's cache directory."""
+    max_bytes: int = 20_000_000_000
+    """The cache's size limit; 0 keeps nothing."""
+
+    def __post_init__(self) -> None:
+        _at_least("cache.max_bytes", self.max_bytes, 0)
+
+
+@dataclass
+class ModelConfig:
+    """The dense model: an embedded one by ``name``, or ``path``: a hub name or a local directory."""
+
+    name: str = "tiny-llama"
+    path: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    """``auto``: the first GPU if there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, DTYPES)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(f"model.device={self.device} is not known; choose from auto, cpu, cuda, cuda:0, cuda:1, ..., mps")
+
+
+@dataclass
+class DecompositionConfig:
+    """One decomposition for each module type: ``name`` and that variant's options. ``none`` leaves the module dense."""
+
+    mlp: dict[str, Any] = field(default_factory=dict)
+    query_key: dict[str, Any] = field(default_factory=dict)
+    value_output: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CalibrationConfig:
+    """The text whose activations are matched."""
+
+    source: str = "tiny"
+    path: str | None = None
+    """A local file of the source's form; null: the embedded text or the hub."""
+    num_samples: int = 128
+    sequence_length: int | str = "auto"
+    """Tokens a sample. ``auto``: 2048, or the model's context where that is shorter."""
+    seed: int = 0
+    batch_size: int = 8
+    precision: str = "float64"
+    """Of the products inside the correlation matrices; they are summed in float64 either way."""
+
+    def __post_init__(self) -> None:
+        _one_of("calibration.source", self.source, TEXT_SOURCES)
+        if self.source in ("jsonl", "text") and self.path is None:
+            raise UserError(f"calibration.path is missing: calibration={self.source} reads a file")
+        if isinstance(self.sequence_length, str) and self.sequence_length != "auto":
+            raise UserError(f"calibration.sequence_length={self.sequence_length} is neither a number of tokens nor auto")
+        if isinstance(self.sequence_length, int):
+            _at_least("calibration.sequence_length", self.sequence_length, 2)
+        _at_least("calibration.num_samples", self.num_samples, 1)
+        _at_least("calibration.batch_size", self.batch_size, 1)
+        _at_least("calibration.seed", self.seed, 0)
+        _one_of("calibration.precision", self.precision, ("float64", "float32"))
+
+
+@dataclass
+class PerplexityConfig:
+    """Perplexity on non-overlapping windows."""
+
+    source: str = "tiny"
+    path: str | None = None
+    windows: list[int | str] = field(default_factory=lambda: ["context"])
+    """Window lengths in tokens; ``context``: the model's own."""
+    batch_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        _one_of("evaluation.perplexity.source", self.source, TEXT_SOURCES)
+        if self.source in ("jsonl", "text") and self.path is None:
+            raise UserError(f"evaluation.perplexity.path is missing: source {self.source} reads a file")
+        if not self.windows:
+            raise UserError("evaluation.perplexity.windows is empty: give window lengths in tokens, or evaluation.perplexity=null")
+        for window in self.windows:
+            if isinstance(window, str) and window != "context":
+                raise UserError(f"evaluation.perplexity.windows={window} is neither a number of tokens nor context")
+            if isinstance(window, int):
+                _at_least("evaluation.perplexity.windows", window, 2)
+        _at_least("evaluation.perplexity.batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass
+class ZeroShotConfig:
+    """Zero-shot accuracy through lm-evaluation-harness."""
+
+    tasks: Any = "tiny"
+    """``tiny`` (the embedded five), ``paper`` (the paper's five), or task names."""
+    data_path: str | None = None
+    batch_size: int = 32
+    limit: int | None = None
+    """Items a task, for a quick look; such a run is marked as limited and kept out of tables."""
+
+    def __post_init__(self) -> None:
+        if not _fits(self.tasks, str | list[str]) or not self.tasks:
+            raise UserError(f"evaluation.zeroshot.tasks={self.tasks} must be tiny, paper or a list of task names")
+        _at_least("evaluation.zeroshot.batch_size", self.batch_size, 1)
+        _at_least("evaluation.zeroshot.limit", self.limit, 1)
+
+
+@dataclass
+class EvaluationConfig:
+    """How models are scored; null skips a score."""
+
+    perplexity: PerplexityConfig | None = None
+    zeroshot: ZeroShotConfig | None = None
+
+
+@dataclass
+class ModuleSparsity:
+    """A sparsity for one module type in place of the layer's; null follows the layer."""
+
+    mlp: float | None = None
+    query_key: float | None = None
+    value_output: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _sparsity(f"compression.module_sparsity.{name}", value)
+
+
+@dataclass
+class RankMultiple:
+    """Kept ranks are multiples of this (hardware likes 8 or 64)."""
+
+    mlp: int = 1
+    query_key: int = 1
+    value_output: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _at_least(f"compression.rank_multiple.{name}", value, 1)
+
+
+@dataclass
+class CompressionConfig:
+    """How much is removed, and where."""
+
+    sparsity: float = 0.3
+    """Share of the block-linear weights to remove, in [0, 1)."""
+    module_sparsity: ModuleSparsity = field(default_factory=ModuleSparsity)
+    rank_multiple: RankMultiple = field(default_factory=RankMultiple)
+    budget: str = "exact"
+    """``exact``: integer ranks are adjusted until the target is met; ``nearest``: each rank is rounded on its own."""
+    skip_layers: list[int] = field(default_factory=list)
+    """Layers left dense, counted from 0."""
+    layer_sparsity: list[float] | None = None
+    """One sparsity a layer, for ``allocation=explicit``."""
+
+    def __post_init__(self) -> None:
+        _sparsity("compression.sparsity", self.sparsity)
+        _one_of("compression.budget", self.budget, BUDGETS)
+        for index in self.skip_layers:
+            _at_least("compression.skip_layers", index, 0)
+        for value in self.layer_sparsity or []:
+            _sparsity("compression.layer_sparsity", value)
+
+
+@dataclass
+class TrackingConfig:
+    """The mirror of the record in W&B."""
+
+    mode: str = "offline"
+    project: str = "modegpt"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.mode", self.mode, TRACKING_MODES)
+
+
+@dataclass
+class RunConfig:
+    """One run of the main job."""
+
+    seed: int = 0
+    threads: int | None = None
+    """CPU threads; null: PyTorch's choice."""
+    quiet: bool = False
+    output: OutputConfig = field(default_factory=OutputConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)
+    decomposition: DecompositionConfig = field(default_factory=DecompositionConfig)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        _at_least("threads", self.threads, 1)
