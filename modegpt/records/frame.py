@@ -1,0 +1,91 @@
+"""The whole store as one table: a row a finished run, a column a fact."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas
+
+from modegpt.records.schema import flatten
+from modegpt.records.scores import Score, all_scores
+from modegpt.records.store import RecordStore, load_record
+
+
+def load_records(root: Path | str = "results") -> pandas.DataFrame:
+    """Load, check and flatten every record under ``root``.
+
+    Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
+    removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
+    ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
+    which is also what a dense run scores; ``retention_<task>``), what it cost (``seconds seconds_<stage>
+    peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
+
+    Raises:
+        UserError: the root is not a directory, or a record in it is broken or was changed.
+    """
+    paths = RecordStore(root).paths()
+    rows = [{**row(load_record(path)), "path": os.path.relpath(path, root)} for path in paths]
+    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["experiment", "name", "hash", "path"])
+
+
+def row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One record as a flat mapping from column to scalar; see `load_records` for the columns."""
+    model, config = record["model"], record["config"] if record["compression"] else {}
+    calibration, compression, cost = record["calibration"] or {}, record["compression"] or {}, record["cost"]
+    decomposition = config.get("decomposition") or {}
+    stages, peaks = cost["stages"], cost["peak_memory_bytes"]
+    return {
+        "experiment": record["experiment"],
+        "name": record["name"],
+        "hash": record["identity"]["hash"],
+        "created": record["created"],
+        "model": model["name"],
+        "family": model["family"],
+        "method": compression.get("method", "dense"),
+        **{module: choice(decomposition.get(module)) for module in ("mlp", "query_key", "value_output")},
+        "allocation": choice(config.get("allocation")),
+        "calibration": calibration.get("source"),
+        **{f"calibration_{key}": calibration.get(key) for key in ("seed", "num_samples", "sequence_length", "num_tokens")},
+        **{f"seed_{name}": seed for name, seed in record["seeds"].items()},
+        **{key: compression.get(key, 0.0) for key in ("target_sparsity", "achieved_sparsity", "whole_model_sparsity")},
+        **{column: value for score in all_scores(record) for column, value in _columns(score).items()},
+        **{f"retention_{key.replace('.', '_')}": value for key, value in flatten(record["metrics"]["retention"]).items()},
+        **_mean_errors(compression.get("layers", [])),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        **{f"seconds_{stage['name']}": stage["seconds"] for stage in stages},
+        "flops": sum(stage["flops"] for stage in stages),
+        "peak_memory_bytes": peaks.get("host"),
+        "peak_gpu_memory_bytes": max((peak for device, peak in peaks.items() if device != "host"), default=None),
+        "forward_passes": cost["forward_passes"],
+        "backward_passes": cost["backward_passes"],
+        "num_parameters": model["num_parameters"],
+        "block_linear_parameters": model["block_linear_parameters"],
+        "weights_sha256": model["weights_sha256"],
+        "commit": record["provenance"]["git"]["commit"],
+        "dirty": record["provenance"]["git"]["dirty"],
+        "limited": record["metrics"]["limited"],
+        "schema_version": record["schema_version"],
+    }
+
+
+def choice(node: Any) -> str | None:
+    """The name that was chosen in a configuration group."""
+    return node.get("name") if isinstance(node, Mapping) else node
+
+
+def _columns(score: Score) -> dict[str, Any]:
+    columns = {score.name: score.final, f"dense_{score.name}": score.dense}
+    if score.metric != "perplexity":
+        columns |= {f"{score.name}_stderr": score.final_stderr, f"dense_{score.name}_stderr": score.dense_stderr}
+        columns |= {f"{score.name}_metric": score.metric}
+    return columns
+
+
+def _mean_errors(layers: list[dict]) -> dict[str, float]:
+    """Relative reconstruction error per module, mean over the layers that have one."""
+    modules = dict.fromkeys(module for layer in layers for module in layer["relative_error"])
+    values = {module: [layer["relative_error"].get(module) for layer in layers] for module in modules}
+    present = {module: [value for value in of if value is not None] for module, of in values.items()}
+    return {f"relative_error_{module}": fmean(of) for module, of in present.items() if of}

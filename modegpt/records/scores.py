@@ -1,0 +1,98 @@
+"""A record's scores as one list, dense and compressed side by side: what tables, pictures and the tracker read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MEAN = "mean"
+ACCURACIES = ("acc", "acc_norm", MEAN)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of merit. Accuracies are shares in [0, 1]; ``retention`` is compressed / dense accuracy.
+
+    ``name`` is unique in a record: ``ppl_<text>_<window>`` for a perplexity, ``zeroshot_<task>`` for a task's metric.
+    ``compressed`` is None in the record of a dense model.
+    """
+
+    name: str
+    label: str
+    metric: str
+    dense: float
+    compressed: float | None
+    dense_stderr: float | None = None
+    compressed_stderr: float | None = None
+    retention: float | None = None
+
+    @property
+    def final(self) -> float:
+        """The score of the model the run is about: the compressed one, or the dense one if there is no other."""
+        return self.dense if self.compressed is None else self.compressed
+
+    @property
+    def final_stderr(self) -> float | None:
+        """The standard error of ``final``."""
+        return self.dense_stderr if self.compressed is None else self.compressed_stderr
+
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether it is a share of right answers; some tasks of lm-evaluation-harness report something else."""
+        return self.metric in ACCURACIES
+
+
+def all_scores(record: Mapping[str, Any]) -> list[Score]:
+    """Every score of the record: perplexities, tasks, and the tasks' mean accuracy last."""
+    return [*perplexities(record), *_tasks(record)]
+
+
+def accuracies(record: Mapping[str, Any]) -> list[Score]:
+    """The zero-shot accuracies of the record in its order, their mean last."""
+    return [score for score in _tasks(record) if score.is_accuracy]
+
+
+def perplexities(record: Mapping[str, Any]) -> list[Score]:
+    """Every perplexity of the record, its window in the label."""
+    dense, compressed = _both(record, "perplexity")
+    return [
+        Score(
+            name=name,
+            label=f"{name} ({entry['window']}-token windows)",
+            metric="perplexity",
+            dense=entry["value"],
+            compressed=_of(compressed.get(name), "value"),
+        )
+        for name, entry in dense.items()
+    ]
+
+
+def _tasks(record: Mapping[str, Any]) -> list[Score]:
+    dense, compressed = _both(record, "zeroshot")
+    retention = record["metrics"]["retention"]
+    tasks = [task for task in sorted(dense, key=MEAN.__eq__) if _of(dense[task], "value") is not None]
+    return [
+        Score(
+            name=f"zeroshot_{task}",
+            label=f"mean of {_of(dense[task], 'num_tasks') or len(tasks) - 1}" if task == MEAN else task,
+            metric=MEAN if task == MEAN else dense[task]["metric"],
+            dense=_of(dense[task], "value"),
+            compressed=_of(compressed.get(task), "value"),
+            dense_stderr=_of(dense[task], "stderr"),
+            compressed_stderr=_of(compressed.get(task), "stderr"),
+            retention=retention.get(task),
+        )
+        for task in tasks
+    ]
+
+
+def _both(record: Mapping[str, Any], kind: str) -> tuple[dict, dict]:
+    metrics = record["metrics"]
+    return metrics["dense"][kind], (metrics["compressed"] or {}).get(kind, {})
+
+
+def _of(entry: Any, key: str) -> Any:
+    """A field of a task's entry; a bare number (a mean without standard error) is its own value."""
+    if isinstance(entry, Mapping):
+        return entry.get(key)
+    return entry if key == "value" else None

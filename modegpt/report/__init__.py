@@ -1,0 +1,1 @@
+"""One record for the eye: a table for the terminal, two pictures."""

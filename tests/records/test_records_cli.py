@@ -1,0 +1,96 @@
+"""``modegpt-records``, as its user sees it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+from modegpt.records.cli import main
+from modegpt.records.store import RecordStore, load_record
+from tests.records.sample import sample_record
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    store = RecordStore(tmp_path / "results")
+    store.write(sample_record())
+    store.write(sample_record(sparsity=0.5, experiment="rates"))
+    store.write_error(
+        experiment="rates", name="broken", decides={"sparsity": 0.9}, stage="compress", message="rank 0 in layer 3", command="modegpt"
+    )
+    return store.root
+
+
+def run(root: Path, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    status = main(["--root", str(root), *arguments])
+    return status, *capsys.readouterr()
+
+
+def test_list(root: Path, capsys: pytest.CaptureFixture) -> None:
+    status, out, _ = run(root, capsys, "list")
+    assert status == 0 and "2 finished, 1 failed" in out
+    assert "failed: rates/broken at compress: rank 0 in layer 3" in out
+    (line,) = [line for line in out.splitlines() if "rates" in line and "modegpt 0.5" in line]
+    assert line.split()[-5:] == ["49.9", "%", "6.50", "79.0", "%"]
+    _, out, _ = run(root, capsys, "list", "--experiment", "demo")
+    assert "1 finished, 0 failed" in out and "rates" not in out
+
+
+def test_show(root: Path, capsys: pytest.CaptureFixture) -> None:
+    record = load_record(RecordStore(root).paths()[0])
+    hash = record["identity"]["hash"]
+    status, by_hash, _ = run(root, capsys, "show", hash[:6])
+    assert status == 0 and "29.90 % of the block-linear weights removed" in by_hash and record["command"] in by_hash
+    for reference in (record["name"], str(RecordStore(root).paths()[0]), str(RecordStore(root).paths()[0].parent)):
+        assert run(root, capsys, "show", reference)[1].splitlines()[0] == by_hash.splitlines()[0]
+    assert json.loads(run(root, capsys, "show", "--json", hash)[1]) == record
+
+
+def test_compare(root: Path, capsys: pytest.CaptureFixture) -> None:
+    status, out, _ = run(root, capsys, "compare", "tiny-llama modegpt 0.3", "tiny-llama modegpt 0.5")
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert status == 0 and lines["config.compression.sparsity"] == ["0.3", "0.5"]
+    assert "config.seed" not in out and "config.allocation.epsilon" not in out
+    assert lines["ppl_tiny_256"] == ["5.50", "(dense", "4.00)", "6.50", "(dense", "4.00)"]
+    status, _, err = run(root, capsys, "compare", "tiny-llama modegpt 0.3", "tiny-llama modegpt 0.3")
+    assert status == 2 and err == "modegpt-records: error: compare needs two different records\n"
+
+
+def test_verify(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(root, capsys, "verify")[:2] == (0, "2 records, all whole and unchanged\n")
+    path = RecordStore(root).paths()[1]
+    path.write_text(path.read_text().replace("0.499", "0.498"))
+    status, out, _ = run(root, capsys, "verify")
+    assert status == 1 and out.startswith(f"{path}: content_sha256 does not match") and out.endswith("2 records, 1 problems\n")
+
+
+def test_export(root: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    csv, parquet = tmp_path / "all.csv", tmp_path / "all.parquet"
+    assert run(root, capsys, "export", "--csv", str(csv))[0] == run(root, capsys, "export", "--parquet", str(parquet))[0] == 0
+    for frame in (pandas.read_csv(csv), pandas.read_parquet(parquet)):
+        assert sorted(frame["ppl_tiny_256"]) == pytest.approx([5.5, 6.5])
+    status, _, err = run(root, capsys, "export", "--csv", str(tmp_path / "no" / "where.csv"))
+    assert status == 2 and err.startswith("modegpt-records: error: cannot write") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["show", "nothing"], "no record 'nothing'"), (["list"], "not a directory"), (["verify"], "not a directory")],
+)
+def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture, arguments: list[str], complaint: str) -> None:
+    status, out, err = run(root if "nothing" in complaint else root / "absent", capsys, *arguments)
+    assert status == 2 and out == "" and complaint in err and err.count("\n") == 1
+
+
+def test_an_ambiguous_name_asks_for_more(root: Path, capsys: pytest.CaptureFixture) -> None:
+    RecordStore(root).write(sample_record(seed=7))
+    status, _, err = run(root, capsys, "show", "tiny-llama modegpt 0.3")
+    assert status == 2 and "means 2 records" in err
+
+
+def test_looking_at_records_needs_no_torch() -> None:
+    code = "import sys, modegpt.records.cli; print(sorted({'torch', 'pandas', 'wandb', 'matplotlib'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
