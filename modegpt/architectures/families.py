@@ -112,15 +112,21 @@ def is_ours(config: PreTrainedConfig) -> bool:
     return config.model_type.startswith(COMPRESSED_PREFIX)
 
 
+def check_supported(model_type: str) -> Family:
+    """The family called ``model_type``. Raises UserError naming the supported ones otherwise."""
+    family = FAMILIES.get(model_type.removeprefix(COMPRESSED_PREFIX))
+    if family is None:
+        raise UserError(f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return family
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a dense or a compressed model.
 
     Raises:
         UserError: the family is not supported, or this configuration of it is not.
     """
-    family = FAMILIES.get(config.model_type.removeprefix(COMPRESSED_PREFIX))
-    if family is None:
-        raise UserError(f"model family {config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    family = check_supported(config.model_type)
     rotary_share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotary_share != 1.0:
         raise UserError(f"{config.model_type} with partial_rotary_factor {rotary_share} is not supported: every head dimension must be rotary")

@@ -10,6 +10,7 @@ Queries and keys that lost rotary pairs keep the original frequencies of those t
 (``rope_index``, one row per key/value head), and the softmax keeps the original scale.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import transformers
@@ -64,6 +65,8 @@ class CompressedFields:
         self.v_head_dims = _per_layer("v_head_dims", self.v_head_dims, num_layers, range(1, head_dim + 1), head_dim)
         self.kv_head_counts = _per_layer("kv_head_counts", self.kv_head_counts, num_layers, range(self.dense_kv_heads + 1), self.dense_kv_heads)
         self.intermediate_sizes = _per_layer("intermediate_sizes", self.intermediate_sizes, num_layers, range(self.dense_width + 1), self.dense_width)
+        if hasattr(self, "rope_parameters") and any(size % 2 for size in self.qk_head_dims):
+            raise ValueError(f"qk_head_dims must be even, because rotary pairs stay whole, got {self.qk_head_dims}")
         self.linear_ranks = _per_layer("linear_ranks", self.linear_ranks, num_layers, None, {})
         self.extra_biases = _per_layer("extra_biases", self.extra_biases, num_layers, None, [])
         self.kept_layers = _per_layer("kept_layers", self.kept_layers, num_layers, None, list(range(num_layers)), whole=True)
@@ -108,6 +111,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.B(self.A(x))
+
+
+def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer without heads or MLP has some
+        return nn.Linear(in_features, out_features, bias) if rank is None else LowRankLinear(in_features, out_features, rank, bias)
 
 
 def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -213,6 +222,14 @@ class CompressedCausalLM:
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in Transformers, but a checkpoint without all of the weights is a ValueError, not a random initialisation."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if report["missing_keys"]:
+            raise ValueError(f"the checkpoint lacks {sorted(report['missing_keys'])}")
+        return (model, report) if output_loading_info else model
+
+    @classmethod
     def make_layer(cls, config, index: int) -> nn.Module:
         """Decoder layer ``index`` of the compressed model, by itself."""
         layer = cls.layer_class(config, index)
@@ -227,11 +244,7 @@ class CompressedCausalLM:
             parent, _, name = path.rpartition(".")
             parent = layer.get_submodule(parent)
             bias = path in biases or getattr(parent, name).bias is not None
-            if path in ranks:
-                linear = LowRankLinear(in_features, out_features, ranks[path], bias)
-            else:
-                linear = nn.Linear(in_features, out_features, bias)
-            setattr(parent, name, linear)
+            setattr(parent, name, _linear(in_features, out_features, bias, ranks.get(path)))
 
     @classmethod
     def linear_sizes(cls, config, index: int) -> dict[str, tuple[int, int]]:
