@@ -1,0 +1,119 @@
+"""Score a model on a text and on zero-shot tasks; what can be refused is refused before any forward pass."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modegpt.calibration.texts import load_documents, tokenize_stream
+from modegpt.errors import UserError
+from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
+from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
+from modegpt.evaluation.tasks import load_tasks, task_fingerprint
+from modegpt.evaluation.zeroshot import zeroshot
+from modegpt.progress import Progress
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text ready to score: ``token_ids`` (num_tokens,) int64, their sha256, and the window lengths."""
+
+    spec: PerplexitySpec
+    token_ids: Tensor
+    sha256: str
+    windows: list[int]
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """Everything scoring needs apart from a model: loaded, tokenised and checked once, used for dense and compressed alike."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    text: ScoredText | None
+    zeroshot: ZeroShotSpec | None
+    tasks: dict[str, Any]
+    encodings: dict = field(default_factory=dict)  # filled by the first model scored
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the scores depend on apart from the model, JSON-able. Batch sizes are left out: they only round."""
+        limit = self.zeroshot.limit if self.zeroshot else None
+        return {
+            "context": self.context,
+            "text": {"source": self.text.spec.source, "sha256": self.text.sha256, "windows": self.text.windows} if self.text else None,
+            "tasks": {name: task_fingerprint(task, limit=limit) for name, task in self.tasks.items()},
+            "limit": limit,
+        }
+
+
+def prepare_evaluation(spec: EvaluationSpec, *, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> PreparedEvaluation:
+    """Load the text and the tasks of ``spec`` and check them against the model.
+
+    Raises UserError on unreadable files, unknown tasks or sources, a hub out of reach, a text shorter than one window,
+    a window longer than the model's context, and a tokenizer with ids the model has no embedding for.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # the harness may give it a padding token
+    context = int(model_config.max_position_embeddings)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has neither a BOS nor an EOS token; zero-shot scoring needs one to start from")
+    tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path) if spec.zeroshot and spec.zeroshot.tasks else {}
+    text = _prepare_text(spec.perplexity, tokenizer, model_config.vocab_size, context) if spec.perplexity and spec.perplexity.source else None
+    return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
+
+
+def _prepare_text(spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int) -> ScoredText:
+    documents = load_documents(spec.source, path=spec.path, split="test")
+    token_ids = tokenize_stream(documents, tokenizer)
+    if token_ids.max() >= vocab_size:
+        raise UserError(f"the tokenizer gives id {int(token_ids.max())} but the model's vocabulary has {vocab_size} entries; they do not belong together")
+    windows = resolve_windows(spec.windows, context=context, num_tokens=token_ids.numel(), what=spec.path or f"the {spec.source} test text")
+    return ScoredText(spec=spec, token_ids=token_ids, sha256=token_fingerprint(token_ids), windows=windows)
+
+
+def evaluate(model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
+    """Score ``model``, which is put in evaluation mode; perplexities first, each said as ``label`` when known.
+
+    Returns ``{"perplexity": {ppl_<source>_<window>: {value, window, num_windows, num_predicted_tokens, mean_nll, num_tokens,
+    tokens_sha256}}, "zeroshot": {task: {...}, "mean": {...}}}`` (see ``perplexity`` and ``zeroshot``); what is not asked for is empty.
+    Raises UserError when the model gives NaN or infinite logits.
+    """
+    model.eval()
+    scores: dict[str, dict] = {"perplexity": {}, "zeroshot": {}}
+    text = prepared.text
+    for window in text.windows if text else ():
+        result = perplexity(model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress)
+        name = metric_name(text.spec.source, window)
+        progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
+        scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}
+    if prepared.tasks:
+        scores["zeroshot"] = zeroshot(
+            model,
+            prepared.tokenizer,
+            prepared.tasks,
+            batch_size=prepared.zeroshot.batch_size,
+            max_length=prepared.context,
+            limit=prepared.zeroshot.limit,
+            encodings=prepared.encodings,
+            progress=progress,
+        )
+    return scores
+
+
+def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, dict[str, float | None]]:
+    """How much of the dense scores is left.
+
+    Returns ``zeroshot``: task (and ``"mean"``) -> compressed accuracy / dense accuracy, 1 is unharmed (None where
+    dense scores 0); ``perplexity_increase``: metric -> compressed / dense perplexity, 1 is unharmed.
+    """
+    assert dense["zeroshot"].keys() == compressed["zeroshot"].keys() and dense["perplexity"].keys() == compressed["perplexity"].keys()
+    accuracies = {
+        name: (score["value"], compressed["zeroshot"][name]["value"])
+        for name, score in dense["zeroshot"].items()
+        if score.get("metric", "acc") in ("acc", "acc_norm")
+    }
+    return {
+        "zeroshot": {name: after / before if before else None for name, (before, after) in accuracies.items()},
+        "perplexity_increase": {name: compressed["perplexity"][name]["value"] / score["value"] for name, score in dense["perplexity"].items()},
+    }

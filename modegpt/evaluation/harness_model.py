@@ -1,0 +1,127 @@
+"""A transformers model as lm-evaluation-harness sees it: same numbers as its own wrapper, less work, nothing hidden."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modegpt.evaluation.likelihood import token_log_likelihoods
+
+Encoded = tuple[list[int], list[int]]  # context tokens, continuation tokens
+
+
+class HarnessModel(HFLM):
+    """The harness's Hugging Face model with its own scoring of continuations.
+
+    Compared with the wrapper it derives from: strings are tokenised once each, in one call, and the result is kept for
+    the next model with the same tokenizer; requests with equal inputs share one forward pass; logits are made for
+    the continuation only and reduced in float32 whatever the model's dtype; requests cut to the context are
+    counted; NaN is an error.
+
+    Attributes:
+        num_truncated: task name -> requests longer than the context, cut from the left (as the harness does).
+        encodings: (context, continuation) -> tokens, shared between models that share a tokenizer.
+        bar: a progress bar that counts input tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        max_length: int,
+        encodings: dict[tuple[str, str], Encoded],
+        bar: Any,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length)
+        self.num_truncated: Counter[str] = Counter()
+        self.encodings = encodings
+        self.bar = bar
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        pairs = [request.args for request in requests]
+        self._encode(pairs)
+        encoded = [(pair, *self.encodings[pair]) for pair in pairs]
+        for request, (_, context, continuation) in zip(requests, encoded, strict=True):
+            self.num_truncated[request.task_name] += len(context) + len(continuation) > self.max_length + 1
+        return self._loglikelihood_tokens(encoded)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def _encode(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Tokenise what is new in ``pairs``: a continuation is what the tokens of the whole have beyond those of the context."""
+        moved = {}
+        for pair in dict.fromkeys(pairs):
+            if pair not in self.encodings:
+                context = pair[0].rstrip()
+                moved[pair] = (context, pair[0][len(context) :] + pair[1])  # trailing spaces belong to the next word
+        texts = list(dict.fromkeys(text for context, continuation in moved.values() if context for text in (context, context + continuation)))
+        tokens = dict(zip(texts, self._tokenize(texts), strict=True))
+        for pair, (context, continuation) in moved.items():
+            if context:
+                start = tokens[context]
+                self.encodings[pair] = (start, tokens[context + continuation][len(start) :])
+            else:
+                self.encodings[pair] = self._encode_alone(continuation)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        bos = self.tokenizer.bos_token
+        if bos and any(text.startswith(bos) for text in texts):
+            return [self.tok_encode(text) for text in texts]  # which adds no second BOS
+        return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _encode_alone(self, continuation: str) -> Encoded:
+        """Without a context the first token is predicted from BOS (EOS where there is none)."""
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        return (tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix_token_id] else ([self.prefix_token_id], tokens)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        """Summed log-likelihood of each continuation, and whether it is the greedy one.
+
+        A request that does not fit the context keeps its last ``max_length`` predicted tokens; an empty continuation scores 0.
+        """
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        sharing: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input -> (request, tokens to predict)
+        for index, (_, context, continuation) in enumerate(requests):
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            if continuation:
+                sharing.setdefault(tuple(tokens[:-1]), []).append((index, continuation[-self.max_length :]))
+        self.bar.total = (self.bar.total or 0) + sum(map(len, sharing))
+        inputs = sorted(sharing, key=len, reverse=True)  # like lengths together: little padding
+        for start in range(0, len(inputs), self.batch_size):
+            batch = inputs[start : start + self.batch_size]
+            self._score_batch(batch, [sharing[tokens] for tokens in batch], results)
+            self.bar.update(sum(map(len, batch)))
+        return results
+
+    def _score_batch(self, inputs: list[tuple[int, ...]], continuations: list[list[tuple[int, list[int]]]], results: list[tuple[float, bool]]) -> None:
+        width = len(inputs[0])
+        # causal attention: what pads the right end changes nothing before it
+        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in inputs], device=self.device)
+        first = min(len(tokens) - len(continuation) for tokens, group in zip(inputs, continuations, strict=True) for _, continuation in group)
+        logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=width - first).logits  # (batch, width - first, vocabulary)
+        rows, columns, targets, owners, lengths = [], [], [], [], []
+        for row, (tokens, group) in enumerate(zip(inputs, continuations, strict=True)):
+            for index, continuation in group:
+                rows += [row] * len(continuation)
+                columns += range(len(tokens) - len(continuation) - first, len(tokens) - first)
+                targets += continuation
+                owners.append(index)
+                lengths.append(len(continuation))
+        target_ids = torch.tensor(targets, device=logits.device)
+        picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]  # (num_targets, vocabulary)
+        scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").cpu().split(lengths)
+        greedy = (picked.argmax(-1) == target_ids).cpu().split(lengths)
+        for index, score, match in zip(owners, scores, greedy, strict=True):
+            results[index] = (score.sum().item(), bool(match.all()))

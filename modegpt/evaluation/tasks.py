@@ -1,0 +1,116 @@
+"""From task names to lm-evaluation-harness tasks with their data loaded."""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modegpt.calibration.texts import hub_access, read_rows
+from modegpt.errors import UserError
+from modegpt.evaluation.local_tasks import local_rows
+from modegpt.evaluation.isolation import isolated_harness
+
+PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+
+# Task -> its configuration inside the harness and the split that is scored. Reading these by path saves the
+# harness's index of every task it knows, which takes 7 to 12 seconds.
+STANDARD_TASKS = {
+    "piqa": ("piqa/piqa.yaml", "validation"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
+    "winogrande": ("winogrande/default.yaml", "validation"),
+    "arc_easy": ("arc/arc_easy.yaml", "test"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "test"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "test"),
+}
+LOCAL_REMEDY = "give local files: evaluation.zeroshot.data_path=FOLDER"
+
+
+def load_tasks(names: Sequence[str], *, data_path: str | None) -> dict[str, Any]:
+    """Load tasks, zero-shot, with their data.
+
+    Args:
+        names: ``"tiny"`` (the embedded five), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge), or any
+            task, group or tag of lm-evaluation-harness.
+        data_path: folder of local files for the standard tasks; see ``local_tasks.py`` for their forms.
+
+    Returns task name -> ``lm_eval.api.task.Task``, groups and tags spelled out, in the order asked for.
+    Raises UserError on an unknown name (close ones are given), unreadable files, or data out of reach.
+    """
+    tiny = {}
+    if "tiny" in names:
+        from modegpt.tiny.tasks import task_configs
+
+        tiny = task_configs()
+    sets = {"tiny": list(tiny), "paper": list(PAPER_TASKS)}
+    wanted = list(dict.fromkeys(task for name in names for task in sets.get(name, [name])))
+    local = {name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny}
+    local |= {name: _in_memory(config, _read_data_files(config)) for name, config in tiny.items()}
+    tasks: dict[str, Any] = {}
+    with isolated_harness():
+        from lm_eval.api.task import ConfigurableTask
+
+        for name in wanted:
+            if name in local:
+                tasks[name] = ConfigurableTask(config=local[name])
+            elif name in STANDARD_TASKS:
+                with hub_access(f"the data of task {name}", LOCAL_REMEDY):
+                    tasks[name] = ConfigurableTask(config=_standard_config(name))
+        others = [name for name in wanted if name not in tasks]
+        tasks |= _other_tasks(others) if others else {}
+    for task in tasks.values():
+        task.set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def task_fingerprint(task: Any, *, limit: int | None) -> str:
+    """sha256 of what a task asks: its prompt templates and every item scored."""
+    config = task.dump_config()
+    templates = {key: str(config.get(key)) for key in ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter")}
+    digest = hashlib.sha256(json.dumps(templates, sort_keys=True).encode())
+    for _, doc in task.doc_iterator(limit=limit):
+        digest.update(json.dumps(dict(doc), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _standard_config(name: str) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file, split = STANDARD_TASKS[name]
+    root = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    config = load_yaml(root / file, resolve_func=True)
+    config.pop("tag", None)
+    splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
+    return config | splits
+
+
+def _local_config(name: str, data_path: str) -> dict[str, Any]:
+    rows = local_rows(name, data_path)  # refuses a name it has no form for
+    return _in_memory(_standard_config(name), {STANDARD_TASKS[name][1]: rows})
+
+
+def _read_data_files(config: dict[str, Any]) -> dict[str, list[dict]]:
+    return {split: [row for _, row in read_rows(file)] for split, file in config["dataset_kwargs"]["data_files"].items()}
+
+
+def _in_memory(config: dict[str, Any], rows_by_split: dict[str, list[dict]]) -> dict[str, Any]:
+    """``config`` over rows already in memory: nothing is written to a data set cache, and nothing stale is read from one."""
+    import datasets
+
+    data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in rows_by_split.items()})
+    return config | {"dataset_path": None, "dataset_name": None, "dataset_kwargs": None, "custom_dataset": lambda **_: data}
+
+
+def _other_tasks(names: list[str]) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, [*manager.all_tasks, "tiny", "paper"], n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else "see `lm-eval ls tasks` for the names, or use tiny or paper"
+            raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; {hint}")
+    with hub_access(f"the data of {', '.join(names)}", "these tasks need the hub, or its cache"):
+        return manager.load(names)["tasks"]
