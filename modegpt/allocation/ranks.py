@@ -127,9 +127,10 @@ def removed_parameters(ranks: Mapping[str, int], layer: Mapping[str, ModuleBudge
 
 
 def layer_ranks(index: int, phi: float, layer: Mapping[str, ModuleBudget], budget: str) -> dict[str, int]:
-    """Ranks of one layer, the finest free module absorbing what the others' rounding leaves (budget="exact")."""
+    """Ranks of one layer, the finest free module (of equals the largest) absorbing what the others leave (budget="exact")."""
     check_sparsity(phi, where=f"layer {index}")
-    free = sorted((name for name, module in layer.items() if is_free(module)), key=lambda name: -layer[name].step)
+    free = [name for name, module in layer.items() if is_free(module)]
+    free.sort(key=lambda name: (-layer[name].step, layer[name].parameters))
     ranks = {}
     for name, module in layer.items():
         if not is_free(module):

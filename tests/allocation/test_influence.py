@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from modegpt.allocation.influence import BlockInfluence
+from modegpt.errors import UserError
+
+
+def test_streaming_mean_of_cosines():
+    g = torch.Generator().manual_seed(0)
+    x_in, x_out = (torch.randn(6, 5, 16, generator=g, dtype=torch.float64) for _ in range(2))
+    x_out = x_in + 0.5 * x_out
+    influence = BlockInfluence()
+    for batch in (slice(0, 1), slice(1, 6)):  # unequal batches must weigh by tokens
+        influence.update(x_in[batch], x_out[batch])
+    cosines = (x_in * x_out).sum(dim=-1) / x_in.norm(dim=-1) / x_out.norm(dim=-1)
+    assert influence.value() == pytest.approx(float(1 - cosines.mean()), rel=1e-12)
+
+
+def test_identity_has_none_and_reversal_has_two():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for x_out, expected in ((3 * x, 0.0), (-x, 2.0)):
+        influence = BlockInfluence()
+        influence.update(x, x_out)
+        assert influence.value() == pytest.approx(expected, abs=1e-7)
+
+
+def test_half_precision_states_are_compared_in_float64():
+    x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # its squared norm overflows float16
+    influence = BlockInfluence()
+    influence.update(x, x)
+    assert influence.value() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="no calibration tokens"):
+        BlockInfluence().value()
+    influence = BlockInfluence()
+    influence.update(torch.full((2, 3), torch.nan), torch.ones(2, 3))
+    with pytest.raises(UserError, match="NaN"):
+        influence.value()

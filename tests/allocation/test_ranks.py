@@ -1,0 +1,185 @@
+import math
+import random
+
+import pytest
+
+from modegpt.allocation import allocate
+from modegpt.allocation.ranks import ModuleBudget, free_sparsity, integer_ranks
+from modegpt.errors import UserError
+
+SEEDS = range(60)
+
+
+def layer(rank_multiple: int = 1, *, d_h: int = 64, n: int = 172, d: int = 16, H: int = 4, H_kv: int = 2, **options):
+    """A gated layer: query-key in rotary pairs, value-output and MLP in single dims, all times the multiple."""
+    heads = (H + H_kv) * d_h
+    return {
+        "mlp": ModuleBudget(size=n, unit=rank_multiple, parameters_per_dimension=3 * d_h, **options.get("mlp", {})),
+        "query_key": ModuleBudget(
+            size=d, unit=math.lcm(2, rank_multiple), parameters_per_dimension=heads, **options.get("query_key", {})
+        ),
+        "value_output": ModuleBudget(
+            size=d, unit=rank_multiple, parameters_per_dimension=heads, **options.get("value_output", {})
+        ),
+    }
+
+
+def draw(seed: int, rank_multiple: int = 1):
+    r = random.Random(seed)
+    H_kv = r.choice([1, 2, 4])
+    shape = dict(
+        d_h=r.choice([32, 64, 96]), n=r.randint(100, 300), d=r.choice([16, 32, 64]), H=H_kv * r.choice([1, 2, 3]), H_kv=H_kv
+    )
+    layers = [layer(rank_multiple, **shape) for _ in range(r.randint(2, 12))]
+    influence = [r.random() for _ in layers]
+    phi = allocate.entropic(influence, r.uniform(0.02, 0.5), epsilon=r.choice([0.3, 1.0, 10.0]), cap=0.7)
+    return phi, layers
+
+
+def removed(ranks, layers) -> int:
+    return sum((m.size - kept[name]) * m.parameters_per_dimension for kept, modules in zip(ranks, layers) for name, m in modules.items())
+
+
+def total(layers) -> int:
+    return sum(m.size * m.parameters_per_dimension for modules in layers for m in modules.values())
+
+
+def assert_allowed(ranks, layers):
+    for kept, modules in zip(ranks, layers, strict=True):
+        assert list(kept) == list(modules)
+        for name, m in modules.items():
+            assert kept[name] == m.size or (kept[name] % m.unit == 0 and 0 < kept[name] < m.size)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rank_multiple", [1, 2, 4, 8])
+def test_achieved_is_within_half_the_smallest_step(seed, rank_multiple):
+    phi, layers = draw(seed, rank_multiple)
+    plan = integer_ranks(phi, layers)
+    assert_allowed(plan.ranks, layers)
+    target = math.fsum(p * total([modules]) for p, modules in zip(phi, layers))
+    step = min(m.unit * m.parameters_per_dimension for modules in layers for m in modules.values())
+    assert abs(removed(plan.ranks, layers) - target) <= step / 2 + 1e-6
+    assert plan.target == pytest.approx(target / total(layers), rel=1e-12)
+    assert plan.achieved == removed(plan.ranks, layers) / total(layers)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_module_stays_near_its_layer(seed):
+    """Coarse modules are within half a unit of their own target; the finest moves by what they left over and one step at most."""
+    phi, layers = draw(seed)
+    plan = integer_ranks(phi, layers)
+    for p, kept, modules in zip(phi, plan.ranks, layers):
+        slack = 1.0
+        finest = min(modules, key=lambda name: (modules[name].step, -modules[name].parameters))
+        off = {name: abs(kept[name] - (1 - p) * m.size) * m.parameters_per_dimension for name, m in modules.items()}
+        for name in set(modules) - {finest}:
+            assert off[name] <= modules[name].step / 2 + 1e-6
+            slack += off[name]
+        assert off[finest] <= slack + 1.5 * modules[finest].step
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nearest_is_the_plain_rule(seed):
+    phi, layers = draw(seed)
+    plan = integer_ranks(phi, layers, budget="nearest")
+    for p, kept, modules in zip(phi, plan.ranks, layers):
+        for name, m in modules.items():
+            assert kept[name] == round((1 - p) * m.size / m.unit) * m.unit or kept[name] == m.size
+    assert plan.achieved == removed(plan.ranks, layers) / total(layers)
+
+
+def test_exact_beats_nearest():
+    worse = 0
+    for seed in SEEDS:
+        phi, layers = draw(seed)
+        exact, nearest = integer_ranks(phi, layers), integer_ranks(phi, layers, budget="nearest")
+        worse += abs(nearest.achieved - nearest.target) > abs(exact.achieved - exact.target)
+    assert worse > 0.8 * len(SEEDS)
+
+
+def test_zero_sparsity_keeps_everything():
+    layers = [layer(8, n=173) for _ in range(3)]
+    plan = integer_ranks([0.0] * 3, layers)
+    assert plan.achieved == plan.target == 0.0
+    assert plan.ranks == [{"mlp": 173, "query_key": 16, "value_output": 16}] * 3
+
+
+def test_full_size_is_allowed_where_the_multiple_does_not_divide_it():
+    module = ModuleBudget(size=173, unit=64, parameters_per_dimension=10)
+    assert [module.nearest_rank(10 * r) for r in (0, 20, 30, 45, 76, 78, 109, 140, 142)] == [173, 173, 128, 128, 128, 64, 64, 64, 0]
+    assert module.nearest_rank(10 * 22) == 173 and module.nearest_rank(10 * 23) == 128
+    assert module.nearest_rank(-50) == 173
+    assert module.move(173, -1) == 128 and module.move(128, 1) == 173 and module.move(173, 1) is None
+    assert module.move(128, -1) == 64 and module.move(64, -1) is None
+    assert ModuleBudget(size=16, unit=64, parameters_per_dimension=1).move(16, -1) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frozen_overridden_and_skipped_do_not_compensate(seed):
+    r = random.Random(seed)
+    layers = [layer(query_key=dict(frozen=True), value_output=dict(sparsity=0.5)) for _ in range(6)]
+    phi = [r.uniform(0.1, 0.5) for _ in layers]
+    phi[2] = 0.0  # a skipped layer: its free modules stay whole
+    plan = integer_ranks(phi, layers)
+    assert all(kept["query_key"] == 16 and kept["value_output"] == 8 for kept in plan.ranks)
+    assert plan.ranks[2]["mlp"] == 172
+    target = math.fsum(p * m["mlp"].parameters + 0.5 * m["value_output"].parameters for p, m in zip(phi, layers))
+    assert abs(removed(plan.ranks, layers) - target) <= layers[0]["mlp"].step / 2 + 1e-6
+    assert plan.target == pytest.approx(target / total(layers))
+
+
+def test_override_of_zero_is_full():
+    plan = integer_ranks([0.3] * 4, [layer(mlp=dict(sparsity=0.0)) for _ in range(4)])
+    assert all(kept["mlp"] == 172 for kept in plan.ranks)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_free_sparsity_reaches_the_whole_target(seed):
+    r = random.Random(seed)
+    layers = [layer(query_key=dict(frozen=True), value_output=dict(sparsity=0.2)) for _ in range(5)]
+    sparsity = r.uniform(0.1, 0.5)
+    phi = allocate.uniform(5, free_sparsity(sparsity, layers))
+    plan = integer_ranks(phi, layers)
+    fixed = 5 * abs(round(0.8 * 16) - 0.8 * 16) * layers[0]["value_output"].parameters_per_dimension
+    assert plan.target == pytest.approx(sparsity, rel=1e-12)
+    assert abs(plan.achieved - sparsity) * total(layers) <= layers[0]["mlp"].step / 2 + fixed
+
+
+def test_free_sparsity_refusals():
+    layers = [layer(mlp=dict(frozen=True))]
+    with pytest.raises(UserError, match="out of reach"):
+        free_sparsity(0.9, layers)
+    with pytest.raises(UserError, match="out of reach"):
+        free_sparsity(0.1, [layer(mlp=dict(sparsity=0.9))])
+    everything = {name: dict(frozen=True) for name in ("mlp", "query_key", "value_output")}
+    with pytest.raises(UserError, match="out of reach"):
+        free_sparsity(0.1, [layer(**everything)])
+    assert free_sparsity(0.0, [layer(**everything)]) == 0.0
+
+
+def test_rank_of_zero_names_layer_and_module():
+    with pytest.raises(UserError, match="layer 1, query_key: .* leaves a rank of zero"):
+        integer_ranks([0.1, 0.95], [layer(), layer()])
+    with pytest.raises(UserError, match="layer 0, value_output"):
+        integer_ranks([0.1], [layer(value_output=dict(sparsity=0.99))])
+    with pytest.raises(UserError, match="layer 0, mlp"):
+        integer_ranks([0.7], [layer(128, query_key=dict(frozen=True), value_output=dict(frozen=True))], budget="nearest")
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="2 layer sparsities given for 1 layers"):
+        integer_ranks([0.1, 0.2], [layer()])
+    with pytest.raises(UserError, match="layer 0: sparsity must be in"):
+        integer_ranks([1.0], [layer()])
+    with pytest.raises(UserError, match="budget must be one of exact, nearest"):
+        integer_ranks([0.1], [layer()], budget="close")
+    with pytest.raises(UserError, match="sparsity must be in"):
+        layer(mlp=dict(sparsity=1.5))
+
+
+def test_llama_2_7b_at_30_percent():
+    layers = [layer(d_h=4096, n=11008, d=128, H=32, H_kv=32) for _ in range(32)]
+    plan = integer_ranks(allocate.uniform(32, 0.3), layers)
+    assert abs(plan.achieved - 0.3) < 0.5 * 3 * 4096 / total(layers)
+    assert {kept["query_key"] for kept in plan.ranks} == {90} and {kept["value_output"] for kept in plan.ranks} == {90}
