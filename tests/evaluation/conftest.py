@@ -1,0 +1,58 @@
+"""A random model, a character tokenizer, and task files of a few items in the forms they are passed around."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = ["<s>", "</s>", "<unk>", *map(chr, range(10, 11)), *map(chr, range(32, 127))]
+
+ROWS = {
+    "piqa": [{"goal": "Boil water.", "sol1": "Heat it in a pot.", "sol2": "Freeze it in a pot."}, {"goal": "dresser", "sol1": "a pin ", "sol2": "a  pin"}],
+    "hellaswag": [
+        {"activity_label": "Pole vault", "ctx_a": "A man runs.", "ctx_b": "the man", "endings": ["jumps [title] up.", "sleeps.", "eats.", "sings."], "label": 0, "ind": 3},
+        {"activity_label": "Tea", "ctx_a": "Two cups.", "ctx_b": "", "endings": ["a.", "b.", "c.", "d."], "label": 3, "ind": 4},
+    ],
+    "winogrande": [
+        {"context_options": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "continuation": "waved to her.", "gold": 1},
+        {"context_options": ["Ann", "The cat"], "continuation": "sat_down.", "gold": 0},
+        {"context_options": ["a_b c", "a_b d"], "continuation": "e.", "gold": 0},
+    ],
+    "arc_easy": [{"question": "What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1}, {"question": "Wet?", "choices": ["sand", "rock", "air", "sea"], "gold": 3}],
+    "arc_challenge": [{"question": "Why is the sky blue?", "choices": ["paint", "light", "ice", "sea"], "gold": 1}, {"question": "Far?", "choices": ["sun", "toe"], "gold": 0}],
+    "openbookqa": [{"query": "Predators eat", "choices": ["lions", "rocks", "bunnies", "grass"], "gold": 2}, {"query": "Ice is", "choices": ["hot", "cold"], "gold": 1}],
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, BOS first."""
+    core = Tokenizer(models.WordLevel({character: index for index, character in enumerate(CHARACTERS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def model() -> LlamaForCausalLM:
+    """A random model of context 64, its logits far enough from flat that scores differ."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(CHARACTERS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """``ROWS`` as files, PIQA's labels beside it."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for task, rows in ROWS.items():
+        (folder / f"{task}_some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "piqa_some-labels.lst").write_text("0\n1\n")
+    return folder

@@ -1,0 +1,101 @@
+"""Local files become the tasks the harness scores: the same strings, the same answers."""
+
+import json
+
+import pytest
+
+from modegpt.errors import UserError
+from modegpt.evaluation.isolation import isolated_harness
+from modegpt.evaluation.local_tasks import local_rows
+from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks
+from tests.evaluation.conftest import ROWS
+
+
+def scored(task) -> list[tuple[list[tuple[str, str]], int]]:
+    """For each item the (context, continuation) strings the harness scores, and the index of the right one."""
+    with isolated_harness():
+        task.build_all_requests()
+    items: dict[int, list] = {}
+    for instance in task.instances:
+        items.setdefault(instance.doc_id, []).append(instance.args)
+    docs = list(task.eval_docs)
+    return [(items[index], task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)) for index, doc in enumerate(docs)]
+
+
+def expected_qa(question: str, choices: list[str], gold: int) -> tuple[list[tuple[str, str]], int]:
+    return [(question, f" {choice}") for choice in choices], gold
+
+
+def test_scored_strings(task_folder):
+    tasks = load_tasks(["paper", "openbookqa"], data_path=str(task_folder))
+    assert list(tasks) == [*PAPER_TASKS, "openbookqa"]
+    for name in ("arc_easy", "arc_challenge"):
+        assert scored(tasks[name]) == [expected_qa(f"Question: {row['question']}\nAnswer:", row["choices"], row["gold"]) for row in ROWS[name]]
+    assert scored(tasks["openbookqa"]) == [expected_qa(row["query"], row["choices"], row["gold"]) for row in ROWS["openbookqa"]]
+    assert scored(tasks["piqa"]) == [expected_qa(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], gold) for row, gold in zip(ROWS["piqa"], (0, 1), strict=True)]
+    hellaswag = scored(tasks["hellaswag"])
+    # the harness's own cleaning: the label in front, the second part capitalised, [title] read as a full stop
+    assert hellaswag[0][0][0] == ("Pole vault: A man runs. The man", " jumps. up.")
+    assert [int(gold) for _, gold in hellaswag] == [0, 3]
+
+
+def winogrande_strings(rows: list[dict]) -> list:
+    return [([(context, f" {row['continuation'].strip()}") for context in row["context_options"]], row["gold"]) for row in rows]
+
+
+def test_winogrande_sentences_give_back_their_strings(task_folder):
+    assert scored(load_tasks(["winogrande"], data_path=str(task_folder))["winogrande"]) == winogrande_strings(ROWS["winogrande"])
+    first = local_rows("winogrande", task_folder)[0]
+    assert first == {"sentence": "Ann saw Eve so _ waved to her.", "option1": "Ann", "option2": "Eve", "answer": "2"}
+
+
+def test_real_winogrande_gives_back_its_strings(shared_dir):
+    folder = shared_dir / "data" / "zeroshot"
+    rows = [json.loads(line) for line in (folder / "winogrande.jsonl").open()]
+    assert len(rows) == 1267 and scored(load_tasks(["winogrande"], data_path=str(folder))["winogrande"]) == winogrande_strings(rows)
+
+
+def test_rows_in_the_tasks_own_columns_pass_unchanged(tmp_path):
+    native = {
+        "winogrande": {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "2"},
+        "arc_easy": {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
+        "openbookqa": {"question_stem": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
+        "piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 1},
+        "hellaswag": {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c", "d"], "label": "1"},
+    }
+    for task, row in native.items():
+        (tmp_path / f"{task}.json").write_text(json.dumps([row]))
+        assert local_rows(task, tmp_path) == [row]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("arc_easy", {"question": "Q", "choices": ["a"], "gold": 1}, "line 1: gold 1 is not the index of one of 1 choices"),
+        ("arc_easy", {"question": "Q", "gold": 1}, "line 1 has no field 'choices'"),
+        ("winogrande", {"context_options": ["a"], "continuation": "b", "gold": 0}, "should be a list of 2 texts"),
+        ("hellaswag", {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 4}, "label 4 is not the index of one of 1 endings"),
+        ("openbookqa", {"question": "Q", "choices": ["a"], "gold": 0}, "line 1 has no field 'query'"),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, not 0 or 1"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, task, row, message):
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        local_rows(task, tmp_path)
+
+
+def test_bad_folders_are_named(task_folder):
+    with pytest.raises(UserError, match="nowhere is not a folder; it should hold piqa"):
+        load_tasks(["piqa"], data_path="nowhere")
+    with pytest.raises(UserError, match="task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"):
+        load_tasks(["boolq"], data_path=str(task_folder))
+    (task_folder / "piqa_some-labels.lst").write_text("0\n")
+    with pytest.raises(UserError, match="piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):
+        load_tasks(["piqa"], data_path=str(task_folder))
+    (task_folder / "piqa_some-labels.lst").unlink()
+    with pytest.raises(UserError, match="cannot read .*piqa_some-labels.lst"):
+        load_tasks(["piqa"], data_path=str(task_folder))
+    (task_folder / "piqa_more.jsonl").write_text("")
+    with pytest.raises(UserError, match="piqa_more.jsonl, piqa_some.jsonl"):
+        load_tasks(["piqa"], data_path=str(task_folder))
