@@ -65,8 +65,19 @@ def test_achieved_is_within_half_the_smallest_step(seed, rank_multiple):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_coarse_units_beside_a_small_target(seed):
+    """Where one unit of a head module outweighs what the whole layer should lose, the MLP must still reach the target."""
+    r = random.Random(seed)
+    layers = [layer(r.choice([2, 4, 8]), d_h=96, n=174, d=32, H=8, H_kv=8)] * r.randint(2, 9)
+    phi = [r.uniform(0.01, 0.18) for _ in layers]
+    plan = integer_ranks(phi, layers)
+    assert_allowed(plan.ranks, layers)
+    assert abs(plan.achieved - plan.target) * total(layers) <= layers[0]["mlp"].step / 2 + 1e-6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_every_module_stays_near_its_layer(seed):
-    """Coarse modules are within half a unit of their own target; the finest moves by what they left over and one step at most."""
+    """Coarse modules are within a unit of their own target; the finest moves by what they left over and one step at most."""
     phi, layers = draw(seed)
     plan = integer_ranks(phi, layers)
     for p, kept, modules in zip(phi, plan.ranks, layers):
@@ -74,7 +85,7 @@ def test_every_module_stays_near_its_layer(seed):
         finest = min(modules, key=lambda name: (modules[name].step, -modules[name].parameters))
         off = {name: abs(kept[name] - (1 - p) * m.size) * m.parameters_per_dimension for name, m in modules.items()}
         for name in set(modules) - {finest}:
-            assert off[name] <= modules[name].step / 2 + 1e-6
+            assert off[name] <= modules[name].step + 1e-6
             slack += off[name]
         assert off[finest] <= slack + 1.5 * modules[finest].step
 
