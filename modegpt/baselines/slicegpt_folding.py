@@ -54,7 +54,7 @@ def folded_layer(sliced_class: type[nn.Module], layer: nn.Module) -> Tensors:
     """
     tensors = {name: tensor.to(torch.float64) for name, tensor in layer.state_dict().items() if name.partition(".")[0] not in sliced_class.norms}
     for name, readers in zip(sliced_class.norms, (sliced_class.attention_readers, sliced_class.mlp_readers), strict=True):
-        scale, shift = norm_tensors(getattr(layer, name))
+        scale, shift = norm_tensors(getattr(layer, name), layer.get_submodule(readers[0]).weight.device)
         for path in readers:
             _put(tensors, path, *fold_norm(*_get(tensors, path), scale, shift))
     if subtracts_mean(layer):
@@ -74,13 +74,15 @@ def folded_embeddings(model: PreTrainedModel) -> Tensors:
 def folded_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The head's weight (vocabulary, d_h) and bias with the final norm folded in, float64."""
     norm = getattr(model.get_decoder(), SLICED_MODELS[model.config.model_type].final_norm)
-    return fold_norm(model.lm_head.weight.to(torch.float64), None, *norm_tensors(norm))
+    return fold_norm(model.lm_head.weight.to(torch.float64), None, *norm_tensors(norm, model.device))
 
 
-def norm_tensors(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift (d_h,) of a norm, float64; None where it has none."""
-    pair = (getattr(norm, "weight", None), getattr(norm, "bias", None))
-    return tuple(None if tensor is None else tensor.detach().to(torch.float64) for tensor in pair)
+def norm_tensors(norm: nn.Module, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift (d_h,) of a norm, float64; None where it has none. A LayerNorm always has a shift, if of zeros."""
+    scale, shift = (None if tensor is None else tensor.detach().to(torch.float64) for tensor in (norm.weight, getattr(norm, "bias", None)))
+    if isinstance(norm, nn.LayerNorm) and shift is None:
+        shift = torch.zeros(norm.normalized_shape, dtype=torch.float64, device=device)
+    return scale, shift
 
 
 def subtracts_mean(layer: nn.Module) -> bool:
