@@ -138,9 +138,10 @@ def layer_ranks(index: int, phi: float, layer: Mapping[str, ModuleBudget], budge
     remaining = phi * sum(layer[name].parameters for name in free)
     for name in free:
         module = layer[name]
-        absorbs = budget == "exact" and name == free[-1]
-        ranks[name] = nonzero(index, name, module, remaining if absorbs else phi * module.parameters)
-        if budget == "exact" and not absorbs and module.removed(ranks[name]) > remaining:
+        ranks[name] = nonzero(index, name, module, phi * module.parameters)
+        if budget == "exact" and name == free[-1]:
+            ranks[name] = max(module.nearest_rank(remaining), min(module.unit, module.size))
+        elif budget == "exact" and module.removed(ranks[name]) > remaining:
             ranks[name] = module.move(ranks[name], 1)  # else a finer module would have to grow beyond its size
         remaining -= module.removed(ranks[name])
     return {name: ranks[name] for name in layer}

@@ -178,6 +178,14 @@ def test_rank_of_zero_names_layer_and_module():
         integer_ranks([0.7], [layer(128, query_key=dict(frozen=True), value_output=dict(frozen=True))], budget="nearest")
 
 
+def test_a_small_absorbing_module_is_never_emptied():
+    """Two heads make value-output the finest module; what the others leave over is more than it has, so other layers take it."""
+    layers = [layer(8, d_h=96, n=192, d=16, H=1, H_kv=1) for _ in range(5)]
+    plan = integer_ranks([0.7, 0.7, 0.09, 0.12, 0.15], layers)
+    assert_allowed(plan.ranks, layers)
+    assert abs(plan.achieved - plan.target) * total(layers) <= layers[0]["value_output"].step / 2 + 1e-6
+
+
 def test_refusals():
     with pytest.raises(UserError, match="2 layer sparsities given for 1 layers"):
         integer_ranks([0.1, 0.2], [layer()])
