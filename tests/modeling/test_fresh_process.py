@@ -61,11 +61,17 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return keep | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(arguments: list[str], tmp_path: Path) -> str:
-    """Standard output of a Python process that cannot see this checkout by itself."""
-    done = subprocess.run([sys.executable, "-I", *arguments], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
+    """A Python process that cannot see this checkout by itself."""
+    return subprocess.Popen(
+        [sys.executable, "-I", *arguments], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def output(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
 
 
 @torch.no_grad()
@@ -88,8 +94,8 @@ def test_logits_are_equal_with_the_package_and_without_it(tmp_path: Path, reposi
     assert {case["tied"] for case in cases} == {True, False}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     (tmp_path / "load.py").write_text(SCRIPT)
-    for way in ("with", "without"):
-        assert "all equal" in run(["load.py", "cases.json", way, str(repository)], tmp_path)
+    ways = [start(["load.py", "cases.json", way, str(repository)], tmp_path) for way in ("with", "without")]
+    assert all("all equal" in output(way) for way in ways)
 
 
 @pytest.mark.slow
@@ -112,5 +118,5 @@ def test_lm_eval_scores_a_checkpoint_from_its_command_line(tmp_path: Path) -> No
     (tmp_path / "tasks" / "words.yaml").write_text(json.dumps(task))
     arguments = ["--model", "hf", "--model_args", "pretrained=model,trust_remote_code=True", "--tasks", "words", "--include_path", "tasks"]
     block = "import sys; sys.modules['modegpt'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    out = run(["-c", block, "run", *arguments, "--device", "cpu", "--batch_size", "2"], tmp_path)
+    out = output(start(["-c", block, "run", *arguments, "--device", "cpu", "--batch_size", "2"], tmp_path))
     assert "|words|" in out and "acc" in out
