@@ -37,13 +37,16 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training hyper-parameters. `doc_start_share`: windows that begin with a document; `bos_share`: windows led by `<s>`."""
+    """Training hyper-parameters. `cosine_steps`: where the cosine would end, were it not for the cooldown of the last
+    `cooldown_steps`; `doc_start_share`: windows that begin with a document; `bos_share`: windows led by `<s>`."""
 
-    num_steps: int = 3000
+    num_steps: int = 1800
     batch_size: int = 8
     learning_rate: float = 3e-3
     final_learning_rate_share: float = 0.02
     warmup_steps: int = 150
+    cosine_steps: int = 3000
+    cooldown_steps: int = 320
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     doc_start_share: float = 0.5
@@ -83,12 +86,14 @@ def draw_batch(ids: torch.Tensor, starts: torch.Tensor, *, recipe: Recipe, windo
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate_share` of the peak."""
+    """Linear warm-up, a cosine towards `final_learning_rate_share` of the peak, and a linear cooldown to zero at the end."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
+    cooldown_start = recipe.num_steps - recipe.cooldown_steps
+    progress = (min(step, cooldown_start) - recipe.warmup_steps) / (recipe.cosine_steps - recipe.warmup_steps)
     low = recipe.final_learning_rate_share
-    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    rate = recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return rate if step < cooldown_start else rate * (recipe.num_steps - step) / recipe.cooldown_steps
 
 
 def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
@@ -159,7 +164,13 @@ def train_and_save(name: str, *, recipe: Recipe, output: Path) -> dict:
     model = build_model(ARCHITECTURES[name], tokenizer, seed=recipe.seed)
     print(f"{name}: {model.num_parameters()} parameters, {len(ids)} training tokens", flush=True)
     losses = train(model, ids, starts, recipe=recipe, window=CONTEXT_TOKENS)
-    training_seconds = time.monotonic() - started
+    return save_and_record(name, model, tokenizer, recipe=recipe, losses=losses, corpus_tokens=len(ids),
+                           training_seconds=time.monotonic() - started, output=output)
+
+
+def save_and_record(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe, losses: list[float],
+                    corpus_tokens: int, training_seconds: float, output: Path) -> dict:
+    """Save a trained model with its tokenizer, score it on held-out text and the tasks, and write its RECIPE.json."""
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(output / name)
@@ -175,7 +186,7 @@ def train_and_save(name: str, *, recipe: Recipe, output: Path) -> dict:
         "num_parameters": model.num_parameters(),
         "recipe": asdict(recipe),
         "corpus_seed": corpus.SEED,
-        "corpus_tokens": len(ids),
+        "corpus_tokens": corpus_tokens,
         "tokens_seen": recipe.num_steps * recipe.batch_size * CONTEXT_TOKENS,
         "final_training_loss": sum(losses[-50:]) / len(losses[-50:]),
         f"perplexity_{CONTEXT_TOKENS}": perplexities,
@@ -195,12 +206,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m modegpt.tiny.train", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(TINY_MODELS), help="train only this model (default: both)")
     parser.add_argument("--output", type=Path, default=MODELS_DIR, help="directory that receives the models")
-    parser.add_argument("--num-steps", type=int, default=Recipe.num_steps)
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
     write_data()
     for name in [parsed.model] if parsed.model else sorted(TINY_MODELS):
-        train_and_save(name, recipe=Recipe(num_steps=parsed.num_steps), output=parsed.output)
+        train_and_save(name, recipe=Recipe(), output=parsed.output)
 
 
 if __name__ == "__main__":

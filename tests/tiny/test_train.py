@@ -29,7 +29,7 @@ def tokenizer(documents):
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_twenty_steps_lower_the_loss_and_repeat_exactly(name, documents, tokenizer):
     ids, starts = encode_documents(documents, tokenizer)
-    recipe = Recipe(num_steps=20, batch_size=8, warmup_steps=5)
+    recipe = Recipe(num_steps=20, batch_size=8, warmup_steps=5, cosine_steps=30, cooldown_steps=5)
     architecture = {**ARCHITECTURES[name], **MICRO[name]}
     runs = []
     for _ in range(2):
@@ -59,12 +59,13 @@ def test_batches_are_windows_of_the_stream(documents, tokenizer):
     assert (draw(0.0, 1.0)[:, 0] == tokenizer.bos_token_id).all()
 
 
-def test_learning_rate_warms_up_then_falls():
-    recipe = Recipe(num_steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate_share=0.1)
+def test_learning_rate_warms_up_falls_and_cools_down():
+    recipe = Recipe(num_steps=100, warmup_steps=10, cosine_steps=170, cooldown_steps=10, learning_rate=1.0, final_learning_rate_share=0.1)
     rates = [learning_rate(step, recipe) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[90] == pytest.approx(0.55)
+    assert rates[90:] == pytest.approx([0.55 * (10 - i) / 10 for i in range(10)])
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
