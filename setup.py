@@ -1,12 +1,15 @@
 """The part of the packaging that ``pyproject.toml`` cannot say: ``conf/`` is top-level in the checkout, ``modegpt/conf`` in the wheel."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
+
+DATA = ["*.csv", "*.json", "*.jsonl", "*.md", "*.safetensors", "*.txt", "*.yaml"]
 
 setup(
-    packages=[*find_packages(include=["modegpt", "modegpt.*"]), "modegpt.conf"],
+    # namespace packages, so that folders of data count too and carry their files
+    packages=[
+        *find_namespace_packages(include=["modegpt", "modegpt.*"], exclude=["*.__pycache__"]),
+        *("modegpt." + package for package in find_namespace_packages(include=["conf", "conf.*"])),
+    ],
     package_dir={"modegpt.conf": "conf"},
-    package_data={
-        "modegpt.conf": ["**/*.yaml"],
-        "modegpt.tiny": ["**/*.json", "**/*.jsonl", "**/*.safetensors", "**/*.txt", "**/*.yaml"],
-    },
+    package_data={"": DATA},
 )

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from modegpt.errors import UserError
+from modegpt.evaluation.spec import EvaluationSpec
 
 Built = TypeVar("Built")
 
@@ -123,12 +124,14 @@ class CacheConfig:
 
 @dataclass
 class ModelConfig:
-    """The dense model: an embedded one by ``name``, or ``path``: a hub name or a local directory."""
+    """The dense model. ``path``: a hub name, a local directory, or ``embedded:NAME`` for one that ships with the package."""
 
-    name: str = "tiny-llama"
+    name: str | None = None
+    """What records call it."""
     path: str | None = None
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
+    """``auto`` keeps the checkpoint's."""
     device: str = "auto"
     """``auto``: the first GPU if there is one, else the CPU."""
 
@@ -174,56 +177,6 @@ class CalibrationConfig:
         _at_least("calibration.batch_size", self.batch_size, 1)
         _at_least("calibration.seed", self.seed, 0)
         _one_of("calibration.precision", self.precision, ("float64", "float32"))
-
-
-@dataclass
-class PerplexityConfig:
-    """Perplexity on non-overlapping windows."""
-
-    source: str = "tiny"
-    path: str | None = None
-    windows: list[int | str] = field(default_factory=lambda: ["context"])
-    """Window lengths in tokens; ``context``: the model's own."""
-    batch_tokens: int = 16384
-
-    def __post_init__(self) -> None:
-        _one_of("evaluation.perplexity.source", self.source, TEXT_SOURCES)
-        if self.source in ("jsonl", "text") and self.path is None:
-            raise UserError(f"evaluation.perplexity.path is missing: source {self.source} reads a file")
-        if not self.windows:
-            raise UserError("evaluation.perplexity.windows is empty: give window lengths in tokens, or evaluation.perplexity=null")
-        for window in self.windows:
-            if isinstance(window, str) and window != "context":
-                raise UserError(f"evaluation.perplexity.windows={window} is neither a number of tokens nor context")
-            if isinstance(window, int):
-                _at_least("evaluation.perplexity.windows", window, 2)
-        _at_least("evaluation.perplexity.batch_tokens", self.batch_tokens, 1)
-
-
-@dataclass
-class ZeroShotConfig:
-    """Zero-shot accuracy through lm-evaluation-harness."""
-
-    tasks: Any = "tiny"
-    """``tiny`` (the embedded five), ``paper`` (the paper's five), or task names."""
-    data_path: str | None = None
-    batch_size: int = 32
-    limit: int | None = None
-    """Items a task, for a quick look; such a run is marked as limited and kept out of tables."""
-
-    def __post_init__(self) -> None:
-        if not _fits(self.tasks, str | list[str]) or not self.tasks:
-            raise UserError(f"evaluation.zeroshot.tasks={self.tasks} must be tiny, paper or a list of task names")
-        _at_least("evaluation.zeroshot.batch_size", self.batch_size, 1)
-        _at_least("evaluation.zeroshot.limit", self.limit, 1)
-
-
-@dataclass
-class EvaluationConfig:
-    """How models are scored; null skips a score."""
-
-    perplexity: PerplexityConfig | None = None
-    zeroshot: ZeroShotConfig | None = None
 
 
 @dataclass
@@ -305,10 +258,14 @@ class RunConfig:
     decomposition: DecompositionConfig = field(default_factory=DecompositionConfig)
     allocation: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        if self.model.path is None or self.model.name is None:
+            raise UserError("model.path is missing: a local directory (model=local model.path=DIR) or a hub name (model=hub model.path=OWNER/NAME)")
         _at_least("seed", self.seed, 0)
         _at_least("threads", self.threads, 1)
+        if (self.allocation.get("name") == "explicit") != (self.compression.layer_sparsity is not None):
+            raise UserError("allocation=explicit and compression.layer_sparsity=[...] go together: one sparsity a layer")

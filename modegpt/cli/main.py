@@ -109,10 +109,11 @@ def run_job(cfg: DictConfig) -> None:
 
 def _run(cfg: DictConfig, overrides: list[str]) -> None:
     config = run_config(cfg)
-    import torch  # here and not above: --help and a refused configuration should not wait for it
+    # here and not above: --help and a refused configuration should not wait for PyTorch
+    if config.threads is not None:
+        import torch
 
+        torch.set_num_threads(config.threads)
     from modegpt.run import run
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     run(config, command=shlex.join(["modegpt", *overrides]))
