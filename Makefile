@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
 tiny-models: $(INSTALLED)
-	@$(PY) -m modegpt.tiny
+	@$(PY) -m modegpt.tiny.train
 
 install: $(INSTALLED)
 
