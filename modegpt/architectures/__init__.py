@@ -3,7 +3,8 @@
 from modegpt.architectures.build import build_compressed, build_layer, merged_tensors, unfused
 from modegpt.architectures.families import FAMILIES, Family, family_of
 from modegpt.architectures.shapes import LayerShape, compressed_config, dense_shape, is_compressed, layer_shapes
-from modegpt.architectures.weights import block_linear_parameters, decoder_layers, layer_tensors, read_mlp, read_query_key, read_value_output
+from modegpt.architectures.weights import block_linear_parameters, decoder_layers, layer_tensors
+from modegpt.architectures.weights import read_mlp, read_query_key, read_value_output
 
 __all__ = [
     "FAMILIES",

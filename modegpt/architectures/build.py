@@ -37,7 +37,8 @@ def unfused(model: PreTrainedModel) -> PreTrainedModel:
         changed.append({})
         for path, parts in family.fused.items():
             rows = [empty.get_submodule(part).out_features for part in parts]
-            changed[-1] |= {f"{part}.weight": W for part, W in zip(parts, layer.get_submodule(path).weight.detach().split(rows), strict=True)}
+            views = layer.get_submodule(path).weight.detach().split(rows)
+            changed[-1] |= {f"{part}.weight": view for part, view in zip(parts, views, strict=True)}
     return build_compressed(model, layer_shapes(config), changed)
 
 

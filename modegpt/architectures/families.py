@@ -80,7 +80,7 @@ FAMILIES = {
             "MoDeGPTQwen3ForCausalLM",
             query_norm_path="self_attn.q_norm",
             key_norm_path="self_attn.k_norm",
-            query_key_dense="the RMSNorm of queries and keys takes its statistics over the whole head, so dropping columns changes the columns that stay",
+            query_key_dense="the RMSNorm of queries and keys spans the whole head, so dropping columns changes those that stay",
         ),
         Family(
             "opt",
@@ -104,17 +104,18 @@ FAMILIES = {
     )
 }
 
-COMPRESSED_PREFIX = "modegpt_"
+RESIZED, SLICED = "modegpt_", "sliced_"
+"""How this package's own model types start: layers of free sizes, and a narrower residual stream."""
 
 
 def is_ours(config: PreTrainedConfig) -> bool:
     """Whether ``config`` belongs to this package's own model classes (whatever the sizes) rather than to the family's."""
-    return config.model_type.startswith(COMPRESSED_PREFIX)
+    return config.model_type.startswith((RESIZED, SLICED))
 
 
 def check_supported(model_type: str) -> Family:
     """The family called ``model_type``. Raises UserError naming the supported ones otherwise."""
-    family = FAMILIES.get(model_type.removeprefix(COMPRESSED_PREFIX))
+    family = FAMILIES.get(model_type.removeprefix(RESIZED).removeprefix(SLICED))
     if family is None:
         raise UserError(f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return family
@@ -129,7 +130,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = check_supported(config.model_type)
     rotary_share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotary_share != 1.0:
-        raise UserError(f"{config.model_type} with partial_rotary_factor {rotary_share} is not supported: every head dimension must be rotary")
+        raise UserError(f"{config.model_type} with partial_rotary_factor {rotary_share} is not supported: it must be 1")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{config.model_type} with use_bidirectional_attention is not supported: only causal language models are")
     return family

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures.families import family_of, is_ours
+from modegpt.architectures.families import SLICED, family_of, is_ours
 from modegpt.errors import UserError
 from modegpt.modeling import modeling_modegpt
 from modegpt.modeling.modeling_modegpt import CompressedFields
@@ -47,7 +47,7 @@ def empty_dense_layer(config: PreTrainedConfig) -> nn.Module:
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The shape of each layer of a dense or compressed model, in order."""
+    """The shape of each layer of a dense model or one with layers of free sizes, in order."""
     if not is_ours(config):
         config = compressed_config(config)
     columns = (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes, config.kv_head_counts, config.linear_ranks)
@@ -55,7 +55,9 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
 
 
 def is_compressed(config: PreTrainedConfig) -> bool:
-    """Whether any layer is smaller than the family's own, or gone."""
+    """Whether any layer, or the residual stream, is smaller than the family's own, or gone."""
+    if config.model_type.startswith(SLICED):
+        return True
     if not is_ours(config):
         return False
     dense = LayerShape(config.dense_head_dim, config.dense_head_dim, config.dense_width, config.dense_kv_heads)
@@ -86,7 +88,8 @@ def compressed_config(
     kept = list(range(config.num_hidden_layers)) if kept_layers is None else list(kept_layers)
     assert kept == sorted(set(kept)) and all(0 <= index < config.num_hidden_layers for index in kept), kept
     fields = config.to_dict()
-    for stale in ("model_type", "architectures", "auto_map", "transformers_version", *(own.name for own in dataclasses.fields(CompressedFields))):
+    own = [field.name for field in dataclasses.fields(CompressedFields)]
+    for stale in ("model_type", "architectures", "auto_map", "transformers_version", *own):
         fields.pop(stale, None)
     fields |= {"num_hidden_layers": len(kept), "kept_layers": kept}
     if fields.get("layer_types"):

@@ -66,7 +66,7 @@ def save_checkpoint(
         try:
             os.rename(partial, directory)  # replaces an empty directory, refuses any other
         except OSError as error:
-            raise UserError(f"{directory} already holds another checkpoint or other files; choose another directory or remove it ({error.strerror})") from None
+            raise UserError(f"{directory} already holds another checkpoint; choose another or remove it ({error.strerror})") from None
         _sync(directory.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,7 +111,9 @@ def _umask() -> int:
     return mask
 
 
-def load_model(path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", revision: str | None = None) -> PreTrainedModel:
+def load_model(
+    path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", revision: str | None = None
+) -> PreTrainedModel:
     """Load a dense or compressed causal language model, in eval mode.
 
     Args:
@@ -135,7 +137,7 @@ def load_model(path: str, dtype: str | torch.dtype = "auto", device: str | torch
             )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of the model's tensors, first {missing[0]}; it is incomplete or not a causal language model")
+        raise UserError(f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model")
     check_finite(model)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,8 +51,9 @@ def _check_manifest(directory: Path) -> None:
         path = directory / name
         if not path.is_file():
             raise UserError(f"{path} is missing: the checkpoint is incomplete; save or copy it again")
-        if path.stat().st_size != described["size"]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes instead of {described['size']}: truncated or changed; save or copy it again")
+        size = path.stat().st_size
+        if size != described["size"]:
+            raise UserError(f"{path} has {size} bytes instead of {described['size']}: truncated or changed; save or copy it again")
         if sha256_of(path) != described["sha256"]:
             raise UserError(f"{path} is not the file that was saved (sha256 differs from {MANIFEST}); save or copy the checkpoint again")
     for path in sorted(directory.iterdir()):

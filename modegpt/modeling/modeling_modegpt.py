@@ -22,21 +22,16 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, Qwen2Config, Qwen3Config
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma.configuration_gemma import GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaForCausalLM
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, eager_attention_forward, rotate_half
-from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralForCausalLM, MistralMLP
-from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, OPTForCausalLM
-from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3ForCausalLM
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2ForCausalLM
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
@@ -60,16 +55,28 @@ class CompressedFields:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        num_layers, head_dim = self.num_hidden_layers, self.dense_head_dim
-        self.qk_head_dims = _per_layer("qk_head_dims", self.qk_head_dims, num_layers, range(1, head_dim + 1), head_dim)
-        self.v_head_dims = _per_layer("v_head_dims", self.v_head_dims, num_layers, range(1, head_dim + 1), head_dim)
-        self.kv_head_counts = _per_layer("kv_head_counts", self.kv_head_counts, num_layers, range(self.dense_kv_heads + 1), self.dense_kv_heads)
-        self.intermediate_sizes = _per_layer("intermediate_sizes", self.intermediate_sizes, num_layers, range(self.dense_width + 1), self.dense_width)
+        self._fill("qk_head_dims", dense=self.dense_head_dim, at_least=1)
+        self._fill("v_head_dims", dense=self.dense_head_dim, at_least=1)
+        self._fill("kv_head_counts", dense=self.dense_kv_heads, at_least=0)
+        self._fill("intermediate_sizes", dense=self.dense_width, at_least=0)
         if hasattr(self, "rope_parameters") and any(size % 2 for size in self.qk_head_dims):
             raise ValueError(f"qk_head_dims must be even, because rotary pairs stay whole, got {self.qk_head_dims}")
-        self.linear_ranks = _per_layer("linear_ranks", self.linear_ranks, num_layers, None, {})
-        self.extra_biases = _per_layer("extra_biases", self.extra_biases, num_layers, None, [])
-        self.kept_layers = _per_layer("kept_layers", self.kept_layers, num_layers, None, list(range(num_layers)), whole=True)
+        self._fill("linear_ranks", dense={})
+        self._fill("extra_biases", dense=[])
+        if self.kept_layers is None:
+            self.kept_layers = list(range(self.num_hidden_layers))
+        self._fill("kept_layers", dense=None)
+
+    def _fill(self, name: str, *, dense, at_least: int | None = None) -> None:
+        """Give every layer the dense value where nothing is said, and check what is said."""
+        values = getattr(self, name)
+        if values is None:
+            values = [dense] * self.num_hidden_layers
+            setattr(self, name, values)
+        if len(values) != self.num_hidden_layers:
+            raise ValueError(f"{name} has {len(values)} entries for {self.num_hidden_layers} layers")
+        if at_least is not None and not all(at_least <= value <= dense for value in values):
+            raise ValueError(f"{name} must lie in {at_least}..{dense}, got {values}")
 
     @property
     def dense_kv_heads(self) -> int:
@@ -88,16 +95,6 @@ class CompressedFields:
         num_kv_heads, qk_dim = self.kv_head_counts[index], self.qk_head_dims[index]
         group = self.num_attention_heads // self.dense_kv_heads
         return group * num_kv_heads * qk_dim, num_kv_heads * qk_dim, num_kv_heads * self.v_head_dims[index]
-
-
-def _per_layer(name: str, values: list | None, num_layers: int, allowed: range | None, default, *, whole: bool = False) -> list:
-    if values is None:
-        return default if whole else [default] * num_layers
-    if len(values) != num_layers:
-        raise ValueError(f"{name} has {len(values)} entries for {num_layers} layers")
-    if allowed is not None and not all(value in allowed for value in values):
-        raise ValueError(f"{name} must lie in {allowed.start}..{allowed.stop - 1}, got {values}")
-    return values
 
 
 class LowRankLinear(nn.Module):
@@ -119,7 +116,7 @@ def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -
         return nn.Linear(in_features, out_features, bias) if rank is None else LowRankLinear(in_features, out_features, rank, bias)
 
 
-def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs) -> tuple[Tensor, Tensor | None]:
+def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
     """Attention with head sizes E (query, key) and Ev (value), kept off the kernels' slow unfused path.
 
     Fused kernels want E == Ev, so the smaller is padded with zeros, which changes nothing in the result. A
@@ -142,7 +139,8 @@ class CompressedAttention:
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.num_kv_heads, self.qk_dim, self.v_dim = config.kv_head_counts[layer_idx], config.qk_head_dims[layer_idx], config.v_head_dims[layer_idx]
+        self.num_kv_heads = config.kv_head_counts[layer_idx]
+        self.qk_dim, self.v_dim = config.qk_head_dims[layer_idx], config.v_head_dims[layer_idx]
         self.num_key_value_groups = config.num_attention_heads // config.dense_kv_heads
         self.attention_dropout = config.attention_dropout
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
@@ -153,8 +151,10 @@ class CompressedAttention:
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (batch, sequence, heads, qk_dim) and values (batch, sequence, heads, v_dim)."""
-        shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_dim)
+        shape, query = hidden_states.shape[:-1], self.q_proj(hidden_states)
+        if self.query_prescaled:  # here and not in the softmax, as the family does, so that rounding agrees to the bit
+            query = query * self.scaling
+        query = query.view(*shape, -1, self.qk_dim)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk_dim)
         return query, key, self.v_proj(hidden_states).view(*shape, -1, self.v_dim)
 
@@ -334,13 +334,6 @@ class MoDeGPTOPTConfig(CompressedFields, OPTConfig):
 class MoDeGPTOPTAttention(CompressedAttention, OPTAttention):
     query_prescaled = True
     output = "out_proj"
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = hidden_states.shape[:-1]
-        # Scaled before the heads are split, as the family does, so that rounding agrees to the bit.
-        query = (self.q_proj(hidden_states) * self.scaling).view(*shape, -1, self.qk_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_dim)
-        return query, key, self.v_proj(hidden_states).view(*shape, -1, self.v_dim)
 
 
 class MoDeGPTOPTForCausalLM(CompressedCausalLM, OPTForCausalLM):

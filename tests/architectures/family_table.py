@@ -117,11 +117,11 @@ def random_selection(family: Family, dense: LayerShape, shape: LayerShape, gener
 
 
 def _take(tensor: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
-    """Rows of per-head ``tensor`` along ``dim`` by per-KV-head ``index``, each repeated for its group of query heads."""
+    """What ``index`` (H_kv, k) keeps along ``dim`` of per-head ``tensor``, each row repeated for its group of query heads."""
     if tensor is None:
         return None
     index = index.repeat_interleave(tensor.shape[0] // index.shape[0], dim=0)
-    return torch.take_along_dim(tensor, index.unsqueeze(1) if (tensor.ndim, dim) == (3, 2) else index.unsqueeze(2) if dim == 1 and tensor.ndim == 3 else index, dim)
+    return torch.take_along_dim(tensor, index if tensor.ndim == 2 else index.unsqueeze(3 - dim), dim)
 
 
 def sliced_mlp(mlp: MLPWeights, S: Tensor) -> MLPWeights:
@@ -130,8 +130,9 @@ def sliced_mlp(mlp: MLPWeights, S: Tensor) -> MLPWeights:
 
 
 def sliced_query_key(weights: QueryKeyWeights, selection: Selection) -> QueryKeyWeights:
-    columns = {name: _take(getattr(weights, name), selection.query_key, 2 if name[0] == "W" else 1) for name in ("W_Q", "W_K", "b_Q", "b_K")}
-    return dataclasses.replace(weights, rope_index=selection.rope_index, **columns)
+    W = {name: _take(getattr(weights, name), selection.query_key, 2) for name in ("W_Q", "W_K")}
+    b = {name: _take(getattr(weights, name), selection.query_key, 1) for name in ("b_Q", "b_K")}
+    return dataclasses.replace(weights, rope_index=selection.rope_index, **W, **b)
 
 
 def sliced_value_output(weights: ValueOutputWeights, S: Tensor) -> ValueOutputWeights:

@@ -66,7 +66,7 @@ def test_layers_may_lose_heads(name: str, num_kv_heads: int) -> None:
         config,
         fewer,
         query_key=QueryKeyWeights(
-            qk.W_Q[:queries], qk.W_K[:num_kv_heads], first(qk.b_Q, queries), first(qk.b_K, num_kv_heads), rope=qk.rope, rope_index=qk.rope_index
+            qk.W_Q[:queries], qk.W_K[:num_kv_heads], first(qk.b_Q, queries), first(qk.b_K, num_kv_heads), rope=qk.rope
         ),
         value_output=ValueOutputWeights(vo.W_V[:num_kv_heads], vo.W_O[:queries], first(vo.b_V, num_kv_heads), vo.b_O),
     )
@@ -174,9 +174,8 @@ def test_static_cache_and_beams(name: str) -> None:
     cached, _ = generations(compressed)
     ids = tokens(2, 8)
     static = StaticCache(config=compressed.config, max_cache_len=16)
-    out = compressed.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=static, max_new_tokens=6, min_new_tokens=6, do_sample=False, disable_compile=True
-    )
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    out = compressed.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=static, **settings)
     assert torch.equal(out, cached)
     keys, values = static.layers[0].keys.shape[-1], static.layers[0].values.shape[-1]
     assert (keys, values) == (smaller_shape(dense_model(name).config).qk_head_dim, smaller_shape(dense_model(name).config).v_head_dim)
@@ -285,5 +284,5 @@ def test_tensors_that_contradict_the_shape_are_refused() -> None:
 
 
 def test_wide_heads_count_in_full() -> None:
-    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=40, num_hidden_layers=1)
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=40)
     assert dense_shape(config) == LayerShape(qk_head_dim=16, v_head_dim=16, intermediate_size=40, num_kv_heads=2)

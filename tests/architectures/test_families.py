@@ -34,11 +34,10 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
 def test_full_size_reproduces_the_stock_model(name: str) -> None:
     native, dense = native_model(name), dense_model(name)
     family, shape = family_of(dense.config), dense_shape(dense.config)
+    readers = {"mlp": read_mlp, "query_key": read_query_key, "value_output": read_value_output}
     rewritten = [
-        layer_tensors(
-            family, dense.config, shape, mlp=read_mlp(family, x), query_key=read_query_key(family, x), value_output=read_value_output(family, x)
-        )
-        for x in decoder_layers(dense)
+        layer_tensors(family, dense.config, shape, **{module: read(family, layer) for module, read in readers.items()})
+        for layer in decoder_layers(dense)
     ]
     untouched = build_compressed(dense, [shape] * len(rewritten), [{} for _ in rewritten])
     rebuilt = build_compressed(dense, [shape] * len(rewritten), rewritten)
@@ -142,7 +141,8 @@ def test_weights_are_read_in_the_orientation_of_the_paper(name: str) -> None:
             torch.testing.assert_close(times(mlp.W_G, mlp.b_G), family.gate(layer)(x))
         h = torch.randn(5, dense_shape(dense.config).intermediate_size)
         torch.testing.assert_close(times(mlp.W_D, mlp.b_D, h), family.down(layer)(h))
-        for W, b, linear in ((qk.W_Q, qk.b_Q, family.query(layer)), (qk.W_K, qk.b_K, family.key(layer)), (vo.W_V, vo.b_V, family.value(layer))):
+        projections = [(qk.W_Q, qk.b_Q, family.query(layer)), (qk.W_K, qk.b_K, family.key(layer)), (vo.W_V, vo.b_V, family.value(layer))]
+        for W, b, linear in projections:
             per_head = torch.stack([times(W[h], None if b is None else b[h]) for h in range(W.shape[0])], dim=1)
             torch.testing.assert_close(per_head.flatten(1), linear(x))
         states = torch.randn(5, *vo.W_O.shape[:2])
@@ -159,10 +159,11 @@ def test_building_shares_what_is_untouched_and_leaves_the_dense_model_alone(name
         warnings.simplefilter("error")
         compressed, _ = sliced_model(dense)
     family, own, theirs = family_of(dense.config), compressed.state_dict(), dense.state_dict()
-    changed = (family.query_path, family.key_path, family.value_path, family.output_path, family.gate_path, family.up_path, family.down_path)
-    untouched = {key for key in own if not any(path and f".{path}." in key for path in changed)} & theirs.keys()
+    linears = {name for name, module in decoder_layers(dense)[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    untouched = {key for key in own if not any(f".{path}." in key for path in linears)} & theirs.keys()
     assert "norm" in " ".join(untouched) and all(own[key].data_ptr() == theirs[key].data_ptr() for key in untouched)
-    assert not any(own[key].data_ptr() == theirs[key].data_ptr() for key in own.keys() & theirs.keys() if f".{family.down_path}.weight" in key)
+    rewritten = {key for key in own if key.endswith(f".{family.down_path}.weight")}
+    assert rewritten and not any(own[key].data_ptr() == theirs[key].data_ptr() for key in rewritten)
     assert all(torch.equal(before[key], value) for key, value in theirs.items())
     assert not any(tensor.is_meta for tensor in (*compressed.parameters(), *compressed.buffers()))
     tied = dense.get_output_embeddings().weight is dense.get_input_embeddings().weight

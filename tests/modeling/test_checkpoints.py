@@ -46,8 +46,8 @@ def shards(directory: Path) -> list[Path]:
 
 def test_the_folder_holds_all_that_people_need(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "modeling_modegpt.py", "README.md", MANIFEST}
-    assert wanted <= names and len(shards(saved)) > 1
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert tokenizer | {"config.json", "generation_config.json", "modeling_modegpt.py", "README.md", MANIFEST} <= names and len(shards(saved)) > 1
     config = json.loads((saved / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_modegpt.MoDeGPTLlamaForCausalLM" and config["qk_head_dims"] == [6, 6, 6]
     card = (saved / "README.md").read_text()

@@ -63,9 +63,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
     """A Python process that cannot see this checkout by itself."""
-    return subprocess.Popen(
-        [sys.executable, "-I", *arguments], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-I", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), **pipes)
 
 
 def output(process: subprocess.Popen) -> str:
