@@ -197,7 +197,8 @@ def _tiny(path: str | None, split: str, max_documents: int | None) -> list[str]:
 
 def _wikitext2(path: str | None, split: str, max_documents: int | None) -> list[str]:
     if path is None:
-        return [row["text"] for row in _hub_rows("Salesforce/wikitext", SPLITS[split], "wikitext2", max_documents, name="wikitext-2-raw-v1")]
+        rows = _hub_rows("Salesforce/wikitext", SPLITS[split], "wikitext2", max_documents, name="wikitext-2-raw-v1")
+        return [row["text"] for row in rows]
     if os.path.isdir(path):
         pattern = {"calibration": "wiki.train*", "validation": "wiki.valid*", "test": "wiki.test*"}[split]
         path = str(only_file(path, pattern))
@@ -209,7 +210,8 @@ def _alpaca(path: str | None, split: str, max_documents: int | None) -> list[str
     if path is None:
         if split != "calibration":
             raise UserError(f"alpaca has no {split} split on the hub; give a file of your own with path=FILE")
-        rows = ((f"tatsu-lab/alpaca, row {index}", row) for index, row in enumerate(_hub_rows("tatsu-lab/alpaca", "train", "alpaca", max_documents)))
+        hub_rows = _hub_rows("tatsu-lab/alpaca", "train", "alpaca", max_documents)
+        rows = ((f"tatsu-lab/alpaca, row {index}", row) for index, row in enumerate(hub_rows))
     else:
         rows = read_rows(path, max_rows=max_documents)
     parts = ((field(row, "instruction", place), row.get("input") or "", field(row, "output", place)) for place, row in rows)

@@ -48,7 +48,9 @@ class PreparedEvaluation:
         }
 
 
-def prepare_evaluation(spec: EvaluationSpec, *, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> PreparedEvaluation:
+def prepare_evaluation(
+    spec: EvaluationSpec, *, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
+) -> PreparedEvaluation:
     """Load the text and the tasks of ``spec`` and check them against the model.
 
     Raises UserError on unreadable files, unknown tasks or sources, a hub out of reach, a text shorter than one window,
@@ -58,8 +60,11 @@ def prepare_evaluation(spec: EvaluationSpec, *, tokenizer: PreTrainedTokenizerBa
     context = int(model_config.max_position_embeddings)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has neither a BOS nor an EOS token; zero-shot scoring needs one to start from")
-    tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path) if spec.zeroshot and spec.zeroshot.tasks else {}
-    text = _prepare_text(spec.perplexity, tokenizer, model_config.vocab_size, context) if spec.perplexity and spec.perplexity.source else None
+    tasks, text = {}, None
+    if spec.zeroshot and spec.zeroshot.tasks:
+        tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path)
+    if spec.perplexity and spec.perplexity.source:
+        text = _prepare_text(spec.perplexity, tokenizer, model_config.vocab_size, context)
     return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
 
 
@@ -67,7 +72,10 @@ def _prepare_text(spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase, voca
     documents = load_documents(spec.source, path=spec.path, split="test")
     token_ids = tokenize_stream(documents, tokenizer)
     if token_ids.max() >= vocab_size:
-        raise UserError(f"the tokenizer gives id {int(token_ids.max())} but the model's vocabulary has {vocab_size} entries; they do not belong together")
+        raise UserError(
+            f"the tokenizer gives id {int(token_ids.max())} but the model's vocabulary has {vocab_size} entries; "
+            "they do not belong together"
+        )
     windows = resolve_windows(spec.windows, context=context, num_tokens=token_ids.numel(), what=spec.path or f"the {spec.source} test text")
     return ScoredText(spec=spec, token_ids=token_ids, sha256=token_fingerprint(token_ids), windows=windows)
 
@@ -75,8 +83,9 @@ def _prepare_text(spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase, voca
 def evaluate(model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
     """Score ``model``, which is put in evaluation mode; perplexities first, each said as ``label`` when known.
 
-    Returns ``{"perplexity": {ppl_<source>_<window>: {value, window, num_windows, num_predicted_tokens, mean_nll, num_tokens,
-    tokens_sha256}}, "zeroshot": {task: {...}, "mean": {...}}}`` (see ``perplexity`` and ``zeroshot``); what is not asked for is empty.
+    Returns ``{"perplexity": {ppl_<source>_<window>: {value, window, num_windows, num_predicted_tokens, mean_nll,
+    num_tokens, tokens_sha256}}, "zeroshot": {task: {...}, "mean": {...}}}`` (see ``perplexity`` and ``zeroshot``); what is
+    not asked for is empty.
     Raises UserError when the model gives NaN or infinite logits.
     """
     model.eval()
@@ -115,5 +124,7 @@ def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, 
     }
     return {
         "zeroshot": {name: after / before if before else None for name, (before, after) in accuracies.items()},
-        "perplexity_increase": {name: compressed["perplexity"][name]["value"] / score["value"] for name, score in dense["perplexity"].items()},
+        "perplexity_increase": {
+            name: compressed["perplexity"][name]["value"] / score["value"] for name, score in dense["perplexity"].items()
+        },
     }

@@ -63,7 +63,8 @@ class HarnessModel(HFLM):
             if pair not in self.encodings:
                 context = pair[0].rstrip()
                 moved[pair] = (context, pair[0][len(context) :] + pair[1])  # trailing spaces belong to the next word
-        texts = list(dict.fromkeys(text for context, continuation in moved.values() if context for text in (context, context + continuation)))
+        pieces = [text for context, continuation in moved.values() if context for text in (context, context + continuation)]
+        texts = list(dict.fromkeys(pieces))
         tokens = dict(zip(texts, self._tokenize(texts), strict=True))
         for pair, (context, continuation) in moved.items():
             if context:
@@ -86,7 +87,9 @@ class HarnessModel(HFLM):
         return (tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix_token_id] else ([self.prefix_token_id], tokens)
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: int | None = None) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         """Summed log-likelihood of each continuation, and whether it is the greedy one.
 
         A request that does not fit the context keeps its last ``max_length`` predicted tokens; an empty continuation scores 0.
@@ -105,14 +108,18 @@ class HarnessModel(HFLM):
             self.bar.update(sum(map(len, batch)))
         return results
 
-    def _score_batch(self, inputs: list[tuple[int, ...]], continuations: list[list[tuple[int, list[int]]]], results: list[tuple[float, bool]]) -> None:
+    def _score_batch(
+        self, inputs: list[tuple[int, ...]], groups: list[list[tuple[int, list[int]]]], results: list[tuple[float, bool]]
+    ) -> None:
+        """Score the (request, continuation) pairs in ``groups`` that go with each of ``inputs``, the longest first, into ``results``."""
         width = len(inputs[0])
         # causal attention: what pads the right end changes nothing before it
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in inputs], device=self.device)
-        first = min(len(tokens) - len(continuation) for tokens, group in zip(inputs, continuations, strict=True) for _, continuation in group)
+        longest = [max(len(continuation) for _, continuation in group) for group in groups]
+        first = min(len(tokens) - count for tokens, count in zip(inputs, longest, strict=True))  # nothing before it is predicted from
         logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=width - first).logits  # (batch, width - first, vocabulary)
         rows, columns, targets, owners, lengths = [], [], [], [], []
-        for row, (tokens, group) in enumerate(zip(inputs, continuations, strict=True)):
+        for row, (tokens, group) in enumerate(zip(inputs, groups, strict=True)):
             for index, continuation in group:
                 rows += [row] * len(continuation)
                 columns += range(len(tokens) - len(continuation) - first, len(tokens) - first)

@@ -23,5 +23,7 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor, *, what: str) -> Tens
     chunks = zip(logits.split(rows), targets.split(rows), strict=True)
     scores = torch.cat([-F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
     if not torch.isfinite(scores).all():
-        raise UserError(f"the model's logits are NaN or infinite while scoring {what}; its weights or its dtype ({logits.dtype}) cannot be evaluated")
+        raise UserError(
+            f"the model's logits are NaN or infinite while scoring {what}; look at its weights, or try another dtype than {logits.dtype}"
+        )
     return scores

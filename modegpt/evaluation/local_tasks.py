@@ -56,7 +56,7 @@ def _hellaswag(row: dict, place: str) -> dict:
 
 
 def _winogrande(row: dict, place: str) -> dict:
-    """The harness scores ``sentence`` up to ``_`` with each option in its place, then the rest stripped: rebuilt from those strings.
+    """Rebuild ``sentence`` from the strings scored: what stands before ``_`` with each option in its place, then the rest, stripped.
 
     The cut is the last word boundary that the two contexts share, so options are whole words.
     """
@@ -87,7 +87,8 @@ def _arc(row: dict, place: str) -> dict:
 
 def _openbookqa(row: dict, place: str) -> dict:
     if "question_stem" in row:
-        return {"question_stem": field(row, "question_stem", place), "choices": field(row, "choices", place, dict), "answerKey": row["answerKey"]}
+        question = {"question_stem": field(row, "question_stem", place)}
+        return question | {"choices": field(row, "choices", place, dict), "answerKey": field(row, "answerKey", place)}
     return {"question_stem": field(row, "query", place)} | _labelled_choices(row, _choices(row, "choices", place), place)
 
 

@@ -32,9 +32,15 @@ def resolve_windows(windows: str | Sequence[int], *, context: int, num_tokens: i
         windows = [min(context, LARGEST_AUTO_WINDOW)] + [STANDARD_WINDOW] * (context >= STANDARD_WINDOW)
     for window in windows:
         if window > context:
-            raise UserError(f"a perplexity window of {window} tokens is longer than the model's context of {context}; set evaluation.perplexity.windows=[{context}]")
+            raise UserError(
+                f"a perplexity window of {window} tokens is longer than the model's context of {context}; "
+                f"set evaluation.perplexity.windows=[{context}]"
+            )
         if window > num_tokens:
-            raise UserError(f"{what} holds {num_tokens} tokens, less than one window of {window}; give more text or set evaluation.perplexity.windows=[N] with N <= {num_tokens}")
+            raise UserError(
+                f"{what} holds {num_tokens} tokens, less than one window of {window}; "
+                f"give more text or set evaluation.perplexity.windows=[N] with N <= {num_tokens}"
+            )
     return sorted(set(windows))
 
 
@@ -71,4 +77,10 @@ def perplexity(model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_
     mean_nll = total / num_predicted_tokens
     if mean_nll > math.log(torch.finfo(torch.float64).max):
         raise UserError(f"the perplexity overflows: {mean_nll:.0f} nats a token on windows of {window}")
-    return {"value": math.exp(mean_nll), "window": window, "num_windows": num_windows, "num_predicted_tokens": num_predicted_tokens, "mean_nll": mean_nll}
+    return {
+        "value": math.exp(mean_nll),
+        "window": window,
+        "num_windows": num_windows,
+        "num_predicted_tokens": num_predicted_tokens,
+        "mean_nll": mean_nll,
+    }

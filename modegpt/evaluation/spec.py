@@ -32,7 +32,7 @@ class PerplexitySpec:
             if isinstance(self.windows, str) or not self.windows or not all(isinstance(window, int) for window in self.windows):
                 raise UserError(f"evaluation.perplexity.windows={self.windows} should be auto or a list of lengths, such as [2048]")
             if min(self.windows) < 2:
-                raise UserError(f"evaluation.perplexity.windows={list(self.windows)}: a window needs at least 2 tokens, one to predict from and one to predict")
+                raise UserError(f"evaluation.perplexity.windows={list(self.windows)}: a window needs at least 2 tokens")
         _at_least("evaluation.perplexity.batch_tokens", self.batch_tokens, 1)
 
 

@@ -49,7 +49,8 @@ def zeroshot(
     for name, score in scores.items():
         score["num_truncated"] = scorer.num_truncated[name]
         if score["num_truncated"]:
-            progress.say(f"{name}: {score['num_truncated']} requests were longer than the context of {max_length} tokens and lost their beginning")
+            longer = f"{score['num_truncated']} requests were longer than the context of {max_length} tokens"
+            progress.say(f"{name}: {longer} and lost their beginning")
     return scores | {"mean": mean_score(scores, limit=limit)}
 
 
@@ -73,7 +74,8 @@ def _task_score(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     metrics = [metric for metric in reversed(values) if not metric.endswith("_stderr")]
     metric = METRIC_EXCEPTIONS.get(name) or next((known for known in ("acc_norm", "acc") if known in metrics), metrics[0])
     kept = dict.fromkeys(known for known in ("acc", "acc_norm", metric) if known in metrics)
-    score = {"metric": metric, "value": values[metric], "stderr": _number(values.get(f"{metric}_stderr")), "num_items": raw["sample_len"]}
+    stderr = _number(values.get(f"{metric}_stderr"))
+    score = {"metric": metric, "value": values[metric], "stderr": stderr, "num_items": raw["sample_len"]}
     for known in kept:
         score |= {known: values[known], f"{known}_stderr": _number(values.get(f"{known}_stderr"))}
     return score

@@ -11,26 +11,45 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CHARACTERS = ["<s>", "</s>", "<unk>", *map(chr, range(10, 11)), *map(chr, range(32, 127))]
 
 ROWS = {
-    "piqa": [{"goal": "Boil water.", "sol1": "Heat it in a pot.", "sol2": "Freeze it in a pot."}, {"goal": "dresser", "sol1": "a pin ", "sol2": "a  pin"}],
+    "piqa": [
+        {"goal": "Boil water.", "sol1": "Heat it in a pot.", "sol2": "Freeze it in a pot."},
+        {"goal": "dresser", "sol1": "a pin ", "sol2": "a  pin"},
+    ],
     "hellaswag": [
-        {"activity_label": "Pole vault", "ctx_a": "A man runs.", "ctx_b": "the man", "endings": ["jumps [title] up.", "sleeps.", "eats.", "sings."], "label": 0, "ind": 3},
-        {"activity_label": "Tea", "ctx_a": "Two cups.", "ctx_b": "", "endings": ["a.", "b.", "c.", "d."], "label": 3, "ind": 4},
+        {
+            "activity_label": "Pole vault",
+            "ctx_a": "A man runs.",
+            "ctx_b": "the man",
+            "endings": ["jumps [title] up.", "sleeps.", "eats.", "sings."],
+            "label": 0,
+        },
+        {"activity_label": "Tea", "ctx_a": "Two cups.", "ctx_b": "", "endings": ["a.", "b.", "c.", "d."], "label": 3},
     ],
     "winogrande": [
         {"context_options": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "continuation": "waved to her.", "gold": 1},
         {"context_options": ["Ann", "The cat"], "continuation": "sat_down.", "gold": 0},
         {"context_options": ["a_b c", "a_b d"], "continuation": "e.", "gold": 0},
     ],
-    "arc_easy": [{"question": "What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1}, {"question": "Wet?", "choices": ["sand", "rock", "air", "sea"], "gold": 3}],
-    "arc_challenge": [{"question": "Why is the sky blue?", "choices": ["paint", "light", "ice", "sea"], "gold": 1}, {"question": "Far?", "choices": ["sun", "toe"], "gold": 0}],
-    "openbookqa": [{"query": "Predators eat", "choices": ["lions", "rocks", "bunnies", "grass"], "gold": 2}, {"query": "Ice is", "choices": ["hot", "cold"], "gold": 1}],
+    "arc_easy": [
+        {"question": "What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1},
+        {"question": "Wet?", "choices": ["sand", "rock", "air", "sea"], "gold": 3},
+    ],
+    "arc_challenge": [
+        {"question": "Why is the sky blue?", "choices": ["paint", "light", "ice", "sea"], "gold": 1},
+        {"question": "Far?", "choices": ["sun", "toe"], "gold": 0},
+    ],
+    "openbookqa": [
+        {"query": "Predators eat", "choices": ["lions", "rocks", "bunnies", "grass"], "gold": 2},
+        {"query": "Ice is", "choices": ["hot", "cold"], "gold": 1},
+    ],
 }
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a character, BOS first."""
-    core = Tokenizer(models.WordLevel({character: index for index, character in enumerate(CHARACTERS)}, unk_token="<unk>"))
+    vocabulary = {character: index for index, character in enumerate(CHARACTERS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -41,9 +60,17 @@ def model() -> LlamaForCausalLM:
     """A random model of context 64, its logits far enough from flat that scores differ."""
     torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=len(CHARACTERS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=0, eos_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=len(CHARACTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).eval()
 
 

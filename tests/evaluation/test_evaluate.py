@@ -117,7 +117,11 @@ def test_retention():
     def scores(accuracy: float, perplexity: float) -> dict:
         return {
             "perplexity": {"ppl_tiny_256": {"value": perplexity}},
-            "zeroshot": {"a": {"metric": "acc_norm", "value": accuracy}, "w": {"metric": "word_perplexity", "value": 3.0}, "mean": {"value": accuracy}},
+            "zeroshot": {
+                "a": {"metric": "acc_norm", "value": accuracy},
+                "w": {"metric": "word_perplexity", "value": 3.0},
+                "mean": {"value": accuracy},
+            },
         }
 
     kept = retention(scores(0.8, 4.0), scores(0.6, 6.0))
@@ -146,7 +150,14 @@ def test_bad_values_are_refused(make, message):
 
 
 def test_configurations_are_specs(repository):
-    expected = {"tiny": ("tiny", ["tiny"]), "wikitext2": ("wikitext2", None), "paper": ("wikitext2", ["paper"]), "jsonl": ("jsonl", None), "text": ("text", None), "none": (None, None)}
+    expected = {
+        "tiny": ("tiny", ["tiny"]),
+        "wikitext2": ("wikitext2", None),
+        "paper": ("wikitext2", ["paper"]),
+        "jsonl": ("jsonl", None),
+        "text": ("text", None),
+        "none": (None, None),
+    }
     folder = repository / "conf" / "evaluation"
     assert {path.stem for path in folder.glob("*.yaml")} == set(expected)
     with initialize_config_dir(str(folder.parent), version_base="1.3"):

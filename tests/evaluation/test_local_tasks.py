@@ -26,13 +26,18 @@ def expected_qa(question: str, choices: list[str], gold: int) -> tuple[list[tupl
     return [(question, f" {choice}") for choice in choices], gold
 
 
+def asked(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
 def test_scored_strings(task_folder):
     tasks = load_tasks(["paper", "openbookqa"], data_path=str(task_folder))
     assert list(tasks) == [*PAPER_TASKS, "openbookqa"]
     for name in ("arc_easy", "arc_challenge"):
-        assert scored(tasks[name]) == [expected_qa(f"Question: {row['question']}\nAnswer:", row["choices"], row["gold"]) for row in ROWS[name]]
+        assert scored(tasks[name]) == [expected_qa(asked(row["question"]), row["choices"], row["gold"]) for row in ROWS[name]]
     assert scored(tasks["openbookqa"]) == [expected_qa(row["query"], row["choices"], row["gold"]) for row in ROWS["openbookqa"]]
-    assert scored(tasks["piqa"]) == [expected_qa(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], gold) for row, gold in zip(ROWS["piqa"], (0, 1), strict=True)]
+    solutions = [expected_qa(asked(row["goal"]), [row["sol1"], row["sol2"]], gold) for gold, row in enumerate(ROWS["piqa"])]
+    assert scored(tasks["piqa"]) == solutions
     hellaswag = scored(tasks["hellaswag"])
     # the harness's own cleaning: the label in front, the second part capitalised, [title] read as a full stop
     assert hellaswag[0][0][0] == ("Pole vault: A man runs. The man", " jumps. up.")
@@ -74,7 +79,7 @@ def test_rows_in_the_tasks_own_columns_pass_unchanged(tmp_path):
         ("arc_easy", {"question": "Q", "choices": ["a"], "gold": 1}, "line 1: gold 1 is not the index of one of 1 choices"),
         ("arc_easy", {"question": "Q", "gold": 1}, "line 1 has no field 'choices'"),
         ("winogrande", {"context_options": ["a"], "continuation": "b", "gold": 0}, "should be a list of 2 texts"),
-        ("hellaswag", {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 4}, "label 4 is not the index of one of 1 endings"),
+        ("hellaswag", {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 4}, "label 4 is not the index"),
         ("openbookqa", {"question": "Q", "choices": ["a"], "gold": 0}, "line 1 has no field 'query'"),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, not 0 or 1"),
     ],

@@ -58,7 +58,8 @@ def test_bfloat16_logits_are_reduced_in_float32(model, token_ids):
     with torch.inference_mode():
         logits = low(token_ids[None, :16]).logits[0, :-1]
     expected = -logits.double().log_softmax(-1).gather(1, token_ids[1:16, None]).mean()
-    assert perplexity(low, token_ids[:16], window=16, batch_tokens=16, progress=QUIET)["mean_nll"] == pytest.approx(expected.item(), rel=1e-5)
+    result = perplexity(low, token_ids[:16], window=16, batch_tokens=16, progress=QUIET)
+    assert result["mean_nll"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -70,7 +71,10 @@ def test_bad_logits_are_refused(model, token_ids, bad):
         perplexity(broken, token_ids, window=16, batch_tokens=64, progress=QUIET)
 
 
-@pytest.mark.parametrize(("context", "expected"), [(256, [256]), (2048, [2048]), (3000, [2048, 3000]), (4096, [2048, 4096]), (131072, [2048, 4096])])
+CONTEXTS = [(256, [256]), (2048, [2048]), (3000, [2048, 3000]), (4096, [2048, 4096]), (131072, [2048, 4096])]
+
+
+@pytest.mark.parametrize(("context", "expected"), CONTEXTS)
 def test_auto_windows(context, expected):
     assert resolve_windows("auto", context=context, num_tokens=10**6, what="text") == expected
 

@@ -44,21 +44,29 @@ def requests_of(tasks) -> list:
     return [instance for task in tasks.values() for instance in task.instances]
 
 
+def our_wrapper(model, tokenizer, *, max_length: int, batch_size: int):
+    with isolated_harness():
+        from modegpt.evaluation.harness_model import HarnessModel
+
+        own_tokenizer = copy.deepcopy(tokenizer)
+        bar = tqdm(disable=True)
+        return HarnessModel(model, own_tokenizer, batch_size=batch_size, max_length=max_length, encodings={}, bar=bar)
+
+
 def both_wrappers(model, tokenizer, requests, *, max_length: int, batch_size: int = 3):
     """(log-likelihood, greedy) of each request, by the harness's wrapper and by ours; and ours."""
+    ours = our_wrapper(model, tokenizer, max_length=max_length, batch_size=batch_size)
     with isolated_harness():
         from lm_eval.models.huggingface import HFLM
 
-        from modegpt.evaluation.harness_model import HarnessModel
-
         stock = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=5, max_length=max_length)
-        ours = HarnessModel(model, copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length, encodings={}, bar=tqdm(disable=True))
         return stock.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests), ours
 
 
 def assert_same(stock, ours) -> None:
     assert [greedy for _, greedy in stock] == [greedy for _, greedy in ours]
-    torch.testing.assert_close(torch.tensor([value for value, _ in ours]), torch.tensor([value for value, _ in stock]), rtol=1e-5, atol=1e-4)
+    values = [torch.tensor([value for value, _ in results]) for results in (ours, stock)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("max_length", [512, 48])
@@ -71,31 +79,31 @@ def test_likelihoods_equal_the_harness_wrapper(wide_model, tokenizer, task_folde
 
 
 def test_odd_requests_equal_the_harness_wrapper(wide_model, tokenizer):
-    pairs = [("", " from nothing"), ("a ", "b"), ("a", " b"), ("a", " c"), ("<s>given", " bos"), ("<s>given", " two"), ("", "<s>x"), ("a", " b"), ("line\n", "next")]
+    pairs = [("", " from nothing"), ("a ", "b"), ("a", " b"), ("a", " c"), ("", "<s>x"), ("a", " b"), ("line\n", "next")]
+    pairs += [("<s>given", " bos"), ("<s>given", " two")]
     requests = [types.SimpleNamespace(args=pair, task_name="odd") for pair in pairs]
     stock, ours, scorer = both_wrappers(wide_model, tokenizer, requests, max_length=512)
     assert_same(stock, ours)
-    assert scorer.encodings["a ", "b"] == ([0, *tokenizer("a", add_special_tokens=False)["input_ids"]], tokenizer(" b", add_special_tokens=False)["input_ids"])
+    letters = {letter: tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in " ab"}
+    assert scorer.encodings["a ", "b"] == ([0, letters["a"]], [letters[" "], letters["b"]])
 
 
 def test_real_tokenizer_equals_the_harness_wrapper(shared_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = shared_dir / "models" / "stories260K"
-    tasks = load_tasks(["paper"], data_path=str(shared_dir / "data" / "zeroshot"))
-    requests = requests_of(tasks)[::400]
-    stock, ours, _ = both_wrappers(AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory), requests, max_length=512)
+    tasks = load_tasks(["piqa", "winogrande", "hellaswag"], data_path=str(shared_dir / "data" / "zeroshot"))
+    requests = requests_of(tasks)[::150]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    stock, ours, _ = both_wrappers(model, tokenizer, requests, max_length=512)
     assert len(requests) > 50
     assert_same(stock, ours)
 
 
 def test_continuation_longer_than_the_context_keeps_its_end(model, tokenizer):
     request = types.SimpleNamespace(args=("ab", " " + "cd" * 20), task_name="long")
-    with isolated_harness():
-        from modegpt.evaluation.harness_model import HarnessModel
-
-        ours = HarnessModel(model, copy.deepcopy(tokenizer), batch_size=1, max_length=16, encodings={}, bar=tqdm(disable=True))
-        ((value, _),) = ours.loglikelihood([request])
+    ours = our_wrapper(model, tokenizer, max_length=16, batch_size=1)
+    ((value, _),) = ours.loglikelihood([request])
     ids = torch.tensor(tokenizer("cd" * 20)["input_ids"][-17:])
     with torch.inference_mode():
         expected = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None]).sum()
@@ -112,7 +120,8 @@ def test_scores_by_hand(wide_model, tokenizer, task_folder):
     for name, metrics in (("arc_easy", ("acc", "acc_norm")), ("winogrande", ("acc",))):
         hits: dict[str, list[int]] = {metric: [] for metric in metrics}
         for index, row in enumerate(ROWS[name]):
-            values = [value for request, (value, _) in zip(requests, likelihoods, strict=True) if (request.task_name, request.doc_id) == (name, index)]
+            scored = zip(requests, likelihoods, strict=True)
+            values = [value for request, (value, _) in scored if (request.task_name, request.doc_id) == (name, index)]
             lengths = [len(choice) for choice in row.get("choices", "ab")]
             hits["acc"].append(max(range(len(values)), key=values.__getitem__) == row["gold"])
             if "acc_norm" in metrics:
@@ -145,11 +154,8 @@ def test_equal_inputs_share_a_forward_pass(wide_model, tokenizer):
     pairs = [("The animal is a", f" {letter}") for letter in "abcdefgh"]
     rows = []
     handle = wide_model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    with isolated_harness():
-        from modegpt.evaluation.harness_model import HarnessModel
-
-        ours = HarnessModel(wide_model, copy.deepcopy(tokenizer), batch_size=4, max_length=512, encodings={}, bar=tqdm(disable=True))
-        values = ours.loglikelihood([types.SimpleNamespace(args=pair, task_name="t") for pair in pairs])
+    ours = our_wrapper(wide_model, tokenizer, max_length=512, batch_size=4)
+    values = ours.loglikelihood([types.SimpleNamespace(args=pair, task_name="t") for pair in pairs])
     handle.remove()
     assert rows == [1] and len({value for value, _ in values}) == 8
 
@@ -158,6 +164,13 @@ def test_limit_is_marked_and_one_item_has_no_error(wide_model, tokenizer, task_f
     scores = score(wide_model, tokenizer, load_tasks(["arc_easy"], data_path=str(task_folder)), limit=1)
     assert scores["arc_easy"]["num_items"] == 1 and scores["arc_easy"]["stderr"] is None
     assert scores["mean"]["limit"] == 1 and scores["mean"]["stderr"] is None
+
+
+@pytest.mark.parametrize(("max_length", "cut"), [(12, 0), (11, 1)])
+def test_a_request_fits_when_its_last_token_is_only_predicted(model, tokenizer, max_length, cut):
+    scorer = our_wrapper(model, tokenizer, max_length=max_length, batch_size=1)
+    scorer.loglikelihood([types.SimpleNamespace(args=("a" * 10, " b"), task_name="t")])  # 13 tokens with BOS
+    assert scorer.num_truncated["t"] == cut
 
 
 def test_truncation_is_counted_and_said(model, tokenizer, task_folder, monkeypatch):
@@ -178,10 +191,13 @@ def test_nan_is_an_error(wide_model, tokenizer, task_folder):
 def test_leaves_no_trace(wide_model, tokenizer, task_folder, capfd):
     from lm_eval.utils import env
 
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    def states() -> tuple:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+
+    before = states()
     level = logging.getLogger("lm_eval").level
     score(wide_model, tokenizer, load_tasks(["paper"], data_path=str(task_folder)))
-    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1] and torch.equal(torch.random.get_rng_state(), before[2])
+    assert states() == before
     assert logging.getLogger("lm_eval").level == level and "from_string" not in vars(env)
     assert capfd.readouterr() == ("", "")
 
@@ -196,9 +212,16 @@ def test_tiny_tasks_are_read_by_their_kind(wide_model, tokenizer, tmp_path, monk
     for name in ("tiny_story", "tiny_pronoun"):
         (tmp_path / f"{name}.jsonl").write_text('{"context": "Ann saw", "choices": ["Eve", "Tom"], "gold": 1}\n' * 3)
         configs[name] = {
-            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}, "output_type": "multiple_choice", "test_split": "test",
-            "doc_to_text": "context", "doc_to_target": "gold", "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }  # fmt: skip
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "context",
+            "doc_to_target": "gold",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
     monkeypatch.setitem(sys.modules, "modegpt.tiny.tasks", types.SimpleNamespace(task_configs=lambda: configs))
     scores = score(wide_model, tokenizer, load_tasks(["tiny"], data_path=None))
     assert {name: scores[name]["metric"] for name in configs} == {"tiny_story": "acc_norm", "tiny_pronoun": "acc"}
@@ -207,27 +230,35 @@ def test_tiny_tasks_are_read_by_their_kind(wide_model, tokenizer, tmp_path, monk
 def test_paper_tasks_from_the_hub(task_folder, monkeypatch):
     """The harness asks the hub for what it needs; what comes back in the tasks' own columns scores the same strings."""
     local = load_tasks(["paper"], data_path=str(task_folder))
-    asked = {"baber/piqa": "piqa", "Rowan/hellaswag": "hellaswag", "allenai/winogrande": "winogrande", ("allenai/ai2_arc", "ARC-Easy"): "arc_easy", ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge"}
+    asked = {
+        ("baber/piqa", None): "piqa",
+        ("Rowan/hellaswag", None): "hellaswag",
+        ("allenai/winogrande", "winogrande_xl"): "winogrande",
+        ("allenai/ai2_arc", "ARC-Easy"): "arc_easy",
+        ("allenai/ai2_arc", "ARC-Challenge"): "arc_challenge",
+    }
 
     def load_dataset(path, name=None, **kwargs):
-        return local[asked.get(path) or asked[path, name]].dataset
+        return local[asked[path, name]].dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = load_tasks(["paper"], data_path=None)
     assert list(hub) == list(PAPER_TASKS)
     assert [request.args for request in requests_of(hub)] == [request.args for request in requests_of(local)]
-    assert {name: task_fingerprint(task, limit=None) for name, task in hub.items()} == {name: task_fingerprint(task, limit=None) for name, task in local.items()}
+    fingerprints = [{name: task_fingerprint(task, limit=None) for name, task in tasks.items()} for tasks in (hub, local)]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_unreachable_hub_says_how_to_pass_files():
-    with pytest.raises(UserError, match="cannot load the data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"):
+    with pytest.raises(UserError, match="data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"):
         load_tasks(["paper"], data_path=None)
 
 
 def test_unknown_tasks_are_refused_with_close_names(monkeypatch):
     import lm_eval.tasks
 
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: types.SimpleNamespace(all_tasks=["boolq", "mmlu"]))  # the real one reads 14,683 files
+    # the real one reads 14,683 files
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: types.SimpleNamespace(all_tasks=["boolq", "mmlu"]))
     with pytest.raises(UserError, match="unknown task 'bool_q' in evaluation.zeroshot.tasks; did you mean boolq"):
         load_tasks(["bool_q"], data_path=None)
     with pytest.raises(UserError, match="unknown task 'zzz' .* names"):
@@ -239,7 +270,8 @@ def test_fingerprint_follows_items_and_limit(task_folder):
     assert task_fingerprint(task, limit=None) == task_fingerprint(task, limit=2) != task_fingerprint(task, limit=1)
     file = task_folder / "openbookqa_some.jsonl"
     file.write_text(file.read_text().replace("grass", "moss"))
-    assert task_fingerprint(load_tasks(["openbookqa"], data_path=str(task_folder))["openbookqa"], limit=1) != task_fingerprint(task, limit=1)
+    changed = load_tasks(["openbookqa"], data_path=str(task_folder))["openbookqa"]
+    assert task_fingerprint(changed, limit=1) != task_fingerprint(task, limit=1)
 
 
 def test_a_task_without_accuracy_is_not_averaged():
