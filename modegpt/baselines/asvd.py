@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from modegpt.architectures import Family, decoder_layers
-from modegpt.baselines.low_rank import INPUT_GRAM, INPUT_GRAMS, Truncation, block_linears, dense_layers, factored_model, layer_ranks, svd_flops, truncated
+from modegpt.baselines.low_rank import (
+    INPUT_GRAM,
+    INPUT_GRAMS,
+    Truncation,
+    block_linears,
+    dense_layers,
+    factored_model,
+    layer_ranks,
+    svd_flops,
+    truncated,
+)
 from modegpt.compression.task import Compressed, CompressionTask
 from modegpt.errors import UserError
 
@@ -57,7 +67,8 @@ class ASVD:
                 linears = block_linears(task.family, layer)
                 metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
                 truncations = {
-                    role: self.factorise(linear.weight.detach().T, statistics[INPUT_GRAM[role]], of_layer[role]) for role, linear in linears.items()
+                    role: self.factorise(linear.weight.detach().T, statistics[INPUT_GRAM[role]], of_layer[role])
+                    for role, linear in linears.items()
                 }
             yield truncations
 

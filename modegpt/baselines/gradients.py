@@ -28,8 +28,9 @@ def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
 
 def summed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Sum of the negative log-likelihoods of every token but the first of each window, a scalar; ids (windows, length)."""
-    logits = model(ids, use_cache=False).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1).float() if logits.dtype.itemsize < 4 else logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
 
 
 def micro_batches(calibration: Calibration, stage: str, batch_size: int) -> Iterator[Tensor]:

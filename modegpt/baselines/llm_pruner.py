@@ -44,7 +44,14 @@ def taylor(weight: Tensor, gradient: Tensor, importance: str) -> Tensor:
     return terms.sum(dim=1).abs() if importance == "vector" else terms.abs().sum(dim=1)
 
 
-def structure_scores(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], roles: tuple[str, ...], num_structures: int, importance: str, aggregation: str) -> Tensor:
+def structure_scores(
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    roles: tuple[str, ...],
+    num_structures: int,
+    importance: str,
+    aggregation: str,
+) -> Tensor:
     """Score (num_structures,) of every structure that spans the linears ``roles`` (those the family has)."""
     scores = [
         taylor(by_structure(weights[role], role, num_structures), by_structure(gradients[role], role, num_structures), importance)
@@ -83,7 +90,10 @@ class LLMPruner:
 
     def __post_init__(self) -> None:
         if not (0 <= self.protect_first and 0 <= self.protect_last and self.protect_first + self.protect_last < 1):
-            raise UserError(f"method.protect_first={self.protect_first} and method.protect_last={self.protect_last} must be shares of the layers whose sum is below 1")
+            raise UserError(
+                f"method.protect_first={self.protect_first} and method.protect_last={self.protect_last} "
+                "must be shares of the layers whose sum is below 1"
+            )
         if self.batch_size < 1:
             raise UserError(f"method.batch_size={self.batch_size} is too small: at least 1")
 
@@ -98,12 +108,11 @@ class LLMPruner:
         chosen = self.pruned_layers(task.calibration.num_layers, task.sparsity)
         layers = decoder_layers(task.model)
         linears = {index: block_linears(task.family, layers[index]) for index in chosen}
-        flat = weight_gradients(task.calibration, [linear.weight for of_layer in linears.values() for linear in of_layer.values()], batch_size=self.batch_size)
-        remaining = iter(flat)
+        flat = [linear.weight for of_layer in linears.values() for linear in of_layer.values()]
+        remaining = iter(weight_gradients(task.calibration, flat, batch_size=self.batch_size))
         sizes = StructureSizes.of(task.family, layers[0], shape)
-        budget = task.sparsity * block_linear_parameters(task.model)
         kept = [everything] * len(layers)
-        left = budget
+        left = task.sparsity * block_linear_parameters(task.model)
         for done, (index, of_layer) in enumerate(linears.items()):
             weights = {role: linear.weight.detach() for role, linear in of_layer.items()}
             gradients = dict(zip(of_layer, remaining))
@@ -118,7 +127,8 @@ class LLMPruner:
         chosen = range(int(self.protect_first * num_layers), num_layers - int(self.protect_last * num_layers))
         if sparsity * num_layers >= len(chosen):
             raise UserError(
-                f"llm_pruner prunes {len(chosen)} of {num_layers} layers, too few to remove {sparsity:.0%} of the weights; lower method.protect_first and method.protect_last"
+                f"llm_pruner prunes {len(chosen)} of {num_layers} layers, too few to remove {sparsity:.0%} of the weights; "
+                "lower method.protect_first and method.protect_last"
             )
         return chosen
 

@@ -117,7 +117,8 @@ class LLMSurgeon:
         finally:
             source.remove()
         moments = [*curvature.inputs.values(), *curvature.outputs.values()]
-        task.calibration.meter.stages["curvature"].flops += sum(2.0 * task.calibration.tokens.num_tokens * moment.value.numel() for moment in moments)
+        num_entries = sum(moment.value.numel() for moment in moments)
+        task.calibration.meter.stages["curvature"].flops += 2.0 * task.calibration.tokens.num_tokens * num_entries
         return curvature
 
     def _shoot(
@@ -128,7 +129,8 @@ class LLMSurgeon:
         size_of = {"groups": sizes.group, "channels": sizes.channel}
         keys, costs, parts = [], [], []
         for index, population, alive, of_population in self._populations(task, model, curvature, kept):
-            left = sum(removal_costs(part.W, part.own_inverse, part.other, len(part.W) // int(alive.sum())) for part in of_population)
+            num_alive = int(alive.sum())
+            left = sum(removal_costs(part.W, part.own_inverse, part.other, len(part.W) // num_alive) for part in of_population)
             cost = torch.full(alive.shape, torch.inf, dtype=torch.float64)
             cost[alive] = left.cpu() / size_of[population]
             keys.append((index, population, alive))

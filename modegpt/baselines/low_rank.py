@@ -3,6 +3,7 @@
 Shared by the per-matrix low-rank baselines. Row vectors, ``y = x W`` with W (in, out).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -46,16 +47,17 @@ def block_linears(family: Family, layer: nn.Module) -> dict[str, nn.Linear]:
 def factor_ranks(sizes: Iterable[tuple[int, int]], sparsity: float) -> list[int]:
     """Ranks at which both factors of every matrix store the share ``1 - sparsity`` of its weights.
 
-    A matrix (in, out) at rank r stores ``r (in + out)``. Fractions of a rank that one matrix cannot use
-    are handed on to the next, so the total stays within the budget and less than one matrix's
-    ``in + out`` below it; ranks of equal matrices differ by at most one. At least rank 1.
+    A matrix (in, out) at rank r stores ``r (in + out)``. A fraction of a rank that one matrix cannot use
+    is handed on to the next of its size: ranks of equal matrices differ by at most one, and each size
+    spends its budget but for less than one rank. At least rank 1.
     """
     ranks = []
-    unspent = 0.0
-    for rows, columns in sizes:
-        unspent += (1.0 - sparsity) * rows * columns
-        ranks.append(max(1, int(unspent // (rows + columns))))
-        unspent -= ranks[-1] * (rows + columns)
+    unspent: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for size in sizes:
+        rows, columns = size
+        unspent[size] += (1.0 - sparsity) * rows * columns
+        ranks.append(max(1, int(unspent[size] // (rows + columns))))
+        unspent[size] -= ranks[-1] * (rows + columns)
     return ranks
 
 
@@ -85,12 +87,9 @@ def svd_flops(rows: int, columns: int) -> float:
 
 def layer_ranks(task: CompressionTask) -> list[dict[str, int]]:
     """The rank of every linear of every layer, by role: one sparsity for all of them."""
-    linears = [(index, role, linear) for index, layer in enumerate(decoder_layers(task.model)) for role, linear in block_linears(task.family, layer).items()]
-    ranks = factor_ranks([tuple(linear.weight.shape) for _, _, linear in linears], task.sparsity)
-    by_layer: list[dict[str, int]] = [{} for _ in decoder_layers(task.model)]
-    for (index, role, _), rank in zip(linears, ranks, strict=True):
-        by_layer[index][role] = rank
-    return by_layer
+    layers = [block_linears(task.family, layer) for layer in decoder_layers(task.model)]
+    ranks = iter(factor_ranks([tuple(linear.weight.shape) for linears in layers for linear in linears.values()], task.sparsity))
+    return [{role: next(ranks) for role in linears} for linears in layers]
 
 
 def dense_layers(task: CompressionTask) -> Compressed:
@@ -102,7 +101,8 @@ def dense_layers(task: CompressionTask) -> Compressed:
 
 def factored_shape(task: CompressionTask, ranks: Mapping[str, int]) -> LayerShape:
     """A dense layer's shape with the linears named in ``ranks`` (by role) factored."""
-    return replace(dense_shape(task.model.config), linear_ranks={getattr(task.family, f"{role}_path"): rank for role, rank in ranks.items()})
+    linear_ranks = {getattr(task.family, f"{role}_path"): rank for role, rank in ranks.items()}
+    return replace(dense_shape(task.model.config), linear_ranks=linear_ranks)
 
 
 def factored_tensors(family: Family, layer: nn.Module, truncations: Mapping[str, Truncation]) -> dict[str, Tensor]:

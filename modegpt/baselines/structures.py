@@ -101,7 +101,9 @@ class LayerWeights:
         )
 
 
-def cheapest_within(costs: Sequence[Tensor], sizes: Sequence[int], budget: float, removable: Sequence[Tensor] | None = None) -> list[Tensor]:
+def cheapest_within(
+    costs: Sequence[Tensor], sizes: Sequence[int], budget: float, removable: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Remove structures, cheapest first over all layers, as long as their weights fit the budget.
 
     A structure that would overshoot is passed over, so small ones fill what large ones leave.
@@ -135,7 +137,9 @@ def removal_budget(task: CompressionTask) -> int:
     return math.floor(task.sparsity * block_linear_parameters(task.model) + 1e-6)
 
 
-def pruned_model(task: CompressionTask, kept: Sequence[Kept], weights: Sequence[LayerWeights] | None = None, **details: object) -> Compressed:
+def pruned_model(
+    task: CompressionTask, kept: Sequence[Kept], weights: Sequence[LayerWeights] | None = None, **details: object
+) -> Compressed:
     """The model without the structures outside ``kept``.
 
     Args:
@@ -150,7 +154,10 @@ def pruned_model(task: CompressionTask, kept: Sequence[Kept], weights: Sequence[
         of_layer = LayerWeights.read(family, layer) if weights is None else weights[index]
         num_groups, width = int(kept[index].groups.sum()), int(kept[index].channels.sum())
         changed = (num_groups, width) != (dense.num_kv_heads, dense.intermediate_size)
-        biases = ((family.output_path, of_layer.value_output.b_O, family.output(layer)), (family.down_path, of_layer.mlp.b_D, family.down(layer)))
+        biases = (
+            (family.output_path, of_layer.value_output.b_O, family.output(layer)),
+            (family.down_path, of_layer.mlp.b_D, family.down(layer)),
+        )
         extra = tuple(path for path, bias, linear in biases if changed and bias is not None and linear.bias is None)
         shape = replace(dense, num_kv_heads=num_groups, intermediate_size=width, extra_biases=extra)
         small = of_layer.without_removed(kept[index])

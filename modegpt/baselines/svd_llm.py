@@ -87,9 +87,11 @@ class SVDLLM:
                 linears = block_linears(task.family, layer)
                 grams = {name: psd_cholesky(C) for name, C in statistics.items()}
                 metered.flops += sum(len(C) ** 3 / 3 for C in statistics.values())
-                metered.flops += sum(svd_flops(*linear.weight.shape) + 2.0 * linear.in_features * linear.weight.numel() for linear in linears.values())
+                metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
+                metered.flops += sum(2.0 * linear.in_features * linear.weight.numel() for linear in linears.values())
                 truncations = {
-                    role: whitened_truncation(linear.weight.detach().T, grams[INPUT_GRAM[role]], of_layer[role]) for role, linear in linears.items()
+                    role: whitened_truncation(linear.weight.detach().T, grams[INPUT_GRAM[role]], of_layer[role])
+                    for role, linear in linears.items()
                 }
             yield truncations
 
