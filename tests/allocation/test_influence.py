@@ -25,10 +25,14 @@ def test_identity_has_none_and_reversal_has_two():
 
 
 def test_half_precision_states_are_compared_in_float64():
-    x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # its squared norm overflows float16
+    g = torch.Generator().manual_seed(0)
+    x_in = (300 * torch.randn(4, 4096, generator=g)).half()  # squared norms overflow float16
+    x_out = x_in + torch.randn(4, 4096, generator=g).half()
     influence = BlockInfluence()
-    influence.update(x, x)
-    assert influence.value() == pytest.approx(0.0, abs=1e-12)
+    influence.update(x_in, x_out)
+    exact_in, exact_out = x_in.double(), x_out.double()
+    cosines = (exact_in * exact_out).sum(dim=-1) / exact_in.norm(dim=-1) / exact_out.norm(dim=-1)
+    assert influence.value() == pytest.approx(float(1 - cosines.mean()), rel=1e-8)
 
 
 def test_refusals():

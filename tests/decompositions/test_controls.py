@@ -47,6 +47,7 @@ def test_query_key_magnitude(heads, rope):
 @heads
 def test_value_output_magnitude(heads):
     case = value_output_case(heads=heads, bias=True)
+    case.weights.W_O[-1] = 3 * case.weights.W_O[-1].flip(0)  # the heads of a group disagree
     W, group = case.weights, heads[0] // heads[1]
     result = ValueOutputMagnitude()(W, case.statistics, 5, generator())
     for k in range(heads[1]):

@@ -68,6 +68,19 @@ def test_rank_deficient_statistics():
     assert few.output_error(few.h[:, result.kept], result.weights.W_D) < 1e-6
 
 
+def test_ridge_keeps_the_downdates_accurate_where_the_statistics_are_singular():
+    """The predicted errors of 280 removals from 300 channels that 40 tokens show, against the refit of what is left."""
+    case = mlp_case(T=40, n=300)
+    dense = case.h @ case.weights.W_D
+
+    def discrepancy(ridge):
+        removed, costs = eliminate(case.statistics.C, case.weights.W_D, 20, ridge=ridge, block=128)
+        kept = sorted(set(range(300)) - set(removed.tolist()))
+        return abs(float(costs.sum()) / residual(case.h, dense, kept) - 1)
+
+    assert discrepancy(1e-6) < 1e-4
+
+
 def test_massive_activations_do_not_change_the_choice():
     """Scaling a channel and its row of W_D inversely leaves the function, so also the choice, as it was."""
     case = mlp_case(n=30, T=300)

@@ -90,8 +90,9 @@ def test_bias_correction_is_the_least_squares_optimum_with_a_constant(bias):
 def test_bias_correction_with_constant_channels():
     """A channel that never changes is the constant feature again: it must not make the regression singular."""
     case = mlp_case()
-    case.h[:, [0, 5]] = 3.0
-    result = MLPNystromBias()(case.weights, case.statistics, 12, generator())
+    case.h[:, 0], case.h[:, 5] = 1000.1, 3.3
+    result = MLPNystromBias()(case.weights, case.statistics, 23, generator())
+    assert result.kept[0] == 0 and torch.equal(result.weights.W_D[0], case.weights.W_D[0])  # the bias does its work
     dense = case.h @ case.weights.W_D
     h_S = case.h[:, result.kept]
     fitted = h_S @ result.weights.W_D + result.weights.b_D
