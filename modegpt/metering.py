@@ -28,18 +28,26 @@ class CostMeter:
     forward_passes: float = 0.0
     backward_passes: float = 0.0
     calibration_tokens: int = 0
+    _open: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Time a block under ``name``; re-entering a name adds to it."""
+        """Time a block under ``name``; re-entering a name adds to it.
+
+        A stage inside another takes its seconds off the outer one, so that stages add up to wall time.
+        """
         stage = self.stages.setdefault(name, Stage(name))
+        self._open.append(0.0)
         start = time.perf_counter()
         try:
             yield stage
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            stage.seconds += time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            stage.seconds += elapsed - self._open.pop()
+            if self._open:
+                self._open[-1] += elapsed
 
     def summary(self) -> dict:
         """A JSON-able account of everything metered so far."""

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt.allocation.influence import token_cosines
+from modegpt.allocation.influence import BlockInfluence
 from modegpt.architectures import Family
 from modegpt.calibration.moments import FirstMoment, SecondMoment
 from modegpt.decompositions.modules import MLPStatistics, QueryKeyStatistics, ValueOutputStatistics
@@ -63,7 +63,7 @@ class LayerObserver:
     precision: torch.dtype = torch.float64
     moments: dict[str, SecondMoment | FirstMoment] = field(default_factory=dict)
     num_tokens: int = 0
-    cosine_sum: float = 0.0
+    influence: BlockInfluence = field(default_factory=BlockInfluence)
 
     def __post_init__(self) -> None:
         unknown = self.names - NAMES
@@ -142,7 +142,7 @@ class LayerObserver:
         """See one batch of the residual stream, (batch, sequence, d_h), entering and leaving the layer."""
         self.num_tokens += x_in.shape[:-1].numel()
         if "layer.influence" in self.names:
-            self.cosine_sum += token_cosines(x_in, x_out).sum().item()
+            self.influence.update(x_in, x_out)
 
     def result(self) -> Statistics:
         """The collected statistics, on the layer's device."""
@@ -157,7 +157,7 @@ class LayerObserver:
         if "value_output.mean" in statistics:
             statistics["value_output.mean"] = statistics["value_output.mean"].unflatten(-1, (-1, self.head_dim))
         if "layer.influence" in self.names:
-            statistics["layer.influence"] = torch.tensor(1.0 - self.cosine_sum / self.num_tokens, dtype=torch.float64)
+            statistics["layer.influence"] = torch.tensor(self.influence.value(), dtype=torch.float64)
         missing = self.names - statistics.keys()
         assert not missing, f"hooks saw nothing for {sorted(missing)}"
         return statistics

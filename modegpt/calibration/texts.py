@@ -192,7 +192,7 @@ def _tiny(path: str | None, split: str, max_documents: int | None) -> list[str]:
         raise UserError(f"text source 'tiny' is embedded and takes no path; to read {path} use jsonl or text")
     from modegpt.tiny import text_path
 
-    return _jsonl(str(text_path(split)), split, max_documents)
+    return _jsonl(str(text_path(SPLITS[split])), split, max_documents)
 
 
 def _wikitext2(path: str | None, split: str, max_documents: int | None) -> list[str]:

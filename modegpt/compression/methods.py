@@ -1,0 +1,108 @@
+"""Every compression method by name, made from the configuration."""
+
+from dataclasses import fields
+from typing import Any
+
+from modegpt.allocation.policies import POLICIES, Uniform
+from modegpt.baselines.asvd import ASVD
+from modegpt.baselines.flap import FLAP
+from modegpt.baselines.llm_pruner import LLMPruner
+from modegpt.baselines.llm_surgeon import LLMSurgeon
+from modegpt.baselines.shortgpt import ShortGPT
+from modegpt.baselines.sleb import SLEB
+from modegpt.baselines.slicegpt import SliceGPT
+from modegpt.baselines.svd import SVD
+from modegpt.baselines.svd_llm import SVDLLM
+from modegpt.compression.modegpt import MODULES, MoDeGPT
+from modegpt.compression.task import Method
+from modegpt.config import CompressionConfig, RunConfig, build, unknown
+from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from modegpt.decompositions.modules import Variant
+from modegpt.errors import UserError
+
+VARIANTS: dict[str, dict[str, type[Variant]]] = {"mlp": MLP_VARIANTS, "query_key": QUERY_KEY_VARIANTS, "value_output": VALUE_OUTPUT_VARIANTS}
+BASELINES: dict[str, type[Method]] = {
+    "svd": SVD,
+    "asvd": ASVD,
+    "svd_llm": SVDLLM,
+    "slicegpt": SliceGPT,
+    "shortgpt": ShortGPT,
+    "sleb": SLEB,
+    "flap": FLAP,
+    "llm_pruner": LLMPruner,
+    "llm_surgeon": LLMSurgeon,
+}
+CONTROLS = ("random", "magnitude")
+"""Methods that cut every module by a control criterion, uniformly over layers; ``random`` is "uniform" in the paper's tables."""
+METHODS = ("dense", "modegpt", *CONTROLS, *BASELINES)
+
+
+def make_method(config: RunConfig) -> Method | None:
+    """The method that ``config`` describes; None where it only scores the dense model.
+
+    Raises UserError for unknown names or options, and for options that the method would ignore.
+    """
+    name = config.method.get("name")
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    if name == "dense":
+        return None
+    if name in BASELINES:
+        _refuse_ignored(config.compression, name, keep=("sparsity",))
+        return build(BASELINES, config.method, "method")
+    if unused := sorted(config.method.keys() - {"name"}):
+        raise UserError(f"method.{unused[0]}: {name} has no options")
+    common = {
+        "module_sparsity": dict(vars(config.compression.module_sparsity)),
+        "rank_multiple": dict(vars(config.compression.rank_multiple)),
+        "budget": config.compression.budget,
+        "skip_layers": tuple(config.compression.skip_layers),
+    }
+    if name in CONTROLS:
+        return MoDeGPT(**{module: VARIANTS[module][name]() for module in MODULES}, allocation=Uniform(), **common)
+    allocation = dict(config.allocation)
+    if allocation.get("name") == "explicit":
+        if config.compression.layer_sparsity is None:
+            raise UserError("allocation=explicit needs compression.layer_sparsity=[...], one sparsity a layer")
+        allocation["values"] = config.compression.layer_sparsity
+    elif config.compression.layer_sparsity is not None:
+        raise UserError(f"compression.layer_sparsity has no effect with allocation={allocation.get('name')}; use allocation=explicit")
+    return MoDeGPT(**{module: _variant(config, module) for module in MODULES}, allocation=build(POLICIES, allocation, "allocation"), **common)
+
+
+def _variant(config: RunConfig, module: str) -> Variant | None:
+    options = getattr(config.decomposition, module)
+    if options.get("name") == "none":
+        return None
+    choices = VARIANTS[module]
+    if options.get("name") not in choices:
+        raise unknown(f"decomposition/{module}", options.get("name"), [*choices, "none"])
+    return build(choices, options, f"decomposition.{module}")
+
+
+def _refuse_ignored(given: CompressionConfig, method: str, *, keep: tuple[str, ...]) -> None:
+    default = CompressionConfig()
+    for option in fields(CompressionConfig):
+        if option.name not in keep and getattr(given, option.name) != getattr(default, option.name):
+            raise UserError(f"compression.{option.name} has no effect with method={method}; leave it out")
+
+
+def decides(config: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that decides what the method does."""
+    name = config.method["name"]
+    if name == "dense":
+        return {"method": {"name": "dense"}}
+    chosen: dict[str, Any] = {"method": dict(config.method), "seed": config.seed}
+    if name in BASELINES:
+        return chosen | {"compression": {"sparsity": config.compression.sparsity}}
+    chosen["compression"] = {
+        "sparsity": config.compression.sparsity,
+        "module_sparsity": dict(vars(config.compression.module_sparsity)),
+        "rank_multiple": dict(vars(config.compression.rank_multiple)),
+        "budget": config.compression.budget,
+        "skip_layers": list(config.compression.skip_layers),
+        "layer_sparsity": config.compression.layer_sparsity,
+    }
+    if name == "modegpt":
+        chosen |= {"decomposition": {module: dict(getattr(config.decomposition, module)) for module in MODULES}, "allocation": dict(config.allocation)}
+    return chosen

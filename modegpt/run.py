@@ -1,0 +1,337 @@
+"""The main job: load, score the dense model, calibrate, compress, score again, record."""
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modegpt.architectures import block_linear_parameters, decoder_layers, dense_shape, family_of, is_compressed
+from modegpt.calibration.cache import StatisticsCache, statistics_key
+from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.texts import load_documents, tokenize_stream
+from modegpt.calibration.tokens import CalibrationTokens, draw_windows, resolve_sequence_length
+from modegpt.compression.methods import decides, make_method
+from modegpt.compression.task import Compressed, CompressionTask, Method
+from modegpt.config import RunConfig
+from modegpt.errors import UserError
+from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory, dense_key
+from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation, retention
+from modegpt.metering import CostMeter
+from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
+from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fingerprint_weights
+from modegpt.progress import Progress
+from modegpt.records.paths import portable
+from modegpt.records.provenance import provenance
+from modegpt.records.store import RecordStore, identity, load_record, timestamp
+from modegpt.report.pictures import save_pictures
+from modegpt.report.summary import summary
+from modegpt.tracking import make_tracker
+
+
+@dataclass
+class Run:
+    """One run's ingredients, loaded and checked; nothing expensive has happened yet."""
+
+    config: RunConfig
+    command: str
+    method: Method | None
+    store: RecordStore
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: PreparedEvaluation
+    tokens: CalibrationTokens | None
+    weights_sha256: str
+    tokenizer_sha256: str
+    progress: Progress
+    meter: CostMeter
+
+    @property
+    def name(self) -> str:
+        """What tells this run from its neighbours in a listing."""
+        config = self.config
+        parts = [model_name(config), config.method["name"]]
+        if self.method is not None:
+            if config.method["name"] == "modegpt":
+                chosen = (config.decomposition.mlp["name"], config.decomposition.query_key["name"], config.decomposition.value_output["name"])
+                parts += [] if chosen == ("nystrom", "cr", "svd") else list(chosen)
+                parts.append(config.allocation["name"])
+            parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
+        return "-".join(parts)
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """Everything that decides the result, free of paths."""
+        calibration = self.config.calibration
+        return {
+            **decides(self.config),
+            "model": {"weights_sha256": self.weights_sha256, "tokenizer_sha256": self.tokenizer_sha256, "dtype": str(self.model.dtype)},
+            "calibration": self.tokens and {"tokens_sha256": self.tokens.sha256, "precision": calibration.precision},
+            "evaluation": self.evaluation.fingerprint(),
+        }
+
+    @property
+    def directory(self) -> Path:
+        return self.store.directory(experiment=self.config.output.experiment, name=self.name, hash=identity(self.decides))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the compressed model is to be saved, if at all."""
+        wanted = self.config.output.save_model
+        return None if wanted is None else self.directory / "model" if wanted == "auto" else Path(wanted)
+
+
+def run(config: RunConfig, *, command: str) -> Path:
+    """Do the main job and return the path of its record, which is the finished one if there is one already."""
+    prepared = prepare(config, command=command)
+    store, output = prepared.store, config.output
+    done = store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides)
+    if done is not None and not output.overwrite:
+        path = prepared.directory / "record.json"
+        prepared.progress.say(f"this run is finished already: {path} (output.overwrite=true computes it again)")
+        print(summary(done, record_path=path))
+        return path
+    stage = Stage()
+    try:
+        return execute(prepared, stage)
+    except (Exception, KeyboardInterrupt) as error:
+        message = str(error) or type(error).__name__
+        store.write_error(experiment=output.experiment, name=prepared.name, decides=prepared.decides, stage=stage.name, message=message, command=command)
+        raise
+
+
+@dataclass
+class Stage:
+    """Where the run is, for the note that a failure leaves."""
+
+    name: str = "start"
+
+
+def prepare(config: RunConfig, *, command: str) -> Run:
+    """Load and check everything; every refusal that needs no forward pass happens here."""
+    progress, meter = Progress(config.quiet), CostMeter()
+    method = make_method(config)
+    store = RecordStore(config.output.root)
+    store.check_writable()
+    path = config.model.path
+    if path is None:
+        raise UserError("model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY")
+    tokenizer = load_tokenizer(path, config.model.revision)
+    progress.say(f"loading {model_name(config)}")
+    with meter.stage("loading"):
+        model = load_model(path, dtype=config.model.dtype, device=device_of(config.model.device), revision=config.model.revision)
+    check_finite(model)
+    family = family_of(model.config)
+    tokens = None
+    if method is not None:
+        if is_compressed(model.config):
+            raise UserError(f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of")
+        if (reason := method.applicable(family)) is not None:
+            raise UserError(f"method={config.method['name']} cannot compress {family.model_type} models: {reason}")
+        tokens = calibration_tokens(config, tokenizer, model)
+        if isinstance(config.output.save_model, str) and config.output.save_model != "auto":
+            check_destination(config.output.save_model)
+    elif config.output.save_model is not None:
+        raise UserError("output.save_model has no effect with method=dense: there is no compressed model")
+    evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=model.config)
+    return Run(
+        config=config,
+        command=command,
+        method=method,
+        store=store,
+        model=model,
+        tokenizer=tokenizer,
+        evaluation=evaluation,
+        tokens=tokens,
+        weights_sha256=fingerprint_weights(model),
+        tokenizer_sha256=fingerprint_tokenizer(tokenizer),
+        progress=progress,
+        meter=meter,
+    )
+
+
+def execute(run: Run, stage: Stage) -> Path:
+    """Score, compress, score, record, show."""
+    config, meter, progress = run.config, run.meter, run.progress
+
+    @contextmanager
+    def at(name: str) -> Iterator[None]:
+        stage.name = name
+        yield
+
+    with at("dense evaluation"), meter.stage("dense evaluation"):
+        dense = dense_scores(run)
+    compressed, scores = None, None
+    if run.method is not None:
+        with at("compression"):
+            compressed = compress(run)
+        with at("compressed evaluation"), meter.stage("compressed evaluation"):
+            scores = evaluate(compressed.model, run.evaluation, label="compressed", progress=progress)
+    with at("record"):
+        record = make_record(run, compressed, dense, scores)
+        if run.checkpoint is not None and compressed is not None:
+            with meter.stage("saving"):
+                save_checkpoint(compressed.model, run.tokenizer, run.checkpoint, record)
+            progress.say(f"checkpoint: {run.checkpoint}")
+        path = run.store.write(record, overwrite=config.output.overwrite)
+    record = load_record(path)
+    pictures = save_pictures(record, path.parent)
+    tracker = make_tracker(**asdict(config.tracking))
+    tracker.mirror(record, record_path=path, pictures=pictures)
+    print(summary(record, record_path=path, pictures=pictures))
+    return path
+
+
+def dense_scores(run: Run) -> dict[str, dict]:
+    """The dense model's scores, computed once per (model, evaluation); its perplexity is said first."""
+    key = dense_key(
+        run.evaluation,
+        weights_sha256=run.weights_sha256,
+        tokenizer_sha256=run.tokenizer_sha256,
+        dtype=str(run.model.dtype),
+        device=run.model.device.type,
+    )
+    scores, reused = cached_scores(
+        key, lambda: evaluate(run.model, run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config)
+    )
+    if reused:
+        for name, score in scores["perplexity"].items():
+            run.progress.say(f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)")
+    return scores
+
+
+def compress(run: Run) -> Compressed:
+    """Run the method and check that what came out is what was asked for."""
+    config = run.config
+    calibration = Calibration(
+        model=run.model,
+        tokens=run.tokens,
+        batch_size=config.calibration.batch_size,
+        precision=getattr(torch, config.calibration.precision),
+        cache=statistics_cache(run),
+        progress=run.progress,
+        meter=run.meter,
+    )
+    with run.meter.stage("compression"):
+        compressed = run.method.compress(CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed))
+    check_finite(compressed.model)
+    return compressed
+
+
+def statistics_cache(run: Run) -> StatisticsCache | None:
+    """Where this calibration's statistics live between runs; None where the cache keeps nothing."""
+    config = run.config
+    if config.cache.max_bytes == 0:
+        return None
+    key = statistics_key(
+        weights=run.weights_sha256,
+        tokens=run.tokens.sha256,
+        dtype=str(run.model.dtype),
+        device=run.model.device.type,
+        precision=config.calibration.precision,
+        batch_size=config.calibration.batch_size,
+    )
+    return StatisticsCache(root=cache_directory(config), key=key, max_bytes=config.cache.max_bytes)
+
+
+def calibration_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> CalibrationTokens:
+    """The calibration windows that ``config`` asks for."""
+    wanted = config.calibration
+    length = resolve_sequence_length(wanted.sequence_length, int(model.config.max_position_embeddings))
+    stream = tokenize_stream(load_documents(wanted.source, path=wanted.path, split="calibration"), tokenizer)
+    return draw_windows(stream, num_samples=wanted.num_samples, sequence_length=length, seed=wanted.seed)
+
+
+def make_record(run: Run, compressed: Compressed | None, dense: dict[str, dict], scores: dict[str, dict] | None) -> dict[str, Any]:
+    """The run as a record (see ``records/schema.py``)."""
+    config = run.config
+    limited = config.evaluation.zeroshot is not None and config.evaluation.zeroshot.limit is not None
+    kept = {"zeroshot": {}, "perplexity_increase": {}} if scores is None else retention(dense, scores)
+    return {
+        "identity": {"decides": run.decides},
+        "name": run.name,
+        "experiment": config.output.experiment,
+        "created": timestamp(),
+        "command": portable(run.command),
+        "config": portable(asdict(config)),
+        "seeds": {"seed": config.seed, "calibration": config.calibration.seed},
+        "provenance": provenance(),
+        "model": {
+            "name": model_name(config),
+            "path": portable(config.model.path),
+            "family": family_of(run.model.config).model_type,
+            "weights_sha256": run.weights_sha256,
+            "tokenizer_sha256": run.tokenizer_sha256,
+            "num_parameters": run.model.num_parameters(),
+            "block_linear_parameters": block_linear_parameters(run.model),
+            "dtype": str(run.model.dtype).removeprefix("torch."),
+        },
+        "calibration": run.tokens and {
+            "source": config.calibration.source,
+            "num_samples": run.tokens.ids.shape[0],
+            "sequence_length": run.tokens.ids.shape[1],
+            "seed": config.calibration.seed,
+            "num_tokens": run.tokens.num_tokens,
+            "tokens_sha256": run.tokens.sha256,
+            "stream_tokens": run.tokens.stream_tokens,
+        },
+        "compression": compressed and compression_record(run, compressed),
+        "metrics": {
+            "dense": dense,
+            "compressed": scores,
+            "retention": kept["zeroshot"],
+            "perplexity_increase": kept["perplexity_increase"],
+            "limited": limited,
+        },
+        "cost": run.meter.summary(),
+    }
+
+
+def compression_record(run: Run, compressed: Compressed) -> dict[str, Any]:
+    """What was removed: shares of the block-linear weights and of the whole model, layer by layer."""
+    shape = dense_shape(run.model.config)
+    sparsities = layer_sparsities(run.model, compressed.model)
+    reports = {report["index"]: report for report in compressed.layers}
+    layers = [
+        {"index": index, "sparsity": sparsity, "ranks": {}, "relative_error": {}, "numerics": {}} | reports.get(index, {})
+        for index, sparsity in enumerate(sparsities)
+    ]
+    return {
+        "method": run.config.method["name"],
+        "target_sparsity": run.config.compression.sparsity,
+        "achieved_sparsity": 1 - block_linear_parameters(compressed.model) / block_linear_parameters(run.model),
+        "whole_model_sparsity": 1 - compressed.model.num_parameters() / run.model.num_parameters(),
+        "num_parameters": compressed.model.num_parameters(),
+        "full_ranks": {"mlp": shape.intermediate_size, "query_key": shape.qk_head_dim, "value_output": shape.v_head_dim},
+        "influence": compressed.influence,
+        "layers": layers,
+        "details": compressed.details,
+    }
+
+
+def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> list[float]:
+    """Share of each dense layer's linear weights that is gone; 1 for a dropped layer."""
+    def weights(layer: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim >= 2)
+
+    left = dict(zip(getattr(compressed.config, "kept_layers", range(len(decoder_layers(dense)))), map(weights, decoder_layers(compressed)), strict=True))
+    return [1 - left.get(index, 0) / weights(layer) for index, layer in enumerate(decoder_layers(dense))]
+
+
+def model_name(config: RunConfig) -> str:
+    """The model's short name: as configured, else the last part of its path."""
+    name = config.model.name or config.model.path or "model"
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def device_of(device: str) -> str:
+    """``auto`` is the first GPU if there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def cache_directory(config: RunConfig) -> Path:
+    return Path(config.cache.dir) if config.cache.dir else default_cache_directory()

@@ -1,0 +1,68 @@
+"""The statistics cache: exact, checked, bounded."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from modegpt.calibration.cache import StatisticsCache, statistics_key
+
+STATISTICS = {"mlp.C": torch.eye(8, dtype=torch.float64) * 3, "layer.influence": torch.tensor(0.25, dtype=torch.float64)}
+NAMES = frozenset(STATISTICS)
+
+
+def cache_at(root: Path, key: str = "a", max_bytes: int = 10**6) -> StatisticsCache:
+    return StatisticsCache(root=root, key=key, max_bytes=max_bytes)
+
+
+def test_stored_statistics_come_back_bit_identical(tmp_path: Path) -> None:
+    cache = cache_at(tmp_path)
+    assert cache.load(0, NAMES) == {}
+    cache.store(0, STATISTICS)
+    loaded = cache.load(0, NAMES | {"mlp.mean"})
+    assert loaded.keys() == NAMES
+    assert all(torch.equal(loaded[name], STATISTICS[name]) for name in NAMES)
+    assert cache.load(1, NAMES) == {}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_file_is_warned_of_and_not_used(tmp_path: Path, damage: str) -> None:
+    cache = cache_at(tmp_path)
+    cache.store(0, STATISTICS)
+    path = cache.directory / "layer000.mlp.C.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        content = content[:-9]
+    else:
+        content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert cache.load(0, NAMES).keys() == {"layer.influence"}
+    cache.store(0, STATISTICS)
+    assert cache.load(0, NAMES).keys() == NAMES
+
+
+def test_the_bound_evicts_the_least_recently_used_other_calibration(tmp_path: Path) -> None:
+    size = 700
+    for age, key in enumerate(("old", "older")):
+        cache_at(tmp_path, key).store(0, {"mlp.C": STATISTICS["mlp.C"]})
+        import os
+
+        os.utime(tmp_path / "statistics" / key, (1000 - age, 1000 - age))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache_at(tmp_path, "new", max_bytes=3 * size).store(0, {"mlp.C": STATISTICS["mlp.C"]})
+    assert sorted(folder.name for folder in (tmp_path / "statistics").iterdir()) == ["new", "old"]
+
+
+def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:
+    cache = cache_at(tmp_path, max_bytes=100)
+    cache.store(0, STATISTICS)
+    assert cache.load(0, NAMES).keys() == {"layer.influence"} or cache.load(0, NAMES) == {}
+    assert "mlp.C" not in cache.load(0, NAMES)
+
+
+def test_the_key_depends_on_everything_named() -> None:
+    assert statistics_key(weights="w", tokens="t") == statistics_key(tokens="t", weights="w")
+    assert statistics_key(weights="w", tokens="t") != statistics_key(weights="w", tokens="u")
