@@ -48,9 +48,14 @@ class SLEB:
         alive = list(range(calibration.num_layers))
         num_dropped = num_dropped_layers(task.sparsity, len(alive))
         if len(alive) - num_dropped < self.num_first_kept + self.num_last_kept:
-            raise UserError(f"sleb cannot drop {num_dropped} of {len(alive)} layers and keep {self.num_first_kept} first and {self.num_last_kept} last ones; ask for a lower sparsity or keep fewer")
+            raise UserError(
+                f"sleb cannot drop {num_dropped} of {len(alive)} layers and keep the first {self.num_first_kept} and the last {self.num_last_kept}; "
+                "lower the sparsity or keep fewer"
+            )
         dropped, perplexities = [], []
-        with calibration.meter.stage("elimination") as metered, calibration.progress.bar(num_candidates(self, len(alive), num_dropped), "layer elimination", "candidate") as bar:
+        head_flops = 2.0 * calibration.tokens.num_tokens * model.lm_head.weight.numel()
+        bar = calibration.progress.bar(num_candidates(self, len(alive), num_dropped), "layer elimination", "candidate")
+        with calibration.meter.stage("elimination") as metered, bar:
             start = calibration.embed() if num_dropped else None
             for _ in range(num_dropped):
                 candidates = alive[self.num_first_kept : len(alive) - self.num_last_kept]
@@ -60,7 +65,7 @@ class SLEB:
                 dropped.append(best)
                 perplexities.append(math.exp(losses[best]))
                 calibration.meter.forward_passes += layers_run / calibration.num_layers
-                metered.flops += layers_run * layer_flops(model, calibration.tokens.ids) + len(candidates) * 2.0 * calibration.tokens.num_tokens * model.lm_head.weight.numel()
+                metered.flops += layers_run * layer_flops(model, calibration.tokens.ids) + len(candidates) * head_flops
         if num_dropped:
             calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         return drop_layers(task, dropped, calibration_perplexities=perplexities)

@@ -76,7 +76,8 @@ class SliceGPT:
         check_sliceable(model)
         num_layers, full_size = len(decoder_layers(model)), model.config.hidden_size
         if task.sparsity == 0:
-            return Compressed(model, [{"index": index} for index in range(num_layers)], details={"slicing_fraction": 0.0, "kept_size": full_size, "removed_share": 0.0})
+            details = {"slicing_fraction": 0.0, "kept_size": full_size, "removed_share": 0.0}
+            return Compressed(model, [{"index": index} for index in range(num_layers)], details=details)
         size = self.kept_size(task)
         sizes = self.stream_sizes(size, num_layers, full_size)
         tensors, layers = self._slice(task, sizes)
@@ -183,10 +184,9 @@ def sliced_parameters(model: nn.Module, sizes: list[int]) -> int:
     """Block-linear weights of ``model`` once sliced to the stream widths ``sizes``, shortcuts included."""
     sliced_class, total = layer_class(model.config), 0
     for index, layer in enumerate(decoder_layers(model)):
-        attention, mlp = (
-            (sum(layer.get_submodule(path).out_features for path in readers), layer.get_submodule(writer).in_features)
-            for readers, writer in ((sliced_class.attention_readers, sliced_class.attention_writer), (sliced_class.mlp_readers, sliced_class.mlp_writer))
-        )
+        linear = layer.get_submodule
+        attention = sum(linear(path).out_features for path in sliced_class.attention_readers), linear(sliced_class.attention_writer).in_features
+        mlp = sum(linear(path).out_features for path in sliced_class.mlp_readers), linear(sliced_class.mlp_writer).in_features
         total += layer_parameters(attention, mlp, sizes[2 * index : 2 * index + 3])
     return total
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modegpt.architectures import family_of
+from modegpt.architectures.families import SLICED
 from modegpt.baselines.slicegpt_rotation import centred, fold_norm, rotated_reader, rotated_writer, shortcut
 from modegpt.errors import UserError
 from modegpt.modeling.modeling_sliced import MODELS
 
-SLICED_PREFIX = "sliced_"
-SLICED_MODELS = {model.config_class.model_type.removeprefix(SLICED_PREFIX): model for model in MODELS}
+SLICED_MODELS = {model.config_class.model_type.removeprefix(SLICED): model for model in MODELS}
 """The sliced model class of each family."""
 
 Tensors = dict[str, Tensor]
@@ -25,9 +25,9 @@ def check_sliceable(model: PreTrainedModel) -> None:
     if config.model_type not in SLICED_MODELS:
         raise UserError(f"slicegpt starts from a dense model of {', '.join(SLICED_MODELS)}; this one is {config.model_type!r}")
     if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
-        raise UserError("slicegpt needs a norm in front of every block and the head; this OPT normalises after its blocks (do_layer_norm_before=false), as OPT-350M does")
+        raise UserError("slicegpt needs a norm in front of every block and the head; this OPT normalises after its blocks (do_layer_norm_before=false)")
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise UserError(f"slicegpt needs embeddings as wide as the stream; word_embed_proj_dim is {config.word_embed_proj_dim}, hidden_size {config.hidden_size}")
+        raise UserError(f"slicegpt needs embeddings as wide as hidden_size={config.hidden_size}; word_embed_proj_dim is {config.word_embed_proj_dim}")
 
 
 def sliced_config(config: PreTrainedConfig, stream_sizes: list[int] | None = None) -> PreTrainedConfig:
@@ -67,7 +67,8 @@ def folded_layer(sliced_class: type[nn.Module], layer: nn.Module) -> Tensors:
 def folded_embeddings(model: PreTrainedModel) -> Tensors:
     """Every embedding table that is added up to the first layer's input, float64, by its name in the model."""
     decoder, prefix = model.get_decoder(), family_of(model.config).layers.rpartition(".")[0]
-    tables = {f"{prefix}.{name}.weight": module.weight.to(torch.float64) for name, module in decoder.named_children() if isinstance(module, nn.Embedding)}
+    embeddings = {name: module for name, module in decoder.named_children() if isinstance(module, nn.Embedding)}
+    tables = {f"{prefix}.{name}.weight": module.weight.to(torch.float64) for name, module in embeddings.items()}
     return {name: centred(table) for name, table in tables.items()} if subtracts_mean(decoder.layers[0]) else tables
 
 

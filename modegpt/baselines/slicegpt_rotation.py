@@ -67,4 +67,5 @@ def layer_parameters(attention: tuple[int, int], mlp: tuple[int, int], sizes: Se
         attention, mlp: of each block, rows of all its readers together and columns of its writer.
         sizes: stream width entering the attention, entering the MLP, leaving the layer.
     """
-    return sum(rows * size_in + columns * size_out + size_in * size_out for (rows, columns), size_in, size_out in zip((attention, mlp), sizes, sizes[1:], strict=False))
+    blocks = ((*attention, sizes[0], sizes[1]), (*mlp, sizes[1], sizes[2]))
+    return sum(rows * size_in + columns * size_out + size_in * size_out for rows, columns, size_in, size_out in blocks)
