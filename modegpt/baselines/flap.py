@@ -19,12 +19,12 @@ def variance(C_diagonal: Tensor, mean: Tensor, num_tokens: int) -> Tensor:
 
 
 def fluctuation(channel_variance: Tensor, W: Tensor) -> Tensor:
-    """Fluctuation metric of input channels, equation 5: ``Var(x_i) ||W_i||^2``. channel_variance (..., c), W (..., c, out)."""
+    """Fluctuation metric of input channels: ``Var(x_i) ||W_i||^2``. channel_variance (..., c), W (..., c, out)."""
     return channel_variance * W.double().square().sum(dim=-1)
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """``(s - mean) / std`` over the structures of one module (section 3.3); zeros where all are equal."""
+    """``(s - mean) / std`` over the structures of one module; zeros where all are equal."""
     deviation = scores.std(correction=0)
     return (scores - scores.mean()) / deviation if deviation > 0 else torch.zeros_like(scores)
 
@@ -60,10 +60,10 @@ def _bias_with(bias: Tensor | None, mean: Tensor, W: Tensor) -> Tensor:
 class FLAP:
     """Fluctuation-based adaptive structured pruning (An et al., AAAI 2024, arXiv 2312.11983).
 
-    Section 3.2: a structure's score is the variance of its input channels to the output (down) projection times the squared
+    Fluctuation metric: a structure's score is the variance of its input channels to the output (down) projection times the squared
     norm of the weights they meet, summed over a head's channels and, under grouped-query attention, over the
-    group's heads. Section 3.3: scores are standardised within each layer's attention and each layer's MLP, then
-    the lowest of the whole model go until the weights removed reach the budget. Section 3.4: the removed
+    group's heads. Adaptive structure search: scores are standardised within each layer's attention and each layer's MLP, then
+    the lowest of the whole model go until the weights removed reach the budget. Bias compensation: the removed
     channels' mean contribution becomes a bias, so that the projection's mean output is exact on the dense model's
     inputs.
 

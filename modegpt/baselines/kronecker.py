@@ -3,7 +3,7 @@
 For ``y = x W`` the curvature of the loss in W (in, out) is approximated by ``A (x) G`` with ``A = E[x^T x]``
 (in, in) and ``G = E[g^T g]`` (out, out), g the gradient of the loss in y: a change D of W costs
 ``1/2 tr(D^T A D G)``. Everything below is for rows of W (inputs); for columns (outputs) pass ``W.T``
-with A and G exchanged. Source: van der Ouderaa et al., ICLR 2024, sections 3.1 to 3.3.
+with A and G exchanged. Source: van der Ouderaa et al., ICLR 2024, sections 3.1 to 3.4.
 """
 
 from collections.abc import Iterator, Mapping

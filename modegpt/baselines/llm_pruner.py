@@ -38,7 +38,7 @@ def taylor(weight: Tensor, gradient: Tensor, importance: str) -> Tensor:
     """First-order importance (num_structures,) of weights and gradients (num_structures, elements), float64.
 
     ``vector``: ``|sum_k w_k dL/dw_k|``, the first-order change of the loss L when the whole vector goes
-    (equation 3). ``element``: ``sum_k |w_k dL/dw_k|``, each weight on its own (equation 5).
+    (vector-wise). ``element``: ``sum_k |w_k dL/dw_k|``, each weight on its own (element-wise).
     """
     terms = weight.double() * gradient.double()
     return terms.sum(dim=1).abs() if importance == "vector" else terms.abs().sum(dim=1)
@@ -67,8 +67,8 @@ class LLMPruner:
 
     Section 3.1: coupled structures are attention heads (under grouped-query attention a key/value group with
     its query heads) and MLP channels. Section 3.2: their importance is the first-order Taylor term of the
-    calibration loss, one backward pass over all windows, joined over a structure's matrices. Section 4.1: the
-    same sparsity in every layer that is pruned; the first three and the last of 32 layers are left alone, and
+    calibration loss, one backward pass over all windows, joined over a structure's matrices. As in its experiments, the
+    same sparsity is used in every layer that is pruned; the first three and the last of 32 layers are left alone, and
     the others' sparsity is raised until the total meets the budget.
 
     Differs from the paper: importance has no diagonal second-order term (its "Element^1" and "Vector"

@@ -41,14 +41,19 @@ class Part:
     index: Tensor
 
 
+def solve_flops(part: Part) -> float:
+    """FLOPs of inverting a part's own factor (a Cholesky and a solve), and of one product with the other factor."""
+    return 7 / 3 * len(part.W) ** 3 + 2.0 * part.W.numel() * len(part.other)
+
+
 @dataclass(frozen=True)
 class LLMSurgeon:
     """The LLM Surgeon (van der Ouderaa et al., ICLR 2024, arXiv 2312.17244), structured, with correlated updates.
 
     Algorithm 1, in each of ``shots`` shots: estimate the curvature ``A (x) G`` of every linear of the current model
     (section 3.1; the empirical Fisher of the next-token loss), cost every structure (section 3.2), remove the
-    cheapest of the whole model up to a linear schedule (sections 3.2 and 3.5), and update what is left for
-    all removals of a matrix jointly (section 3.3).
+    cheapest of the whole model (3.3) up to a linear schedule (3.5), and update what is left for all removals of a
+    matrix jointly (3.4).
 
     Simplifications, for a model whose shapes really shrink:
     - Structures are coupled: MLP channels and whole heads (key/value groups with their query heads), where the paper
@@ -91,9 +96,7 @@ class LLMSurgeon:
         working = copy.deepcopy(task.model)
         for shot in range(1, self.shots + 1):
             curvature = self._curvature(task, working)
-            with task.calibration.meter.stage("solve") as metered:
-                kept = self._shoot(task, working, shape, curvature, kept, removal_budget(task) * shot / self.shots)
-                metered.flops += sum(2.0 * len(moment.value[0]) ** 3 for moment in curvature.inputs.values())
+            kept = self._shoot(task, working, shape, curvature, kept, removal_budget(task) * shot / self.shots)
         return pruned_model(task, kept, [LayerWeights.read(task.family, layer) for layer in decoder_layers(working)])
 
     def _roles(self, population: str) -> tuple[str, ...]:
@@ -124,27 +127,34 @@ class LLMSurgeon:
     def _shoot(
         self, task: CompressionTask, model: PreTrainedModel, shape: LayerShape, curvature: Curvature, kept: list[Kept], budget: float
     ) -> list[Kept]:
-        """Remove structures until ``budget`` weights are gone since the dense model, and update ``model`` in place."""
+        """Remove structures until ``budget`` weights are gone since the dense model, and update ``model`` in place.
+
+        Two walks over the layers, one for costs and one for updates, so that one layer's inverses live at a time.
+        """
         sizes = StructureSizes.of(task.family, decoder_layers(task.model)[0], shape)
         size_of = {"groups": sizes.group, "channels": sizes.channel}
-        keys, costs, parts = [], [], []
-        for index, population, alive, of_population in self._populations(task, model, curvature, kept):
-            num_alive = int(alive.sum())
-            left = sum(removal_costs(part.W, part.own_inverse, part.other, len(part.W) // num_alive) for part in of_population)
-            cost = torch.full(alive.shape, torch.inf, dtype=torch.float64)
-            cost[alive] = left.cpu() / size_of[population]
-            keys.append((index, population, alive))
-            costs.append(cost)
-            parts.append(of_population)
-        still = budget - sum(sizes.removed(of_layer) for of_layer in kept)
-        removed = cheapest_within(costs, [size_of[population] for _, population, _ in keys], still, [alive for _, _, alive in keys])
-        masks = [{"groups": of_layer.groups, "channels": of_layer.channels} for of_layer in kept]
-        for (index, population, alive), of_population, gone in zip(keys, parts, removed, strict=True):
-            if gone.any():
-                masks[index][population] = alive & ~gone
-                for part in of_population:
-                    rows = gone[alive].repeat_interleave(len(part.W) // int(alive.sum())).to(part.W.device)
-                    part.target[part.index] = without_rows(part.W, part.own_inverse, rows).to(part.target.dtype)
+        with task.calibration.meter.stage("solve") as metered:
+            costs, populations, removable = [], [], []
+            for _, population, alive, parts in self._populations(task, model, curvature, kept):
+                num_alive = int(alive.sum())
+                cost = torch.full(alive.shape, torch.inf, dtype=torch.float64)
+                least = sum(removal_costs(part.W, part.own_inverse, part.other, len(part.W) // num_alive) for part in parts)
+                cost[alive] = least.cpu() / size_of[population]
+                costs.append(cost)
+                populations.append(population)
+                removable.append(alive)
+                metered.flops += sum(solve_flops(part) for part in parts)
+            still = budget - sum(sizes.removed(of_layer) for of_layer in kept)
+            removed = cheapest_within(costs, [size_of[population] for population in populations], still, removable)
+            masks = [{"groups": of_layer.groups, "channels": of_layer.channels} for of_layer in kept]
+            walk = self._populations(task, model, curvature, kept)
+            for (index, population, alive, parts), gone in zip(walk, removed, strict=True):
+                if gone.any():
+                    masks[index][population] = alive & ~gone
+                    for part in parts:
+                        rows = gone[alive].repeat_interleave(len(part.W) // int(alive.sum())).to(part.W.device)
+                        part.target[part.index] = without_rows(part.W, part.own_inverse, rows).to(part.target.dtype)
+                metered.flops += sum(solve_flops(part) for part in parts)
         return [Kept(**of_layer) for of_layer in masks]
 
     def _populations(
