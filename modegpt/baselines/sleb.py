@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from modegpt.architectures import Family, decoder_layers
 from modegpt.baselines.layer_dropping import drop_layers, num_dropped_layers
 from modegpt.calibration.calibration import layer_flops
-from modegpt.calibration.stream import HiddenStates, _layers_replaced, advance
+from modegpt.calibration.stream import HiddenStates, layers_replaced, advance
 from modegpt.compression.task import Compressed, CompressionTask
 from modegpt.errors import UserError
 
@@ -110,7 +110,7 @@ def next_token_loss(model: PreTrainedModel, ids: Tensor, hidden: HiddenStates) -
     for x in hidden.batches:
         batch = ids[first : first + x.shape[0]].to(model.device)
         first += x.shape[0]
-        with _layers_replaced(decoder_layers(model), lambda _, x=x: lambda *_args, **_kwargs: x):
+        with layers_replaced(decoder_layers(model), lambda _, x=x: lambda *_args, **_kwargs: x):
             logits = model(batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
         total, count = total + loss.item(), count + batch[:, 1:].numel()

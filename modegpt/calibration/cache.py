@@ -22,6 +22,10 @@ from torch import Tensor
 from modegpt.calibration.statistics import Statistics
 
 
+HEADER_BYTES = 256
+"""About what a file holds beside its tensor."""
+
+
 def statistics_key(**decides: str | int) -> str:
     """Hash of what decides a calibration's statistics: weights and token fingerprints, dtype, precision, batch size."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
@@ -60,7 +64,7 @@ class StatisticsCache:
         for name, value in statistics.items():
             path = self._path(index, name)
             value = value.cpu().contiguous()
-            if path.exists() or not self._make_room(value.nbytes):
+            if path.exists() or not self._make_room(value.nbytes + HEADER_BYTES):
                 continue
             handle, temporary = tempfile.mkstemp(dir=self.directory, prefix=".partial-")
             os.close(handle)

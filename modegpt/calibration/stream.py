@@ -29,7 +29,7 @@ class HiddenStates:
 
 
 @contextmanager
-def _layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) -> Iterator[None]:
+def layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) -> Iterator[None]:
     for index, layer in enumerate(layers):
         layer.forward = stand_in(index)
     try:
@@ -59,7 +59,7 @@ def embed(model: nn.Module, tokens: Tensor, *, batch_size: int) -> HiddenStates:
 
         return record
 
-    with _layers_replaced(layers, recorder):
+    with layers_replaced(layers, recorder):
         for batch in tokens.split(batch_size):
             model.base_model(batch.to(model.device), use_cache=False)
     return HiddenStates(batches=batches, arguments=arguments)
