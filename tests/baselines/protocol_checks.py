@@ -12,7 +12,7 @@ from modegpt.compression.task import Compressed, Method
 from tests.architectures.family_table import dense_model, tokens
 from tests.baselines.task_of import task_of
 
-FORMS = ("llama", "llama-multihead-biased", "mistral-window", "qwen3", "opt", "phi3")
+FORMS = ("llama", "llama-multihead-biased", "qwen3", "opt", "phi3")
 
 
 def achieved_sparsity(compressed: Compressed, model) -> float:
