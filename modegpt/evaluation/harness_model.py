@@ -18,8 +18,8 @@ class HarnessModel(HFLM):
 
     Compared with the wrapper it derives from: strings are tokenised once each, in one call, and the result is kept for
     the next model with the same tokenizer; requests with equal inputs share one forward pass; logits are made for
-    the continuation only and reduced in float32 whatever the model's dtype; requests cut to the context are
-    counted; NaN is an error.
+    the continuation only, reduced in float32 and summed in float64 whatever the model's dtype; requests cut to the
+    context are counted; NaN is an error.
 
     Attributes:
         num_truncated: task name -> requests longer than the context, cut from the left (as the harness does).
@@ -128,7 +128,9 @@ class HarnessModel(HFLM):
                 lengths.append(len(continuation))
         target_ids = torch.tensor(targets, device=logits.device)
         picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]  # (num_targets, vocabulary)
-        scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").cpu().split(lengths)
-        greedy = (picked.argmax(-1) == target_ids).cpu().split(lengths)
-        for index, score, match in zip(owners, scores, greedy, strict=True):
-            results[index] = (score.sum().item(), bool(match.all()))
+        scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").double().cpu()
+        misses = (picked.argmax(-1) != target_ids).double().cpu()
+        owner = torch.arange(len(owners)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to
+        totals, num_misses = (torch.zeros(len(owners), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses))
+        for index, total, missed in zip(owners, totals.tolist(), num_misses.tolist(), strict=True):
+            results[index] = (total, missed == 0)

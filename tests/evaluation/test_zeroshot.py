@@ -239,7 +239,9 @@ def test_paper_tasks_from_the_hub(task_folder, monkeypatch):
     }
 
     def load_dataset(path, name=None, **kwargs):
-        return local[asked[path, name]].dataset
+        task = asked[path, name]
+        rows = {split: datasets.Dataset.from_list(list(rows)) for split, rows in local[task].dataset.items()}
+        return datasets.DatasetDict(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = load_tasks(["paper"], data_path=None)
