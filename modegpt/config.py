@@ -24,10 +24,19 @@ TRACKING_MODES = ("offline", "online", "disabled")
 BUDGETS = ("exact", "nearest")
 
 
-def unknown(subject: str, given: object, choices: Iterable[str]) -> UserError:
-    """The error for ``subject``, in which ``given`` is not among ``choices``: names them, and the nearest if there is one."""
+def unknown(where: str, given: object, choices: Iterable[str]) -> UserError:
+    """The error for a value of ``where`` that is not among ``choices``: names them, and the nearest if there is one."""
+    return _unknown(f"{where}={given}", str(given), choices)
+
+
+def unknown_key(key: str, choices: Iterable[str]) -> UserError:
+    """The same for a dotted key whose last part is not among ``choices``."""
+    return _unknown(key, key.rpartition(".")[2], choices)
+
+
+def _unknown(subject: str, given: str, choices: Iterable[str]) -> UserError:
     choices = sorted(choices)
-    near = difflib.get_close_matches(str(given), choices, n=1)
+    near = difflib.get_close_matches(given, choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return UserError(f"{subject} is not known; choose from {', '.join(choices)}{hint}")
 
@@ -41,13 +50,13 @@ def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where:
     options = dict(options)
     name = options.pop("name", None)
     if name not in choices:
-        raise unknown(f"{where}.name={name}", name, choices)
+        raise unknown(f"{where}.name", name, choices)
     cls = choices[name]
     known = {option.name: option for option in fields(cls) if option.init}
     hints = typing.get_type_hints(cls)
     for key, value in options.items():
         if key not in known:
-            raise unknown(f"{where}.{key}", key, known) if known else UserError(f"{where}.{key} is not known: {name} has no options")
+            raise unknown_key(f"{where}.{key}", known) if known else UserError(f"{where}.{key} is not known: {name} has no options")
         if not _fits(value, hints[key]):
             raise UserError(f"{where}.{key}={value} has the wrong type: expected {_type_name(hints[key])}")
     for key, option in known.items():
@@ -80,7 +89,7 @@ def _type_name(hint: Any) -> str:
 
 def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
-        raise unknown(f"{where}={value}", value, choices)
+        raise unknown(where, value, choices)
 
 
 def _at_least(where: str, value: int | None, minimum: int) -> None:
@@ -267,5 +276,3 @@ class RunConfig:
             raise UserError("model.path is missing: a local directory (model=local model.path=DIR) or a hub name (model=hub model.path=OWNER/NAME)")
         _at_least("seed", self.seed, 0)
         _at_least("threads", self.threads, 1)
-        if (self.allocation.get("name") == "explicit") != (self.compression.layer_sparsity is not None):
-            raise UserError("allocation=explicit and compression.layer_sparsity=[...] go together: one sparsity a layer")

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from modegpt.cli.schema import config_groups
-from modegpt.config import unknown
+from modegpt.config import unknown, unknown_key
 from modegpt.errors import UserError
 
 
@@ -56,9 +56,9 @@ def _composition(error: Exception, cause: BaseException | None) -> str:
 def _unknown_key(cause: OmegaConfBaseException) -> str:
     key = cause.full_key
     if "/" in key:
-        return str(unknown(f"config group {key}", key, config_groups()))
+        return str(unknown_key(key, config_groups()))
     keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else ()
-    return str(unknown(f"key {key}", key.rpartition(".")[2], map(str, keys)))
+    return str(unknown_key(key, map(str, keys)))
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -66,7 +66,7 @@ def _missing_option(error: MissingConfigException) -> str:
     if not group or not error.options:
         return _one_line(str(error))
     hint = "; parallel launchers need: pip install 'modegpt[sweep]'" if group == "hydra/launcher" else ""
-    return str(unknown(f"{group}={name}", name, error.options)) + hint
+    return str(unknown(group, name, error.options)) + hint
 
 
 def _first_line(error: BaseException) -> str:

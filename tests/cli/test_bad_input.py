@@ -1,22 +1,24 @@
 """Bad input: one line that names what would be right, a non-zero exit code, the main job never called."""
 
+import re
 import sys
 from collections.abc import Callable
 
 import pytest
 
+from modegpt.compression.methods import make_method
 from modegpt.config import build
 from modegpt.decompositions import MLP_VARIANTS
 from modegpt.errors import UserError
 
 BAD = {
-    "unknown key": (["compression.sparsty=0.2"], "key compression.sparsty is not known; choose from", "did you mean sparsity?"),
+    "unknown key": (["compression.sparsty=0.2"], "error: compression.sparsty is not known; choose from", "did you mean sparsity?"),
     "unknown top-level key": (["modle=x"], "did you mean model?"),
     "unknown key of a variant": (["decomposition.mlp.rigde=1"], "choose from name, ridge"),
     "forced key": (["++compression.ratio=1"], "compression.ratio is not known; choose from budget,"),
     "added key": (["+nonsense=1"], "nonsense is not known; choose from"),
     "unknown option": (["decomposition/mlp=nystrm"], "decomposition/mlp=nystrm is not known; choose from", "did you mean nystrom?"),
-    "unknown group": (["decomposition/mpl=nystrom"], "config group decomposition/mpl is not known", "did you mean decomposition/mlp?"),
+    "unknown group": (["decomposition/mpl=nystrom"], "error: decomposition/mpl is not known", "did you mean decomposition/mlp?"),
     "unknown model": (["model=tiny-lama"], "did you mean tiny-llama?"),
     "type of a number": (["compression.sparsity=much"], "compression.sparsity:", "'much'", "Float"),
     "type of an integer": (["calibration.num_samples=1.5"], "calibration.num_samples:", "Integer"),
@@ -25,8 +27,6 @@ BAD = {
     "sparsity below 0": (["compression.sparsity=-0.1"], "compression.sparsity=-0.1 is outside [0, 1)"),
     "module sparsity": (["compression.module_sparsity.query_key=1.2"], "compression.module_sparsity.query_key=1.2 is outside [0, 1)"),
     "layer sparsity": (["allocation=explicit", "compression.layer_sparsity=[0.1,2]"], "compression.layer_sparsity=2.0 is outside"),
-    "explicit without values": (["allocation=explicit"], "compression.layer_sparsity"),
-    "values without explicit": (["compression.layer_sparsity=[0.1]"], "allocation=explicit"),
     "budget": (["compression.budget=close"], "compression.budget=close is not known; choose from exact, nearest"),
     "skipped layer": (["compression.skip_layers=[-1]"], "compression.skip_layers=-1"),
     "no samples": (["calibration.num_samples=0"], "calibration.num_samples=0 is too small: at least 1"),
@@ -44,7 +44,7 @@ BAD = {
     "grammar": (["seed=["], "cannot read the override seed=["),
     "flag": (["--sparsity"], "--sparsity", "modegpt --help"),
     "launcher": (["--multirun", "hydra/launcher=slurm", "seed=1,2"], "hydra/launcher=slurm is not known", "modegpt[sweep]"),
-    "sweep of a wrong key": (["--multirun", "sede=1,2"], "key sede is not known", "did you mean seed?"),
+    "sweep of a wrong key": (["--multirun", "sede=1,2"], "error: sede is not known", "did you mean seed?"),
 }
 
 
@@ -98,6 +98,26 @@ def test_errors_of_the_main_job(job: Callable, capfd: pytest.CaptureFixture, mon
     assert job()[0] == (130 if isinstance(raised, KeyboardInterrupt) else 1)
     [only] = capfd.readouterr().err.splitlines()
     assert only.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["allocation=explicit"], "compression.layer_sparsity"),
+        (["compression.layer_sparsity=[0.1]"], "allocation=explicit"),
+        (["+decomposition.mlp.rigde=1"], "decomposition.mlp.rigde is not known; choose from ridge; did you mean ridge"),
+        (["decomposition.mlp.ridge=big"], "decomposition.mlp.ridge=big has the wrong type: expected float"),
+        (["decomposition.query_key.name=nystrom"], "query_key=nystrom is not known; choose from cr"),
+        (["allocation.epsilon=null"], "allocation.epsilon=None has the wrong type"),
+        (["method=slicegpt", "compression.skip_layers=[1]"], "compression.skip_layers has no effect"),
+        (["method.name=modegtp"], "did you mean modegpt"),
+    ],
+)
+def test_methods_are_refused_before_any_work(job: Callable, arguments: list[str], message: str) -> None:
+    code, [(config, _)] = job(*arguments)
+    assert code == 0
+    with pytest.raises(UserError, match=re.escape(message)):
+        make_method(config)
 
 
 @pytest.mark.parametrize(

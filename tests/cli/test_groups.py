@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from modegpt.allocation.policies import POLICIES
 from modegpt.calibration.texts import SOURCES
 from modegpt.cli.schema import config_directory, config_groups
+from modegpt.compression.methods import METHODS, make_method
 from modegpt.config import TEXT_SOURCES, RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
 
@@ -47,6 +48,8 @@ OPTIONS = {group: options(group) for group in config_groups()}
 def test_every_option_composes(job: Callable, number: int) -> None:
     """The first option of every group together, the second of every group, and so on."""
     chosen = {group: names[number % len(names)] for group, names in OPTIONS.items()}
+    if chosen["method"] not in ("modegpt", "random", "magnitude", "dense"):
+        chosen["allocation"] = "uniform"  # a baseline refuses what it would ignore, such as compression.layer_sparsity
     needed = [argument for name in chosen.values() for argument in FILES.get(name, [])]
     config = composed(job, *(f"{group}={name}" for group, name in chosen.items()), *dict.fromkeys(needed))
     for group, name in chosen.items():
@@ -60,12 +63,23 @@ def test_every_option_composes(job: Callable, number: int) -> None:
             assert {"name": name} | vars(built) == node
         if group == "calibration":
             assert node.source == name
+    method = make_method(config)
+    assert (method is None) == (chosen["method"] == "dense")
 
 
 @pytest.mark.parametrize("group", REGISTRIES)
 def test_every_implementation_has_its_option(group: str) -> None:
     dense = {"none"} if group.startswith("decomposition/") else set()
     assert set(options(group)) == set(REGISTRIES[group]) | dense
+
+
+def test_every_method_has_its_option() -> None:
+    assert set(options("method")) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+def test_every_method_is_made(job: Callable, name: str) -> None:
+    assert make_method(composed(job, f"method={name}")) is not None
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in REGISTRIES for name in options(group) if name != "none"])
