@@ -142,7 +142,8 @@ def build_facts(*, seed: int) -> dict[str, dict[str, Fact]]:
     return facts
 
 
-def _fill(template: str, fact: Fact, subject: str | None = None) -> str:
+def fill(template: str, fact: Fact, subject: str | None = None) -> str:
+    """A template of the fact's relation with its subject (or `subject` in its place) and value put in."""
     subject = subject or fact.subject
     plural = words.ANIMALS.get(fact.subject, fact.subject + "s")
     text = template.format(s=subject, p=plural, P=capitalised(plural), o=fact.value, a=with_article(fact.value))
@@ -153,8 +154,8 @@ def state(fact: Fact, rng: random.Random, *, pronoun_for: str | None = None) -> 
     """One statement of the fact; with `pronoun_for`, its person as a pronoun where the template starts with the subject."""
     template = rng.choice(fact.relation.statements)
     if pronoun_for and template.startswith("{s} "):
-        return _fill(template, fact, subject=pronouns(pronoun_for)["he"])
-    return _fill(template, fact)
+        return fill(template, fact, subject=pronouns(pronoun_for)["he"])
+    return fill(template, fact)
 
 
 def held_out_question(fact: Fact) -> int:
@@ -164,7 +165,7 @@ def held_out_question(fact: Fact) -> int:
 
 def ask(fact: Fact, wording: int) -> str:
     """The question with the given wording index, as a prompt that ends where the answer starts."""
-    return f"Question: {_fill(fact.relation.questions[wording], fact)}\nAnswer:"
+    return f"Question: {fill(fact.relation.questions[wording], fact)}\nAnswer:"
 
 
 def question_document(facts: list[Fact], rng: random.Random) -> str:
