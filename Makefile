@@ -27,8 +27,8 @@ install: $(INSTALLED)
 # An interrupted install leaves its start mark behind and is begun again from an empty environment. The fallback without
 # ensurepip is for distributions that ship it apart from Python.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; none was found on the path (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || \
+		{ echo "error: Python 3.11 or newer is needed and $(or $(PYTHON),no python on the path) is not that; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@if test -e $(STARTED); then echo "The last installation was interrupted; starting over."; rm -rf $(VENV); fi
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
