@@ -44,7 +44,7 @@ class Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     evaluation: PreparedEvaluation
-    tokens: CalibrationTokens | None
+    task: CompressionTask | None
     weights_sha256: str
     tokenizer_sha256: str
     progress: Progress
@@ -70,7 +70,7 @@ class Run:
         return {
             **decides(self.config),
             "model": {"weights_sha256": self.weights_sha256, "tokenizer_sha256": self.tokenizer_sha256, "dtype": str(self.model.dtype)},
-            "calibration": self.tokens and {"tokens_sha256": self.tokens.sha256, "precision": calibration.precision},
+            "calibration": self.task and {"tokens_sha256": self.task.calibration.tokens.sha256, "precision": calibration.precision},
             "evaluation": self.evaluation.fingerprint(),
         }
 
@@ -126,13 +126,24 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         model = load_model(path, dtype=config.model.dtype, device=device_of(config.model.device), revision=config.model.revision)
     check_finite(model)
     family = family_of(model.config)
-    tokens = None
+    weights_sha256, task = fingerprint_weights(model), None
     if method is not None:
         if is_compressed(model.config):
             raise UserError(f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of")
         if (reason := method.applicable(family)) is not None:
             raise UserError(f"method={config.method['name']} cannot compress {family.model_type} models: {reason}")
         tokens = calibration_tokens(config, tokenizer, model)
+        calibration = Calibration(
+            model=model,
+            tokens=tokens,
+            batch_size=config.calibration.batch_size,
+            precision=getattr(torch, config.calibration.precision),
+            cache=statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
+            progress=progress,
+            meter=meter,
+        )
+        task = CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed)
+        method.check(task)
         if isinstance(config.output.save_model, str) and config.output.save_model != "auto":
             check_destination(config.output.save_model)
     elif config.output.save_model is not None:
@@ -146,8 +157,8 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         model=model,
         tokenizer=tokenizer,
         evaluation=evaluation,
-        tokens=tokens,
-        weights_sha256=fingerprint_weights(model),
+        task=task,
+        weights_sha256=weights_sha256,
         tokenizer_sha256=fingerprint_tokenizer(tokenizer),
         progress=progress,
         meter=meter,
@@ -205,33 +216,22 @@ def dense_scores(run: Run) -> dict[str, dict]:
 
 
 def compress(run: Run) -> Compressed:
-    """Run the method and check that what came out is what was asked for."""
-    config = run.config
-    calibration = Calibration(
-        model=run.model,
-        tokens=run.tokens,
-        batch_size=config.calibration.batch_size,
-        precision=getattr(torch, config.calibration.precision),
-        cache=statistics_cache(run),
-        progress=run.progress,
-        meter=run.meter,
-    )
+    """Run the method and check that what came out can be used."""
     with run.meter.stage("compression"):
-        compressed = run.method.compress(CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed))
+        compressed = run.method.compress(run.task)
     check_finite(compressed.model)
     return compressed
 
 
-def statistics_cache(run: Run) -> StatisticsCache | None:
+def statistics_cache(config: RunConfig, *, weights_sha256: str, tokens: CalibrationTokens, model: PreTrainedModel) -> StatisticsCache | None:
     """Where this calibration's statistics live between runs; None where the cache keeps nothing."""
-    config = run.config
     if config.cache.max_bytes == 0:
         return None
     key = statistics_key(
-        weights=run.weights_sha256,
-        tokens=run.tokens.sha256,
-        dtype=str(run.model.dtype),
-        device=run.model.device.type,
+        weights=weights_sha256,
+        tokens=tokens.sha256,
+        dtype=str(model.dtype),
+        device=model.device.type,
         precision=config.calibration.precision,
         batch_size=config.calibration.batch_size,
     )
@@ -270,15 +270,7 @@ def make_record(run: Run, compressed: Compressed | None, dense: dict[str, dict],
             "block_linear_parameters": block_linear_parameters(run.model),
             "dtype": str(run.model.dtype).removeprefix("torch."),
         },
-        "calibration": run.tokens and {
-            "source": config.calibration.source,
-            "num_samples": run.tokens.ids.shape[0],
-            "sequence_length": run.tokens.ids.shape[1],
-            "seed": config.calibration.seed,
-            "num_tokens": run.tokens.num_tokens,
-            "tokens_sha256": run.tokens.sha256,
-            "stream_tokens": run.tokens.stream_tokens,
-        },
+        "calibration": run.task and calibration_record(config, run.task.calibration.tokens),
         "compression": compressed and compression_record(run, compressed),
         "metrics": {
             "dense": dense,
@@ -288,6 +280,19 @@ def make_record(run: Run, compressed: Compressed | None, dense: dict[str, dict],
             "limited": limited,
         },
         "cost": run.meter.summary(),
+    }
+
+
+def calibration_record(config: RunConfig, tokens: CalibrationTokens) -> dict[str, Any]:
+    """Which tokens the method saw."""
+    return {
+        "source": config.calibration.source,
+        "num_samples": tokens.ids.shape[0],
+        "sequence_length": tokens.ids.shape[1],
+        "seed": config.calibration.seed,
+        "num_tokens": tokens.num_tokens,
+        "tokens_sha256": tokens.sha256,
+        "stream_tokens": tokens.stream_tokens,
     }
 
 

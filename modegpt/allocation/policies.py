@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from modegpt.allocation import allocate
+from modegpt.errors import UserError
 
 
 class Policy(Protocol):
@@ -15,6 +16,25 @@ class Policy(Protocol):
     needs_influence: ClassVar[bool]
 
     def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The range of the entropic policies' options."""
+
+    epsilon: float = 0.1
+    cap: float = 0.8
+    needs_influence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < float("inf"):
+            raise UserError(f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation")
+        check_cap(self.cap)
+
+
+def check_cap(cap: float) -> None:
+    if not 0 < cap < 1:
+        raise UserError(f"allocation.cap={cap} must lie between 0 and 1: it is the largest share a layer may lose")
 
 
 @dataclass(frozen=True)
@@ -39,12 +59,8 @@ class Explicit:
 
 
 @dataclass(frozen=True)
-class Entropic:
+class Entropic(Softmax):
     """The paper's: ``L phi softmax(-s / epsilon)``, capped, the rest redistributed."""
-
-    epsilon: float = 0.1
-    cap: float = 0.8
-    needs_influence: ClassVar[bool] = True
 
     def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
         return allocate.entropic(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
@@ -57,29 +73,24 @@ class EntropicCap:
     cap: float = 0.8
     needs_influence: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_cap(self.cap)
+
     def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
         return allocate.entropic_cap(influence, sparsity, cap=self.cap)
 
 
 @dataclass(frozen=True)
-class Inverse:
+class Inverse(Softmax):
     """Control: entropic on the negated influence."""
-
-    epsilon: float = 0.1
-    cap: float = 0.8
-    needs_influence: ClassVar[bool] = True
 
     def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
         return allocate.inverse(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Softmax):
     """Control: the entropic sparsities in random order."""
-
-    epsilon: float = 0.1
-    cap: float = 0.8
-    needs_influence: ClassVar[bool] = True
 
     def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
         return allocate.random(influence, sparsity, epsilon=self.epsilon, cap=self.cap, generator=generator)

@@ -18,7 +18,7 @@ from modegpt.baselines.low_rank import (
     svd_flops,
     truncated,
 )
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.errors import UserError
 
 SMALLEST_SCALE = 1e-6
@@ -33,7 +33,7 @@ def channel_scale(C: Tensor, alpha: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ASVD:
+class ASVD(Method):
     """Activation-aware SVD (Yuan et al. 2023, arXiv 2312.05821, section 3.2): SVD of ``diag(s) W``, ``s_i = scale(x_i)^alpha``.
 
     Differs from the paper: the scale of channel i is its root mean square, from the diagonal of the Gram
@@ -50,9 +50,6 @@ class ASVD:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"method.alpha={self.alpha} is outside [0, 1]")
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         if task.sparsity == 0:

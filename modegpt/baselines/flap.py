@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modegpt.architectures import Family, decoder_layers, dense_shape
 from modegpt.baselines.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.decompositions.modules import MLPWeights, ValueOutputWeights
 
 STATISTICS = frozenset({"mlp.C", "mlp.mean", "value_output.A", "value_output.mean"})
@@ -57,7 +57,7 @@ def _bias_with(bias: Tensor | None, mean: Tensor, W: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FLAP:
+class FLAP(Method):
     """Fluctuation-based adaptive structured pruning (An et al., AAAI 2024, arXiv 2312.11983).
 
     Fluctuation metric: a structure's score is the variance of its input channels to the output (down) projection times the squared
@@ -75,9 +75,6 @@ class FLAP:
     """
 
     compensate: bool = True
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         shape = dense_shape(task.model.config)

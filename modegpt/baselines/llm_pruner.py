@@ -11,7 +11,7 @@ from modegpt.architectures import Family, block_linear_parameters, decoder_layer
 from modegpt.baselines.gradients import weight_gradients
 from modegpt.baselines.low_rank import block_linears
 from modegpt.baselines.structures import Kept, StructureSizes, pruned_model
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.errors import UserError
 
 ATTENTION = ("query", "key", "value", "output")
@@ -62,7 +62,7 @@ def structure_scores(
 
 
 @dataclass(frozen=True)
-class LLMPruner:
+class LLMPruner(Method):
     """LLM-Pruner (Ma et al., NeurIPS 2023, arXiv 2305.11627), block-wise, without the recovery stage.
 
     Section 3.1: coupled structures are attention heads (under grouped-query attention a key/value group with
@@ -96,9 +96,6 @@ class LLMPruner:
             )
         if self.batch_size < 1:
             raise UserError(f"method.batch_size={self.batch_size} is too small: at least 1")
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         shape = dense_shape(task.model.config)

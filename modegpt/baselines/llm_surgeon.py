@@ -14,7 +14,7 @@ from modegpt.baselines.gradients import differentiable, micro_batches, summed_lo
 from modegpt.baselines.kronecker import Curvature, damped, inverse, observed_curvature, removal_costs, without_rows
 from modegpt.baselines.low_rank import INPUT_GRAM, block_linears
 from modegpt.baselines.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.errors import UserError
 
 READERS = {"groups": ("output",), "channels": ("down",)}
@@ -47,7 +47,7 @@ def solve_flops(part: Part) -> float:
 
 
 @dataclass(frozen=True)
-class LLMSurgeon:
+class LLMSurgeon(Method):
     """The LLM Surgeon (van der Ouderaa et al., ICLR 2024, arXiv 2312.17244), structured, with correlated updates.
 
     Algorithm 1, in each of ``shots`` shots: estimate the curvature ``A (x) G`` of every linear of the current model
@@ -84,9 +84,6 @@ class LLMSurgeon:
             raise UserError(f"method.damping={self.damping} must be positive: curvature of few tokens is singular")
         if self.batch_size < 1:
             raise UserError(f"method.batch_size={self.batch_size} is too small: at least 1")
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         shape = dense_shape(task.model.config)

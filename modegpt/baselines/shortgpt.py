@@ -9,18 +9,15 @@ import torch
 
 from modegpt.architectures import Family
 from modegpt.baselines.layer_dropping import drop_layers, num_dropped_layers
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 
 
 @dataclass(frozen=True)
-class ShortGPT:
+class ShortGPT(Method):
     """The layers of lowest block influence ``1 - mean cos(x_l, x_{l+1})`` go, measured once on the dense model.
 
     As many as come nearest to the task's sparsity. Layers of equal influence go from the front.
     """
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:

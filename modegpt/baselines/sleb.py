@@ -16,12 +16,12 @@ from modegpt.architectures import Family, decoder_layers
 from modegpt.baselines.layer_dropping import drop_layers, num_dropped_layers
 from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.stream import HiddenStates, layers_replaced, advance
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.errors import UserError
 
 
 @dataclass(frozen=True)
-class SLEB:
+class SLEB(Method):
     """Greedy: at each step the layer goes whose absence leaves the lowest perplexity on the calibration tokens.
 
     Args:
@@ -38,9 +38,6 @@ class SLEB:
     def __post_init__(self) -> None:
         if self.num_first_kept < 0 or self.num_last_kept < 0:
             raise UserError(f"sleb num_first_kept={self.num_first_kept} and num_last_kept={self.num_last_kept} must not be negative")
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:

@@ -28,14 +28,14 @@ from modegpt.baselines.slicegpt_rotation import centred, layer_parameters, lost_
 from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import HiddenStates, advance
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.errors import UserError
 
 CHOICES = {"budget": ("parameters", "slicing"), "calibrate_on": ("sliced", "dense"), "signal": ("residual", "normalised")}
 
 
 @dataclass(frozen=True)
-class SliceGPT:
+class SliceGPT(Method):
     """Every block's input loses the same number of principal directions.
 
     Args:

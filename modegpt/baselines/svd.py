@@ -5,19 +5,16 @@ from dataclasses import dataclass
 
 from modegpt.architectures import Family, decoder_layers
 from modegpt.baselines.low_rank import Truncation, block_linears, dense_layers, factored_model, layer_ranks, svd_flops, truncated
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(Method):
     """Every block-linear W (in, out) becomes its best rank-r approximation in Frobenius norm (Eckart and Young, 1936).
 
     One sparsity for all matrices; both factors count against it, so ranks start at half of what the
     matrix has before anything is saved. Needs no calibration tokens.
     """
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         if task.sparsity == 0:

@@ -22,7 +22,7 @@ from modegpt.baselines.low_rank import (
 )
 from modegpt.calibration.calibration import gram_flops, layer_flops
 from modegpt.calibration.stream import HiddenStates, advance
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.decompositions.linalg import PSDFactor, energy, psd_cholesky, relative
 from modegpt.decompositions.modules import LowRank
 
@@ -54,7 +54,7 @@ def refit_output_factor(W: Tensor, truncation: Truncation, C: Tensor) -> Truncat
 
 
 @dataclass(frozen=True)
-class SVDLLM:
+class SVDLLM(Method):
     """SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378): truncation-aware data whitening (section 3.1).
 
     Every matrix has one sparsity; both factors count against it. The optional update is the layer-wise closed
@@ -69,9 +69,6 @@ class SVDLLM:
     """
 
     update: bool = False
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def compress(self, task: CompressionTask) -> Compressed:
         if task.sparsity == 0:

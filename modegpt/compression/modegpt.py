@@ -27,7 +27,7 @@ from modegpt.architectures import (
     read_value_output,
 )
 from modegpt.calibration.statistics import Statistics, mlp_statistics, query_key_statistics, value_output_statistics
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.decompositions.modules import LowRank, Reduction, Variant
 from modegpt.errors import UserError
 
@@ -70,7 +70,7 @@ def _common_multiple(unit: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class MoDeGPT:
+class MoDeGPT(Method):
     """The paper's method, each choice a field.
 
     Args:
@@ -93,9 +93,6 @@ class MoDeGPT:
     rank_multiple: dict[str, int] = field(default_factory=dict)
     budget: str = "exact"
     skip_layers: tuple[int, ...] = ()
-
-    def applicable(self, family: Family) -> str | None:
-        return None
 
     def variants(self, family: Family) -> dict[str, Variant | None]:
         """The decomposition of each module for ``family``, which may insist on dense queries and keys."""
@@ -126,7 +123,6 @@ class MoDeGPT:
         return integer_ranks(sparsities, layers, budget=self.budget)
 
     def check(self, task: CompressionTask) -> None:
-        """Refuse before any expensive work what can be refused then."""
         layer = decoder_layers(task.model)[0]
         for module, variant in self.variants(task.family).items():
             reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
@@ -136,7 +132,6 @@ class MoDeGPT:
             self.plan(task, None)
 
     def compress(self, task: CompressionTask) -> Compressed:
-        self.check(task)
         calibration, variants = task.calibration, self.variants(task.family)
         names = frozenset(STATISTIC[module][key] for module, variant in variants.items() if variant is not None for key in variant.required)
         influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None

@@ -1,7 +1,7 @@
 """The protocol between the main job and every compression method, ours and the baselines."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -55,11 +55,16 @@ class Compressed:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Method(Protocol):
+class Method:
     """A compression method: a dataclass whose fields are its hyper-parameters."""
 
     def applicable(self, family: Family) -> str | None:
         """Why this method cannot compress ``family``, or None."""
+        return None
+
+    def check(self, task: CompressionTask) -> None:
+        """Raise UserError, before any expensive work, for a task that cannot be done."""
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Compress ``task.model`` to ``task.sparsity``."""
+        raise NotImplementedError

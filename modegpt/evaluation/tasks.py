@@ -12,6 +12,7 @@ from modegpt.calibration.texts import hub_access, read_rows
 from modegpt.errors import UserError
 from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.isolation import isolated_harness
+from modegpt.tiny.tasks import task_configs
 
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 
@@ -32,20 +33,20 @@ def load_tasks(names: Sequence[str], *, data_path: str | None) -> dict[str, Any]
     """Load tasks, zero-shot, with their data.
 
     Args:
-        names: ``"tiny"`` (the embedded five), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge), or any
+        names: ``"tiny"`` (the embedded five, or one of them by name), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge), or any
             task, group or tag of lm-evaluation-harness.
         data_path: folder of local files for the standard tasks; see ``local_tasks.py`` for their forms.
 
     Returns task name -> ``lm_eval.api.task.Task``, groups and tags spelled out, in the order asked for.
     Raises UserError on an unknown name (close ones are given), unreadable files, or data out of reach.
     """
-    tiny = {}
-    if "tiny" in names:
-        from modegpt.tiny.tasks import task_configs
-
-        tiny = task_configs()
-    sets = {"tiny": list(tiny), "paper": list(PAPER_TASKS)}
+    embedded = task_configs() if any(name.startswith("tiny") for name in names) else {}
+    sets = {"tiny": list(embedded), "paper": list(PAPER_TASKS)}
     wanted = list(dict.fromkeys(task for name in names for task in sets.get(name, [name])))
+    tiny = {name: config for name, config in embedded.items() if name in wanted}
+    for name in wanted:
+        if name.startswith("tiny") and name not in tiny:
+            raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; the embedded ones are {', '.join(embedded)}")
     local = {name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny}
     local |= {name: _in_memory(config, _read_data_files(config)) for name, config in tiny.items()}
     tasks: dict[str, Any] = {}

@@ -1,0 +1,189 @@
+"""The main job from end to end on the embedded models, and everything it refuses before any work."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import modegpt.run
+from modegpt.config import CalibrationConfig, CompressionConfig, DecompositionConfig, ModelConfig, OutputConfig, RunConfig, TrackingConfig
+from modegpt.errors import UserError
+from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
+from modegpt.records.store import load_record
+from modegpt.run import run
+from modegpt.tiny import TINY_MODELS
+
+PAPER = {"mlp": {"name": "nystrom"}, "query_key": {"name": "cr"}, "value_output": {"name": "svd"}}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "results"
+
+
+def small(results: Path, **changes: Any) -> RunConfig:
+    """A run of seconds: few samples, two perplexity windows, four items a task."""
+    text = results.parent / "text.jsonl"
+    if not text.exists():
+        lines = [json.dumps({"text": "The old baker walked to the market and bought two apples . " * 30})] * 12
+        text.write_text("\n".join(lines), encoding="utf-8")
+    defaults: dict[str, Any] = {
+        "quiet": True,
+        "model": ModelConfig(name="tiny-llama", path="embedded:tiny-llama"),
+        "method": {"name": "modegpt"},
+        "decomposition": DecompositionConfig(**PAPER),
+        "allocation": {"name": "entropic"},
+        "calibration": CalibrationConfig(source="jsonl", path=str(text), num_samples=4, sequence_length=128),
+        "evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=str(text), windows=[128]), ZeroShotSpec(tasks=["tiny_pronoun"], limit=4)),
+        "output": OutputConfig(root=str(results)),
+        "tracking": TrackingConfig(mode="disabled"),
+    }
+    return RunConfig(**(defaults | changes))
+
+
+@pytest.mark.parametrize("name", sorted(TINY_MODELS))
+def test_a_run_leaves_one_complete_record(name: str, results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(results, model=ModelConfig(name=name, path=f"embedded:{name}"))
+    path = run(config, command="modegpt ...")
+    record = load_record(path)
+    assert record["compression"]["achieved_sparsity"] == pytest.approx(0.3, abs=1e-3)
+    assert 0 < record["compression"]["whole_model_sparsity"] < 0.3
+    assert record["metrics"]["compressed"]["perplexity"]["ppl_jsonl_128"]["value"] >= 1
+    assert record["metrics"]["limited"] is True
+    assert len(record["compression"]["layers"]) == len(record["compression"]["influence"])
+    assert record["calibration"]["num_tokens"] == 512 and len(record["calibration"]["tokens_sha256"]) == 64
+    assert {stage["name"] for stage in record["cost"]["stages"]} >= {"dense evaluation", "influence", "decomposition", "compressed evaluation"}
+    assert str(results.parent) not in path.read_text(encoding="utf-8")
+    shown = capsys.readouterr().out
+    assert "dense" in shown and str(path) in shown and shown.count(".png") == 2
+    assert sorted(file.name for file in path.parent.iterdir()) == ["layers.png", "record.json", "scores.png"]
+
+    written = path.read_bytes()
+    monkeypatch.setattr(modegpt.run, "execute", lambda *_: pytest.fail("a finished run was computed again"))
+    assert run(config, command="modegpt ...") == path and path.read_bytes() == written
+
+
+def test_overwrite_computes_again_and_keeps_the_old_record(results: Path) -> None:
+    path = run(small(results), command="modegpt")
+    first = load_record(path)
+    run(small(results, output=OutputConfig(root=str(results), overwrite=True)), command="modegpt")
+    assert load_record(path)["metrics"] == first["metrics"]
+    assert (path.parent / "superseded-1.json").exists()
+
+
+def test_what_decides_the_result_decides_the_place(results: Path) -> None:
+    def place(**changes: Any) -> Path:
+        return modegpt.run.prepare(small(results, **changes), command="modegpt").directory
+
+    base = place()
+    text = str(results.parent / "text.jsonl")
+    assert place(compression=CompressionConfig(sparsity=0.2)) != base
+    assert place(allocation={"name": "uniform"}) != base
+    assert place(seed=1) != base
+    assert place(calibration=CalibrationConfig(source="jsonl", path=text, num_samples=4, sequence_length=128, seed=3)) != base
+    assert place(quiet=False, tracking=TrackingConfig(mode="offline")) == base
+    copy = results.parent / "same text elsewhere.jsonl"
+    shutil.copy(text, copy)
+    assert place(calibration=CalibrationConfig(source="jsonl", path=str(copy), num_samples=4, sequence_length=128)) == base
+
+
+def test_a_saved_model_scores_the_same_later(results: Path) -> None:
+    record = load_record(run(small(results, output=OutputConfig(root=str(results), save_model="auto")), command="modegpt"))
+    [checkpoint] = results.glob("runs/*/model")
+    again = small(results, model=ModelConfig(name="saved", path=str(checkpoint)), method={"name": "dense"})
+    rescored = load_record(run(again, command="modegpt"))
+    assert rescored["metrics"]["dense"] == record["metrics"]["compressed"]
+    assert rescored["compression"] is None and rescored["calibration"] is None
+    with pytest.raises(UserError, match="compressed already"):
+        run(small(results, model=ModelConfig(name="saved", path=str(checkpoint))), command="modegpt")
+
+
+def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(modegpt.run, "compress", lambda _: (_ for _ in ()).throw(RuntimeError("out of luck")))
+        with pytest.raises(RuntimeError):
+            run(small(results), command="modegpt")
+    [note] = results.glob("runs/*/error.json")
+    assert json.loads(note.read_text())["stage"] == "compression" and not list(results.glob("runs/*/record.json"))
+    path = run(small(results), command="modegpt")
+    assert path.exists() and not note.exists()
+
+
+def test_dense_scores_are_computed_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(small(results), command="modegpt")
+    labels = []
+    evaluate = modegpt.run.evaluate
+    monkeypatch.setattr(modegpt.run, "evaluate", lambda *args, label, **kwargs: labels.append(label) or evaluate(*args, label=label, **kwargs))
+    run(small(results, compression=CompressionConfig(sparsity=0.1)), command="modegpt")
+    assert labels == ["compressed"]
+
+
+def damaged(results: Path, change: Any) -> ModelConfig:
+    """tiny-llama in a directory of its own, its weights changed."""
+    directory = results.parent / "damaged"
+    shutil.copytree(TINY_MODELS["tiny-llama"], directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return ModelConfig(name="damaged", path=str(directory))
+
+
+def unknown_family(results: Path) -> ModelConfig:
+    directory = results.parent / "bert"
+    directory.mkdir(parents=True)
+    shutil.copytree(TINY_MODELS["tiny-llama"], directory, dirs_exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "bloom", "vocab_size": 128, "hidden_size": 16, "n_layer": 1, "n_head": 2}))
+    return ModelConfig(name="bloom", path=str(directory))
+
+
+def short_text(results: Path) -> str:
+    path = results.parent / "short.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"text": "Too short."}\n')
+    return str(path)
+
+
+REFUSED = {
+    "unknown family": (lambda r: {"model": unknown_family(r)}, "bloom.*supported are.*llama.*opt"),
+    "missing path": (lambda r: {"model": ModelConfig(name="gone", path=str(r / "gone"))}, "gone"),
+    "hub name without network": (lambda r: {"model": ModelConfig(name=None, path="someone/some-model")}, "model=local model.path"),
+    "too few tokens": (lambda r: {"calibration": CalibrationConfig(source="tiny", num_samples=10**6)}, "lower calibration.num_samples"),
+    "sequence beyond the context": (lambda r: {"calibration": CalibrationConfig(source="tiny", sequence_length=4096)}, "context"),
+    "text shorter than a window": (
+        lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=short_text(r), windows=[128]), None)},
+        "short.jsonl",
+    ),
+    "window beyond the context": (lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="tiny", windows=[4096]), None)}, "4096"),
+    "unknown task": (lambda r: {"evaluation": EvaluationSpec(None, ZeroShotSpec(tasks=["tiny_storey"]))}, "tiny_storey.*tiny_story"),
+    "rank of zero": (lambda r: {"compression": CompressionConfig(sparsity=0.99), "allocation": {"name": "uniform"}}, "rank of zero"),
+    "epsilon": (lambda r: {"allocation": {"name": "entropic", "epsilon": -1.0}}, "epsilon"),
+    "NaN in weights": (lambda r: {"model": damaged(r, lambda t: t["model.layers.2.mlp.up_proj.weight"].fill_(float("nan")))}, r"layers\.2\.mlp\.up_proj"),
+    "missing weight": (lambda r: {"model": damaged(r, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"))}, r"layers\.1\.self_attn\.q_proj"),
+    "output that is a file": (lambda r: {"output": OutputConfig(root=short_text(r))}, "not a directory"),
+    "unknown method": (lambda r: {"method": {"name": "slicegtp"}}, "did you mean slicegpt"),
+    "option without effect": (lambda r: {"method": {"name": "svd"}, "compression": CompressionConfig(skip_layers=[0])}, "no effect with method=svd"),
+    "layer sparsities without explicit": (lambda r: {"compression": CompressionConfig(layer_sparsity=[0.1] * 6)}, "allocation=explicit"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_any_work(case: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, message = REFUSED[case]
+    monkeypatch.setattr(modegpt.run, "evaluate", lambda *_, **__: pytest.fail("scored before refusing"))
+    with pytest.raises(UserError, match=message) as refused:
+        run(small(results, **changes(results)), command="modegpt")
+    assert "\n" not in str(refused.value)
+    assert not list(results.glob("**/record.json"))
+
+
+def test_activations_that_are_not_finite_name_their_layer(results: Path) -> None:
+    model = damaged(results, lambda tensors: tensors["model.layers.3.mlp.down_proj.weight"].fill_(3e38))
+    with pytest.raises(UserError, match="NaN|inf"):
+        run(small(results, model=model), command="modegpt")
+    assert not list(results.glob("**/record.json"))
+    assert torch.get_num_threads() >= 1
