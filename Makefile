@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test tiny-models install clean
+.PHONY: demo test tiny-models experiments paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -21,6 +21,14 @@ test: $(INSTALLED)
 
 tiny-models: $(INSTALLED)
 	@$(PY) -m modegpt.tiny.train
+
+# The tiny version of every experiment; interrupt it and start it again as you like.
+experiments: $(INSTALLED)
+	@$(PY) experiments/tiny.py --jobs $(JOBS)
+
+# Every table, figure and the report, from the records under results/.
+paper: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PY) -m analysis
 
 install: $(INSTALLED)
 

@@ -1,0 +1,133 @@
+"""Numbers with their spread and their origin: what tables show and figures draw."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from analysis.expected import Experiment, agrees, experiment
+from analysis.runs import Run
+from analysis.style import label
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), or one of `DERIVED`."""
+
+    label: str
+    metric: str
+    better: str | None = None  # lower, higher
+    scale: float = 1.0
+    digits: int = 2
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: the mean of ``values``, one a seed, in the column's unit. Refused cells have no values."""
+
+    values: tuple[float, ...] = ()
+    records: tuple[str, ...] = ()
+    refused: str | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over the seeds; None for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that share a model, a calibration text and a perplexity: the unit within which numbers are compared."""
+
+    model: str
+    text: str | None
+    perplexity: str | None
+    runs: tuple[Run, ...]
+    experiments: tuple[Experiment, ...]
+
+    @property
+    def label(self) -> str:
+        """Model, calibration text where there are several, and what the perplexity is of."""
+        parts = [self.model]
+        if self.text:
+            parts.append(f"calibrated on {label(self.text)}")
+        if self.perplexity:
+            file = self.runs[0].setting("evaluation.perplexity.path")
+            source, window = self.perplexity.removeprefix("ppl_").rsplit("_", 1)
+            text = label(Path(file).name) if file and source in ("jsonl", "text") else label(source)
+            parts.append(f"perplexity on {text}, {window}-token windows")
+        return ", ".join(parts)
+
+    @cached_property
+    def missing(self) -> list[tuple[Experiment, list[Mapping[str, Any]]]]:
+        """What the experiments that were begun for this group still owe."""
+        owed = [(each, each.missing(self.runs)) for each in self.experiments]
+        return [(each, settings) for each, settings in owed if settings]
+
+    def cell(self, column: Column, where: Mapping[str, Any]) -> Cell:
+        """The number for ``column`` at the settings ``where``; refused if a seed is missing or settings are mixed."""
+        where = {**where, **column.where}
+        runs = [run for run in self.runs if agrees(run, where)]
+        values = [(value, run) for run in runs if (value := measure(run, column.metric, self.perplexity)) is not None]
+        if not values:
+            return Cell()
+        if any(_covers(where, settings) for _, owed in self.missing for settings in owed):
+            return Cell(refused="incomplete")
+        if len({run.variant for _, run in values}) > 1:
+            return Cell(refused="mixed settings")
+        return Cell(values=tuple(column.scale * value for value, _ in values), records=tuple(run.path for _, run in values))
+
+    def dense(self, column: Column) -> Cell:
+        """The dense model's number for ``column``, the same in every record."""
+        metric = f"dense_{self.perplexity if column.metric == 'perplexity' else column.metric}"
+        found = {run.facts[metric]: run.path for run in self.runs if run.facts.get(metric) is not None}
+        value = next(iter(found), None)
+        return Cell() if value is None else Cell(values=(column.scale * value,), records=(found[value],))
+
+
+DERIVED: dict[str, Callable[[Run, str], float]] = {
+    "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
+    "log_increase_per_percent": lambda run, name: _nats(run, name) / (100 * run.facts["achieved_sparsity"]),
+    "nats_lost": lambda run, name: _nats(run, name),
+}
+
+
+def measure(run: Run, metric: str, perplexity: str | None) -> float | None:
+    """One run's value of ``metric``; None if it has none."""
+    if metric == "perplexity":
+        return run.facts.get(perplexity)
+    if metric in DERIVED:
+        return DERIVED[metric](run, perplexity) if perplexity in run.facts else None
+    return run.facts.get(metric)
+
+
+def groups(runs: Iterable[Run], experiments: Iterable[str], *, per_perplexity: bool, per_text: bool = True, where: Mapping[str, Any] | None = None) -> list[Group]:
+    """The groups of the runs of ``experiments``, sorted by model; one for each perplexity that its runs have, if asked."""
+    files = tuple(map(experiment, experiments))
+    own = {run.path: run for file in files for run in file.runs(runs) if agrees(run, where or {})}
+    texts = {model: {run.setting("calibration.text") for run in own.values() if run.facts["model"] == model} for model in {run.facts["model"] for run in own.values()}}
+    found = []
+    for model in sorted(texts):
+        for text in sorted(texts[model], key=str) if per_text else [None]:
+            members = tuple(run for run in own.values() if run.facts["model"] == model and (text is None or run.setting("calibration.text") == text))
+            names = members[0].perplexities if per_perplexity else [None]
+            found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files) for name in names]
+    return found
+
+
+def _covers(where: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a run with ``settings`` would be part of the number at ``where``."""
+    shared = where.keys() & settings.keys()
+    return bool(shared) and all(settings[key] == where[key] for key in shared)
+
+
+def _nats(run: Run, name: str) -> float:
+    dense, compressed = (run.record["metrics"][which]["perplexity"][name]["mean_nll"] for which in ("dense", "compressed"))
+    return compressed - dense

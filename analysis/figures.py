@@ -1,0 +1,145 @@
+"""Figures: a short declaration (`FigureSpec`) and one function that draws it from the same numbers as the tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+
+from analysis.cells import Column, Group, groups
+from analysis.expected import agrees, experiment
+from analysis.runs import Run
+from analysis.style import LOOKS, label, looks
+from analysis.tables import RATE
+
+NO_DATES = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+"""Metadata that would differ between two builds of the same figure."""
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """Lines of ``y`` over ``point`` (a setting key), one a value of ``series``, one panel a group.
+
+    ``x``: the frame's column to draw at instead of the setting itself. ``point="layer"`` draws the layers of each run.
+    """
+
+    name: str
+    title: str
+    experiments: tuple[str, ...]
+    series: str
+    y: Column
+    point: str
+    x_label: str
+    y_label: str
+    x: str | None = None
+    x_scale: float = 1.0
+    log_x: bool = False
+    log_y: bool = False
+    where: Mapping[str, Any] = field(default_factory=dict)
+    per_perplexity: bool = True
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series to draw; ``spreads`` are sample standard deviations, 0 for a single seed."""
+
+    series: Any
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    spreads: tuple[float, ...]
+
+
+def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
+    """The figure, or None if no run belongs to it."""
+    found = groups(runs, spec.experiments, per_perplexity=spec.per_perplexity, where=spec.where)
+    panels = [(group, drawn) for group in found if (drawn := lines(spec, group))]
+    if not panels:
+        return None
+    present = {line.series for _, drawn in panels for line in drawn}
+    listed = dict.fromkeys(settings.get(spec.series) for name in spec.experiments for settings in experiment(name).settings)
+    names = [name for name in (*(LOOKS if spec.series == "method" else listed), *sorted(present, key=str)) if name in present]
+    names = list(dict.fromkeys(names))
+    styles = looks(names, of_methods=spec.series == "method")
+    rows = -(-len(panels) // 2)
+    columns = min(2, len(panels))
+    figure = Figure(figsize=(4.2 * columns + 0.4, 3.1 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (group, drawn) in zip(axes, panels, strict=False):
+        _panel(axis, spec, group, drawn, styles)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    handles = {text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    wanted = [text for text in (*(_name(spec, name) for name in names), "dense") if text in handles]
+    if len(wanted) > 1:
+        figure.legend([handles[text] for text in wanted], wanted, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False, fontsize=8)
+    spreads = any(any(line.spreads) for _, drawn in panels for line in drawn)
+    figure.suptitle(spec.title + (" (bars: sample standard deviation over seeds)" if spreads else ""), fontsize=10)
+    return figure
+
+
+def lines(spec: FigureSpec, group: Group) -> list[Line]:
+    """The numbers to draw for ``group``."""
+    drawn = []
+    for name in dict.fromkeys(run.setting(spec.series) for run in group.runs):
+        mine = [run for run in group.runs if agrees(run, {spec.series: name})]
+        if spec.point == "layer":
+            layers = min(mine, key=lambda run: run.facts["seed_seed"]).record["compression"]["layers"]
+            drawn.append(Line(name, tuple(each["index"] for each in layers), tuple(spec.y.scale * each["sparsity"] for each in layers), (0.0,) * len(layers)))
+            continue
+        points = []
+        for at in dict.fromkeys(run.setting(spec.point) for run in mine):
+            cell = group.cell(spec.y, {spec.series: name, spec.point: at})
+            if cell.mean is not None:
+                members = [run for run in mine if agrees(run, {spec.point: at})]
+                x = fmean(run.facts[spec.x] for run in members) if spec.x else float(at)
+                points.append((spec.x_scale * x, cell.mean, cell.spread or 0.0))
+        if points:
+            drawn.append(Line(name, *map(tuple, zip(*sorted(points), strict=True))))
+    return drawn
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write ``path`` as PNG and as PDF."""
+    paths = [path.with_suffix(f".{form}") for form in NO_DATES]
+    for target, (form, metadata) in zip(paths, NO_DATES.items(), strict=True):
+        figure.savefig(target, dpi=150, format=form, metadata=metadata)
+        figure.set_layout_engine("none")  # laid out by the first; the second is the same picture
+    return paths
+
+
+def _panel(axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], styles: Mapping[Any, tuple[str, str, str]]) -> None:
+    for line in drawn:
+        colour, marker, dash = styles[line.series]
+        look = {"color": colour, "marker": marker, "linestyle": dash, "linewidth": 2.0 if line.series == "modegpt" else 1.2, "markersize": 5}
+        axis.errorbar(line.xs, line.ys, yerr=line.spreads if any(line.spreads) else None, capsize=2, label=_name(spec, line.series), **look)
+    dense = group.dense(spec.y).mean if spec.point != "layer" else None
+    if dense is not None:
+        axis.axhline(dense, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="dense")
+    if spec.log_x:
+        axis.set_xscale("log")
+    low = min(y for line in drawn for y in line.ys)
+    if spec.log_y and max(y for line in drawn for y in line.ys) > 3 * low:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    if spec.x_scale == 100:
+        axis.xaxis.set_major_locator(MultipleLocator(10))
+    if spec.point == "layer":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(0, None)
+    axis.set_title(group.label.replace(", ", "\n", 1), fontsize=8)
+    axis.set_xlabel(spec.x_label, fontsize=9)
+    axis.set_ylabel(spec.y_label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_axisbelow(True)
+    axis.grid(color="#E5E5E5", linewidth=0.6)
+
+
+def _name(spec: FigureSpec, series: Any) -> str:
+    return f"{100 * series:g} % removed" if spec.series == RATE else label(series)

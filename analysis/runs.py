@@ -1,0 +1,122 @@
+"""The finished runs of a store, and which of them may stand in one table."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from modegpt.records.frame import row
+from modegpt.records.store import RecordStore, canonical, load_record
+
+VERSIONED = ("torch", "transformers", "lm_eval")
+"""Packages whose version can change a score."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record: ``facts`` as in `modegpt.records.frame`, the configuration, and its place in the store."""
+
+    facts: Mapping[str, Any]
+    config: Mapping[str, Any]
+    record: Mapping[str, Any]
+    path: str
+    _settings: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def setting(self, key: str) -> Any:
+        """The configuration at ``key``, a dotted key or a group (``decomposition/mlp``), of which its option's name; hashable."""
+        if key not in self._settings:
+            self._settings[key] = hashable(setting(self.config, key))
+        return self._settings[key]
+
+    @property
+    def perplexities(self) -> list[str]:
+        """The names of its perplexities: ``ppl_<text>_<window>``."""
+        return list(self.record["metrics"]["dense"]["perplexity"])
+
+    @cached_property
+    def version(self) -> str:
+        """What two runs must share to be compared: record format, model, package versions, and the same tests by the same metric."""
+        model, decides = self.record["model"], self.record["identity"]["decides"]
+        packages = {name: self.record["provenance"]["packages"].get(name) for name in VERSIONED}
+        metrics = {task: score.get("metric") for task, score in self.record["metrics"]["dense"]["zeroshot"].items()}
+        parts = [self.record["schema_version"], model["weights_sha256"], packages, decides.get("evaluation"), metrics, sorted(self.perplexities)]
+        return canonical({"version": parts})
+
+    @cached_property
+    def variant(self) -> str:
+        """Everything that was chosen, seeds and the calibration draw apart: what the runs behind one mean must share."""
+        decides = {key: value for key, value in self.record["identity"]["decides"].items() if key not in ("seed", "calibration")}
+        calibration = self.record["calibration"] or {}
+        return canonical(decides | {"calibration": [calibration.get(key) for key in ("source", "num_samples", "sequence_length")]})
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """See `Run.setting`; None where the configuration has no such key."""
+    node: Any = config
+    for part in re.split(r"[./]", key):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node.get("name") if isinstance(node, Mapping) and "name" in node else node
+
+
+def hashable(value: Any) -> Any:
+    """Mappings as sorted pairs, lists as tuples, leaves as they are: equal settings stay equal."""
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(key), hashable(member)) for key, member in value.items()))
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def load_runs(root: Path | str) -> list[Run]:
+    """Every record under ``root``, checked. Raises UserError for a broken or changed one."""
+    root = Path(root)
+    runs = []
+    for path in RecordStore(root).paths():
+        record = load_record(path)
+        runs.append(Run(facts=row(record), config=annotated(record["config"]), record=record, path=path.relative_to(root).as_posix()))
+    return runs
+
+
+def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with what tables ask for by a name of its own: ``text`` of the calibration; ``module`` and
+    ``module_rate`` where exactly one module type is compressed.
+    """
+    config = dict(config)
+    calibration = dict(config.get("calibration") or {})
+    file = calibration.get("path") if calibration.get("source") in ("jsonl", "text") else None
+    calibration["text"] = Path(file).name if file else calibration.get("source")
+    rates = (config.get("compression") or {}).get("module_sparsity") or {}
+    compressed = [module for module, rate in rates.items() if rate]
+    alone = compressed[0] if len(compressed) == 1 and None not in rates.values() else None
+    return config | {"calibration": calibration, "module": alone, "module_rate": rates.get(alone)}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A record that may not enter a table, and why."""
+
+    path: str
+    reason: str
+
+
+def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
+    """Keep what can be compared within each experiment and model: complete test sets, one version.
+
+    Of several versions the one with most records stays (the newest of equals), so that one stray run cannot displace a table.
+    """
+    kept, refused = [], []
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.facts["limited"]:
+            refused.append(Refusal(run.path, "limited: scored on a part of the test sets"))
+        else:
+            groups.setdefault((run.facts["experiment"], run.facts["model"]), []).append(run)
+    for group in groups.values():
+        counts = Counter(run.version for run in group)
+        newest = {run.version: max(other.facts["created"] for other in group if other.version == run.version) for run in group}
+        main = max(counts, key=lambda version: (counts[version], newest[version]))
+        kept += [run for run in group if run.version == main]
+        reason = "mixed version: another model, package or test set than most records of this experiment and model"
+        refused += [Refusal(run.path, reason) for run in group if run.version != main]
+    return kept, refused
