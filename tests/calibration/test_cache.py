@@ -1,13 +1,15 @@
 """The statistics cache: exact, checked, bounded."""
 
+import multiprocessing
 import os
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from modegpt.calibration.cache import StatisticsCache, statistics_key
+from modegpt.calibration.cache import STALE_SECONDS, StatisticsCache, statistics_key
 
 STATISTICS = {"mlp.C": torch.eye(8, dtype=torch.float64) * 3, "layer.influence": torch.tensor(0.25, dtype=torch.float64)}
 NAMES = frozenset(STATISTICS)
@@ -60,9 +62,48 @@ def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:
     cache = cache_at(tmp_path, max_bytes=100)
     cache.store(0, STATISTICS)
     assert "mlp.C" not in cache.load(0, NAMES)
-    assert sum(file.stat().st_size for file in cache.directory.iterdir()) <= 100
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 100
 
 
 def test_the_key_depends_on_everything_named() -> None:
     assert statistics_key(weights="w", tokens="t") == statistics_key(tokens="t", weights="w")
     assert statistics_key(weights="w", tokens="t") != statistics_key(weights="w", tokens="u")
+
+
+def share(barrier: multiprocessing.Barrier, root: Path, key: str, max_bytes: int, num_rounds: int) -> None:
+    """A worker: whatever it finds is right, whatever it misses it computes and keeps, and nothing makes it fail."""
+    cache = cache_at(root, key, max_bytes)
+    barrier.wait()
+    for index in range(num_rounds):
+        missing = NAMES - cache.load(index, NAMES).keys()
+        cache.store(index, {name: STATISTICS[name] + index for name in missing})
+        for name, value in cache.load(index, NAMES).items():
+            assert torch.equal(value, STATISTICS[name] + index)
+
+
+@pytest.mark.parametrize("own_key", [False, True], ids=["one calibration", "each evicts the others"])
+def test_eight_processes_share_the_cache(tmp_path: Path, own_key: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, num_rounds = context.Barrier(8), 15
+    max_bytes = 5000 if own_key else 10**6
+    workers = [context.Process(target=share, args=(barrier, tmp_path, f"k{number * own_key}", max_bytes, num_rounds)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(name.startswith("layer") for name in files)
+    if not own_key:
+        assert len(files) == num_rounds * len(NAMES)
+
+
+def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
+    cache = cache_at(tmp_path)
+    cache.store(0, STATISTICS)
+    young, old = tmp_path / "partial" / "young", tmp_path / "partial" / "old"
+    for left in (young, old):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * STALE_SECONDS,) * 2)
+    cache.store(1, STATISTICS)
+    assert young.exists() and not old.exists()
