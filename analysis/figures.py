@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter, NullLocator
 
 from analysis.cells import Column, Group, groups
 from analysis.expected import agrees, experiment
@@ -67,10 +67,10 @@ def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
     rows = -(-len(panels) // 2)
     columns = min(2, len(panels))
     figure = Figure(figsize=(4.2 * columns + 0.4, 3.1 * rows + 0.9), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (group, drawn) in zip(axes, panels, strict=False):
         _panel(axis, spec, group, drawn, styles)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = {text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     wanted = [text for text in (*(_name(spec, name) for name in names), "dense") if text in handles]
@@ -121,6 +121,10 @@ def _panel(axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], st
         axis.axhline(dense, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="dense")
     if spec.log_x:
         axis.set_xscale("log")
+        if max(x for line in drawn for x in line.xs) / min(x for line in drawn for x in line.xs) < 1e4:
+            axis.set_xticks(sorted({x for line in drawn for x in line.xs}), minor=False)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_locator(NullLocator())
     low = min(y for line in drawn for y in line.ys)
     if spec.log_y and max(y for line in drawn for y in line.ys) > 3 * low:
         axis.set_yscale("log")

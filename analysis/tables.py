@@ -107,7 +107,7 @@ def _rows(spec: TableSpec, group: Group, columns: Sequence[Column]) -> tuple[Row
     marks = [[""] * len(columns) for _ in filled]
     for members in contests.values():
         for column_index, column in enumerate(columns):
-            for index, mark in _marked([(index, filled[index][1][column_index].mean) for index in members], column.better):
+            for index, mark in _marked([(index, filled[index][1][column_index].mean) for index in members], column):
                 marks[index][column_index] = mark
     rows = [Row(tuple(_print(key, value) for key, value in zip(spec.rows, values, strict=True)), tuple(cells), tuple(mark)) for (values, cells), mark in zip(filled, marks, strict=True)]
     if spec.dense:
@@ -129,11 +129,14 @@ def _ranks(group: Group, keys: Sequence[str]) -> dict[str, Any]:
     return {key: rank(key) for key in keys}
 
 
-def _marked(means: Sequence[tuple[int, float | None]], better: str | None) -> list[tuple[int, str]]:
-    ranked = sorted((mean if better == "lower" else -mean, index) for index, mean in means if mean is not None) if better else []
-    if len(ranked) < 3:  # best and second best of two say nothing
+def _marked(means: Sequence[tuple[int, float | None]], column: Column) -> list[tuple[int, str]]:
+    """Best and second best among three or more as they are printed; equal in print is equal."""
+    printed = {index: round(mean, column.digits) for index, mean in means if mean is not None}
+    ranked = sorted(set(printed.values()), reverse=column.better == "higher")
+    if column.better is None or len(printed) < 3 or len(ranked) < 2:
         return []
-    return [(ranked[0][1], "best"), (ranked[1][1], "second")]
+    marks = {ranked[0]: "best", ranked[1]: "second"}
+    return [(index, marks[value]) for index, value in printed.items() if value in marks]
 
 
 def _print(key: str, value: Any) -> str:

@@ -1,0 +1,91 @@
+"""Every experiment composes, job by job, and its header says what a reader needs."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import modegpt.cli.main as cli
+from analysis.expected import DIRECTORY, experiment
+from analysis.runs import hashable, setting
+from modegpt.cli.schema import config_directory
+from modegpt.compression.methods import METHODS, make_method
+from modegpt.config import RunConfig
+from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+
+FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def jobs(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> list[RunConfig]:
+    """What the jobs of a sweep would run."""
+    calls: list[RunConfig] = []
+    module = type(sys)("modegpt.run")
+    module.run = lambda config, *, command: calls.append(config)
+    monkeypatch.setitem(sys.modules, "modegpt.run", module)
+    monkeypatch.chdir(folder)
+    assert cli.main(list(arguments)) == 0
+    return calls
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_experiment_composes(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one multirun command, of which only the last job is kept to be quick."""
+    each = experiment(name)
+    last = each.settings[-1]
+    cut = [f"{key}={_spelt(value)}" for key, value in last.items()]
+    [config] = jobs(monkeypatch, tmp_path, "--multirun", f"+experiments={name}", "model=tiny-llama", *cut)
+    assert config.output.experiment == each.folder
+    assert config.tracking.mode == "disabled"
+    assert config.model.name == "tiny-llama"
+    assert make_method(config) is not None
+    assert all(hashable(setting(asdict(config), key)) == value for key, value in last.items()), "the analysis finds what was swept"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_header_says_it_all(name: str) -> None:
+    text = (DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8")
+    header = text.partition("\ndefaults:")[0]
+    assert header.startswith("# @package _global_\n")
+    assert f"modegpt --multirun +experiments={name}" in header
+    assert re.search(r"GPU hours", header) and "Set beside:" in header
+    announced = re.search(r"^# (\d+) runs", header, re.MULTILINE)
+    assert announced is not None
+    models = len(re.search(r"^      model: (.*)$", text, re.MULTILINE)[1].split(",")) if "      model: " in text else 1
+    assert int(announced[1]) == models * len(experiment(name).settings)
+
+
+def test_every_job_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs = jobs(monkeypatch, tmp_path, "--multirun", "+experiments=layer_sparsity")
+    assert [(config.method["name"], config.compression.sparsity) for config in configs] == [("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert [(each["method"], each["compression.sparsity"]) for each in experiment("layer_sparsity").settings] == [("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
+
+
+def test_the_tiny_plan_covers_every_experiment() -> None:
+    spec = importlib.util.spec_from_file_location("tiny_plan", DIRECTORY / "tiny.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["tiny_plan"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweeps = module.plan([])
+    assert {sweep.experiment for sweep in sweeps} == set(FILES)
+    for sweep in sweeps:
+        assert sweep.num_jobs == len(experiment(sweep.experiment).settings)
+    assert {sweep.experiment for sweep in module.plan(["ridge"])} == {"ridge"}
+
+
+def test_nothing_is_forgotten() -> None:
+    swept = {key: {settings[key] for name in FILES for settings in experiment(name).settings if key in settings} for key in ("method", "decomposition/mlp", "decomposition/query_key", "decomposition/value_output")}
+    assert swept["method"] == set(METHODS) - {"dense"}
+    assert swept["decomposition/mlp"] == set(MLP_VARIANTS)
+    assert swept["decomposition/query_key"] == set(QUERY_KEY_VARIANTS)
+    assert swept["decomposition/value_output"] == set(VALUE_OUTPUT_VARIANTS)
+
+
+def test_experiments_are_found_wherever_the_configuration_is() -> None:
+    assert (config_directory() / "experiments" / "methods.yaml").is_file()
+
+
+def _spelt(value: object) -> str:
+    return "{" + ",".join(f"{key}:{member}" for key, member in value) + "}" if isinstance(value, tuple) else str(value)
