@@ -19,6 +19,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
+# A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
+slurm-test: $(INSTALLED)
+	@experiments/slurm/single_node.sh
+
 tiny-models: $(INSTALLED)
 	@$(PY) -m modegpt.tiny.train
 
