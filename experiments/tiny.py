@@ -112,13 +112,17 @@ def main() -> int:
         with directories[number].with_suffix(".log").open("w") as log:
             return subprocess.run(commands[number], cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
 
+    shown = -1
     totals, started = [sweep.num_jobs for sweep in sweeps], time.monotonic()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = [pool.submit(launch, number) for number in range(len(sweeps))]
         while not all(future.done() for future in running):
             time.sleep(POLL_SECONDS)
             finished = [total if future.done() else _outcomes(directory) for total, future, directory in zip(totals, running, directories, strict=True)]
-            _show(sum(finished), sum(totals), time.monotonic() - started, [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()])
+            if sum(finished) == shown and not sys.stdout.isatty():
+                continue
+            shown = sum(finished)
+            _show(shown, sum(totals), time.monotonic() - started, [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()])
     failed = [number for number, future in enumerate(running) if future.result() != 0]
     for number in failed:
         print(f"failed: {sweeps[number].experiment}: {directories[number].with_suffix('.log')}", file=sys.stderr)
