@@ -144,6 +144,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         )
         task = CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed)
         method.check(task)
+        calibration.check_activations()
         if isinstance(config.output.save_model, str) and config.output.save_model != "auto":
             check_destination(config.output.save_model)
     elif config.output.save_model is not None:

@@ -41,6 +41,12 @@ class Calibration:
     def num_layers(self) -> int:
         return len(decoder_layers(self.model))
 
+    def check_activations(self) -> None:
+        """Run one window through the layers. Raises UserError naming the first whose output is not finite."""
+        hidden = embed(self.model, self.tokens.ids[:1], batch_size=1)
+        for index, layer in enumerate(decoder_layers(self.model)):
+            advance(hidden, index, layer)
+
     def embed(self) -> HiddenStates:
         """The calibration batches in front of layer 0."""
         return embed(self.model, self.tokens.ids, batch_size=self.batch_size)
