@@ -25,7 +25,7 @@ def test_wheel_runs_anywhere(repository: Path, tmp_path: Path) -> None:
 
     shipped = {path.relative_to(source).as_posix() for folder in ("modegpt", "conf") for path in (source / folder).rglob("*") if path.is_file()}
     installed = {path.relative_to(target).as_posix().replace("modegpt/conf/", "conf/") for path in (target / "modegpt").rglob("*") if path.is_file()}
-    assert {name for name in shipped - installed if "__pycache__" not in name} == set()
+    assert {name for name in shipped - installed if "__pycache__" not in name and not name.endswith(".sh")} == set()
 
     environment = os.environ | {"PYTHONPATH": str(target)}
     command = [sys.executable, "-c", "import sys, modegpt.cli.main as m; print(m.__file__); sys.exit(m.main(['--help']))"]
