@@ -100,15 +100,18 @@ def run_job(cfg: DictConfig) -> None:
     overrides = OmegaConf.to_container(settings.overrides.task)
     if settings.mode is RunMode.MULTIRUN:
         directory = Path(settings.runtime.output_dir)
-        return attempt(lambda: _run(cfg, overrides), number=settings.job.num, overrides=overrides, directory=directory)
+        # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is
+        quiet = Sweep.current is None and sys.stderr.isatty()
+        return attempt(lambda: _run(cfg, overrides, quiet=quiet), number=settings.job.num, overrides=overrides, directory=directory)
     try:
         return _run(cfg, overrides)
     except Exception as error:
         raise Failed from error
 
 
-def _run(cfg: DictConfig, overrides: list[str]) -> None:
+def _run(cfg: DictConfig, overrides: list[str], quiet: bool = False) -> None:
     config = run_config(cfg)
+    config.quiet |= quiet
     # here and not above: --help and a refused configuration should not wait for PyTorch
     if config.threads is not None:
         import torch

@@ -8,6 +8,7 @@ for Hydra, because a raised error would stop the sweep after its batch (``hydra.
 import json
 import shutil
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from modegpt.cli.messages import explain
-from modegpt.progress import Progress
+from modegpt.progress import Progress, duration
 
 OUTCOME = "outcome.json"
 POLL_SECONDS = 0.5
@@ -53,6 +54,7 @@ class Sweep:
     jobs: list[list[str]]
     progress: Progress
     in_process: bool
+    _announced: list[float] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
     _watcher: threading.Thread | None = None
 
@@ -65,8 +67,11 @@ class Sweep:
             self._watcher.start()
 
     def announce(self, number: int) -> None:
-        """Say which job starts now, where jobs run one after the other in this process."""
-        self.progress.say(f"[{number + 1}/{len(self.jobs)}] {' '.join(self.jobs[number]) or 'defaults'}")
+        """Say which job starts now and the time left, where jobs run one after the other in this process."""
+        finished, now = len(self._announced), time.monotonic()
+        self._announced.append(now)
+        left = f", {duration((now - self._announced[0]) / finished * (len(self.jobs) - number))} left" if finished else ""
+        self.progress.say(f"[{number + 1}/{len(self.jobs)}{left}] {' '.join(self.jobs[number]) or 'defaults'}")
 
     def stop(self) -> None:
         """Stop watching."""

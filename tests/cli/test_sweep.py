@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import modegpt.cli.sweep
+
 JOBLIB = ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2")
 
 
@@ -46,6 +48,14 @@ def test_a_faultless_sweep_leaves_only_results(process: Callable, tmp_path: Path
     assert finished.returncode == 0, finished.stderr
     assert [path.relative_to(root).as_posix() for path in sorted(root.rglob("*"))] == ["done-0.1-1", "done-0.1-2", "done-0.2-1", "done-0.2-2"]
     assert (root / "done-0.2-1").read_text() == f"modegpt seed=1 compression.sparsity=0.2 output.root={root}"
+
+
+def test_a_sweep_says_where_it_is_and_the_time_left(job: Callable, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((0.0, 60.0, 180.0))
+    monkeypatch.setattr(modegpt.cli.sweep.time, "monotonic", lambda: next(moments))
+    job("-m", "seed=1,2,3", f"output.root={tmp_path}/results")
+    heads = [line.partition("]")[0] for line in capfd.readouterr().out.splitlines()]
+    assert heads == ["[1/3", "[2/3, 2 min left", "[3/3, 2 min left"]
 
 
 def test_ranges_are_checked_job_by_job(job: Callable, capfd: pytest.CaptureFixture, tmp_path: Path) -> None:

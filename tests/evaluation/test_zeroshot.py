@@ -202,7 +202,8 @@ def test_leaves_no_trace(wide_model, tokenizer, task_folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_our_bar_stays_visible(wide_model, tokenizer, task_folder, capfd):
+def test_our_progress_stays_visible(wide_model, tokenizer, task_folder, capfd, monkeypatch):
+    monkeypatch.setattr("modegpt.progress.LOG_SECONDS", 0.0)
     score(wide_model, tokenizer, load_tasks(["arc_easy"], data_path=str(task_folder)), progress=Progress())
     assert "zero-shot tasks" in capfd.readouterr().err
 
