@@ -42,6 +42,12 @@ def others(module: str) -> dict[str, str]:
     return {f"decomposition/{other}": choice for other, choice in DEFAULTS.items() if other != module}
 
 
+REMARKS = {
+    "mlp": " Columns: the channels of the Nyström variant without the refit.",
+    "query_key": "",
+    "value_output": " Columns: value dims by backward elimination, output refitted.",
+}
+
 VARIANT_TABLES = tuple(
     TableSpec(
         name=f"variants_{module}_{name}",
@@ -52,7 +58,7 @@ VARIANT_TABLES = tuple(
         where=others(module),
         dense=dense,
         per_perplexity=dense,
-        note=f"Columns: share of the block-linear weights removed, uniformly over layers. {note}",
+        note=f"Columns: share of the block-linear weights removed, uniformly over layers. {note}{REMARKS[module]}",
     )
     for module, files in MODULES.items()
     for name, title, column, dense, note in (

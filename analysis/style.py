@@ -21,7 +21,7 @@ LABELS = {
     "llm_surgeon": "LLM Surgeon",
     "nystrom": "Nyström",
     "nystrom_bias": "Nyström, bias corrected",
-    "columns": "Columns by norm, least squares",
+    "columns": "Columns",
     "elimination": "Greedy elimination",
     "cr": "CR",
     "cr_pairs": "CR, pair score",
