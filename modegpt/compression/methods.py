@@ -14,6 +14,7 @@ from modegpt.baselines.slicegpt import SliceGPT
 from modegpt.baselines.svd import SVD
 from modegpt.baselines.svd_llm import SVDLLM
 from modegpt.compression.modegpt import MODULES, MoDeGPT
+from modegpt.compression.plus.method import MoDeGPTPlus
 from modegpt.compression.task import Method
 from modegpt.config import CompressionConfig, RunConfig, build, unknown
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
@@ -34,7 +35,7 @@ BASELINES: dict[str, type[Method]] = {
 }
 CONTROLS = ("random", "magnitude")
 """Methods that cut every module by a control criterion, uniformly over layers; ``random`` is "uniform" in the paper's tables."""
-METHODS = ("dense", "modegpt", *CONTROLS, *BASELINES)
+METHODS = ("dense", "modegpt", "modegpt_plus", *CONTROLS, *BASELINES)
 
 
 def make_method(config: RunConfig) -> Method | None:
@@ -50,7 +51,7 @@ def make_method(config: RunConfig) -> Method | None:
     if name in BASELINES:
         _refuse_ignored(config.compression, name, keep=("sparsity",))
         return build(BASELINES, config.method, "method")
-    if unused := sorted(config.method.keys() - {"name"}):
+    if name != "modegpt_plus" and (unused := sorted(config.method.keys() - {"name"})):
         raise UserError(f"method.{unused[0]}: {name} has no options")
     common = {
         "module_sparsity": dict(vars(config.compression.module_sparsity)),
@@ -58,6 +59,12 @@ def make_method(config: RunConfig) -> Method | None:
         "budget": config.compression.budget,
         "skip_layers": tuple(config.compression.skip_layers),
     }
+    if name == "modegpt_plus":
+        if config.compression.layer_sparsity is not None:
+            raise UserError(f"compression.layer_sparsity has no effect with method={name}; leave it out")
+        if taken := sorted(config.method.keys() & common.keys()):
+            raise UserError(f"method.{taken[0]} is not known: it is an option of compression, compression.{taken[0]}")
+        return build({name: MoDeGPTPlus}, config.method | common, "method")
     if name in CONTROLS:
         return MoDeGPT(**{module: VARIANTS[module][name]() for module in MODULES}, allocation=Uniform(), **common)
     allocation = dict(config.allocation)

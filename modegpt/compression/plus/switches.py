@@ -1,0 +1,62 @@
+"""What MoDeGPTPlus can be told, apart from ranks: each ingredient a switch."""
+
+from dataclasses import dataclass
+
+from modegpt.errors import UserError
+
+CHOICES = {
+    "mlp": ("leverage", "elimination"),
+    "query_key": ("paper", "checked", "rescaled"),
+    "value_output": ("values", "attention"),
+    "bias": ("none", "own", "added"),
+    "allocation": ("uniform", "entropic", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The ingredients. All at their first choice, False and 0: the paper's method, but for the ridge of the output solves.
+
+    Args:
+        sequential: statistics from the stream of the model compressed so far rather than the dense one.
+        refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same inputs.
+        beta: share of the residual stream's error made so far that each refit corrects.
+        mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
+        query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by the attention
+            output's first-order error compete on held-out windows for each key head; ``rescaled``: with kept queries turned and scaled as well.
+        value_output: the subspace by the Gram of the values (paper) or of the attention's output.
+        bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added (d_h weights a module).
+        allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
+        share: of a module's dims removed when its divergence is measured (``allocation=loss``).
+        cap: largest share any module loses (``allocation=loss``).
+        queries_per_window: positions of each window whose attention the query-key selection looks at.
+        query_key_windows: windows it is fitted on, and at most as many it is checked on.
+    """
+
+    sequential: bool = True
+    refit: bool = True
+    beta: float = 1.0
+    mlp: str = "elimination"
+    query_key: str = "rescaled"
+    value_output: str = "attention"
+    bias: str = "own"
+    allocation: str = "loss"
+    share: float = 0.5
+    cap: float = 0.9
+    queries_per_window: int = 32
+    query_key_windows: int = 32
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"method.{name}={getattr(self, name)} is not known; choose from {', '.join(choices)}")
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"method.beta={self.beta} is outside [0, 1]: it is the share of the error made so far that is corrected")
+        for name in ("share", "cap"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"method.{name}={getattr(self, name)} must lie between 0 and 1: it is a share of a module's dims")
+        for name in ("queries_per_window", "query_key_windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
+        if self.refit and not self.sequential:
+            raise UserError("method.refit=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")

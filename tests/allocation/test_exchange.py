@@ -1,0 +1,60 @@
+"""The exchange of a budget: exact, optimal where brute force can say so, and bound by caps."""
+
+from itertools import product
+
+import pytest
+
+from modegpt.allocation.exchange import allowed_ranks, exchange, hull
+from modegpt.allocation.ranks import ModuleBudget, integer_ranks, removed_parameters
+
+MLP, QK = ModuleBudget(size=8, unit=1, parameters_per_dimension=3), ModuleBudget(size=6, unit=2, parameters_per_dimension=4)
+LAYERS = [{"mlp": MLP, "query_key": QK}] * 2
+
+
+def quadratic(weight: float, size: int) -> list[float]:
+    return [weight * k**2 for k in range(size + 1)]
+
+
+COSTS = [{"mlp": quadratic(1.0, 8), "query_key": quadratic(9.0, 6)}, {"mlp": quadratic(3.0, 8), "query_key": quadratic(0.5, 6)}]
+
+
+def total_cost(ranks: list[dict[str, int]]) -> float:
+    return sum(COSTS[i][name][layer[name].size - ranks[i][name]] for i, layer in enumerate(LAYERS) for name in layer)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.13, 0.25, 0.4, 0.6])
+def test_budget_is_exact_and_cost_near_the_best(sparsity: float) -> None:
+    start = integer_ranks([sparsity] * 2, LAYERS)
+    plan = exchange(COSTS, LAYERS, start, cap=0.9)
+    total = sum(module.parameters for layer in LAYERS for module in layer.values())
+    assert abs(plan.achieved - start.target) * total <= MLP.step / 2 + 1e-9
+    removed = sum(removed_parameters(kept, layer) for kept, layer in zip(plan.ranks, LAYERS, strict=True))
+    assert plan.achieved == pytest.approx(removed / total)
+    choices = [allowed_ranks(layer[name], 0.9) for layer in LAYERS for name in layer]
+    reachable = (
+        total_cost([{"mlp": a, "query_key": b}, {"mlp": c, "query_key": d}])
+        for a, b, c, d in product(*choices)
+        if 3 * (16 - a - c) + 4 * (12 - b - d) >= removed
+    )
+    # single units cannot split the last step of the hull; the quadratic's cost of one unit bounds the difference
+    assert total_cost(plan.ranks) <= min(reachable) + 25
+    assert total_cost(plan.ranks) <= total_cost(start.ranks) + 1e-9
+
+
+def test_frozen_and_overridden_modules_keep_their_ranks() -> None:
+    layers = [{"mlp": MLP, "query_key": ModuleBudget(6, 2, 4, frozen=True)}, {"mlp": ModuleBudget(8, 1, 3, sparsity=0.5), "query_key": QK}]
+    start = integer_ranks([0.3, 0.3], layers)
+    plan = exchange(COSTS, layers, start, cap=0.9)
+    assert plan.ranks[0]["query_key"] == 6 and plan.ranks[1]["mlp"] == 4
+    assert exchange([{}, {}], layers, start, cap=0.9) is start
+
+
+def test_no_module_loses_more_than_the_cap() -> None:
+    costs = [{"mlp": [0.0] * 9, "query_key": quadratic(1e6, 6)}, {"mlp": quadratic(1e6, 8), "query_key": quadratic(1e6, 6)}]
+    plan = exchange(costs, LAYERS, integer_ranks([0.3] * 2, LAYERS), cap=0.5)
+    assert plan.ranks[0]["mlp"] == 4
+    assert allowed_ranks(QK, 0.5) == [6, 4] and allowed_ranks(MLP, 0.9)[-1] == 1
+
+
+def test_hull_skips_what_lies_above() -> None:
+    assert hull([(0, 0), (1, 5), (2, 1), (3, 2), (4, 10)]) == [0, 2, 3, 4]
