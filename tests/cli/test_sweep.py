@@ -35,11 +35,15 @@ def test_submitit_loses_neither_a_failed_nor_a_killed_job(process: Callable, tmp
 
 
 def test_joblib_misses_a_killed_worker(process: Callable, tmp_path: Path) -> None:
-    finished = process("--multirun", "compression.sparsity=0.1,0.6", f"output.root={tmp_path}/results", *JOBLIB)
+    """Jobs that had not finished are lost with it; the same command again runs them."""
+    arguments = ("--multirun", "compression.sparsity=0.6,0.1,0.2,0.3", f"output.root={tmp_path}/results", *JOBLIB)
+    finished = process(*arguments)
     assert finished.returncode == 1
-    assert "failed: job 1 (compression.sparsity=0.6" in finished.stderr and "left no outcome" in finished.stderr
+    assert "failed: job 0 (compression.sparsity=0.6" in finished.stderr and "left no outcome" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert "(unexpected TerminatedWorkerError" in finished.stderr.splitlines()[-1]
+    assert process(*arguments).returncode == 0
+    assert done(tmp_path / "results") == ["done-0.1-0", "done-0.2-0", "done-0.3-0", "done-0.6-0"]
 
 
 def test_a_faultless_sweep_leaves_only_results(process: Callable, tmp_path: Path) -> None:
