@@ -8,6 +8,7 @@ from typing import Any
 LABELS = {
     "dense": "Dense",
     "modegpt": "MoDeGPT",
+    "modegpt_plus": "MoDeGPT plus",
     "random": "Random",
     "magnitude": "Magnitude",
     "svd": "SVD",
@@ -45,6 +46,7 @@ LABELS = {
 
 LOOKS = {
     "modegpt": ("#000000", "o", "-"),
+    "modegpt_plus": ("#44AA99", "h", "-"),
     "random": ("#999999", "x", ":"),
     "magnitude": ("#666666", "+", ":"),
     "svd": ("#E69F00", "s", "--"),
