@@ -10,6 +10,7 @@ from modegpt.allocation.policies import Uniform
 from modegpt.architectures import block_linear_parameters, decoder_layers, layer_shapes
 from modegpt.compression.modegpt import MoDeGPT
 from modegpt.compression.plus.method import MoDeGPTPlus
+from modegpt.compression.plus.sensitivity import expected
 from modegpt.compression.plus.streams import Split
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.regression import Moments, Refit, ridge_towards
@@ -116,10 +117,30 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
     assert all(layer["ranks"]["query_key"] == 4 and layer["ranks"]["mlp"] % 4 == 0 for layer in own.layers)
 
 
-@pytest.mark.parametrize("changes", [{"beta": 2.0}, {"mlp": "best"}, {"cap": 1.0}, {"share": 0.0}, {"sequential": False}, {"query_key_windows": 0}])
+@pytest.mark.parametrize("changes", [{"beta": 2.0}, {"mlp": "best"}, {"cap": 1.0}, {"shares": ()}, {"sequential": False}, {"query_key_windows": 0}])
 def test_wrong_options_are_refused(changes: dict) -> None:
     with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.refit"):
         MoDeGPTPlus(**changes)
+
+
+def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:
+    curve = [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert expected(curve, {2: 0.1}) == pytest.approx([0.0, 0.05, 0.1, 0.2, 0.4])
+    assert expected(curve, {2: 0.1, 3: 0.4}) == pytest.approx([0.0, 0.05, 0.1, 0.4, 1.6])
+    assert expected(curve, {1: 0.5, 3: 0.1})[3:] == pytest.approx([0.5, 0.5])
+    assert expected([0.0] * 3, {1: 0.3}) == [0.0] * 3
+
+
+def test_modules_at_full_rank_correct_what_came_before() -> None:
+    """With queries and keys reduced alone, later output matrices still move; in front of the first change nothing does."""
+    own = {"mlp": 0.0, "value_output": 0.0, "query_key": 0.5}
+    model = dense_model("llama")
+    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform").compress(task_of(model, 0.1, num_samples=30)).model
+    dense = MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False).compress(task_of(model, 0.1, num_samples=30)).model
+    for m, moved in ((compressed, True), (dense, False)):
+        layer, reference = decoder_layers(m)[1], decoder_layers(model)[1]
+        assert torch.equal(layer.mlp.up_proj.weight, reference.mlp.up_proj.weight)
+        assert torch.equal(layer.mlp.down_proj.weight, reference.mlp.down_proj.weight) != moved
 
 
 def test_held_out_windows_are_whole_and_a_quarter() -> None:

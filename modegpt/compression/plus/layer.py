@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from modegpt.architectures import Family, build_layer, compressed_config, merged_tensors
+from modegpt.architectures import Family, LayerShape, build_layer, compressed_config, merged_tensors
 from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import READ, assemble_layer
@@ -23,6 +23,10 @@ from modegpt.decompositions.nystrom import ridge_leverage
 from modegpt.decompositions.regression import Moments, Refit, held_out_refit, ridge_towards
 from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_mlp, largest
 from modegpt.decompositions.svd import balance, product_svd
+
+
+RESCALING_RIDGES = (1e-2, 1e-1)
+"""Ridges towards unscaled queries that compete on the held-out windows."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,17 @@ class LayerPass:
     def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
         return next(iter(self.stream.arguments[self.index].values())).get("position_embeddings")
 
-    def current(self) -> nn.Module:
-        """The layer with the reductions made so far."""
-        if not self.reductions:
-            return self.layer
+    def result(self) -> tuple[LayerShape, dict[str, Tensor], nn.Module]:
+        """Shape, changed tensors and runnable layer of the reductions made so far."""
         shape, changed = assemble_layer(self.family, self.config, self.reductions)
+        if not changed:
+            return shape, changed, self.layer
         config = compressed_config(self.config, [shape] * self.config.num_hidden_layers)
-        return build_layer(config, self.index, merged_tensors(self.family, self.layer, changed))
+        return shape, changed, build_layer(config, self.index, merged_tensors(self.family, self.layer, changed))
 
     def observed(self) -> nn.Module:
         """The layer whose activations the next module is reduced on."""
-        return self.current() if self.options.sequential else self.layer
+        return self.result()[2] if self.options.sequential and self.reductions else self.layer
 
     def middle_taps(self, layer: nn.Module) -> dict[str, Tap]:
         """What it takes to know the residual stream that the MLP's output is added to."""
@@ -93,13 +97,16 @@ class LayerPass:
             dense.batches[seen.batch] = seen.output
         return targets
 
-    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates) -> None:
-        """Reduce the modules whose rank is not the full one, in the order of the forward pass. The dense stream moves on."""
+    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates, *, refit_whole: bool) -> None:
+        """Reduce the modules in the order of the forward pass; the dense stream moves on.
+
+        A module at full rank is left alone, or with ``refit_whole`` has its output matrix solved like the others': it corrects what came before.
+        """
         targets = self.dense_targets(dense)
         if ranks["query_key"] < self.read("query_key").inner_size:
             self.reduce_query_key(ranks["query_key"])
         for module, reduce in (("value_output", self.reduce_value_output), ("mlp", self.reduce_mlp)):
-            if ranks[module] < self.read(module).inner_size:
+            if refit_whole or ranks[module] < self.read(module).inner_size:
                 reduce(ranks[module], targets)
 
     def read(self, module: str) -> Weights:
@@ -132,21 +139,16 @@ class LayerPass:
             q, k = rotate(family.normalise_query(layer, q), self.position_embeddings), rotate(family.normalise_key(layer, k), self.position_embeddings)
             for_batch = [torch.einsum("bthi,bthj->hij", s.to(self.precision), s.to(self.precision)).double() for s in (q, k)]
             C_Q, C_K = for_batch if C_Q is None else (C_Q + for_batch[0], C_K + for_batch[1])
-            v = (v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2) @ metric.to(v.dtype))
+            v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2) @ metric.to(v.dtype)
             positions = self._positions(q.shape[1])
             bias = self._attention_bias(seen.x, positions)
-            whole = self.split.held[seen.batch]
             for held in (False, True):
-                windows = (whole.any(dim=1) == held).nonzero().squeeze(1)[: left[held]] if whole.shape[0] > 1 or whole.all() or not whole.any() else torch.arange(1)
+                windows = self.split.windows(seen.batch, held=held)[: left[held]].to(q.device)
                 if len(windows):
                     left[held] -= len(windows)
-                    part = AttentionStates(
-                        q=q[windows][:, positions].transpose(1, 2) * attention.scaling,
-                        k=k[windows].transpose(1, 2),
-                        v=v[windows],
-                        bias=bias if len(bias) == 1 else bias[windows],
-                    )
-                    states[held].append(part)
+                    queries = q[windows][:, positions.to(q.device)].transpose(1, 2) * attention.scaling
+                    own_bias = bias if len(bias) == 1 else bias[windows]
+                    states[held].append(AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias))
         return C_Q, C_K, *states
 
     def _positions(self, length: int) -> Tensor:
@@ -160,7 +162,7 @@ class LayerPass:
         mask = self.stream.layer_arguments(self.index, x).get("attention_mask")
         if mask is not None and mask.ndim == 4:
             allowed = mask if mask.dtype == torch.bool else mask >= 0
-            allowed = allowed[:, :, positions, :length]
+            allowed = allowed[:, :, positions.to(x.device), :length]
         else:
             allowed = (torch.arange(length) <= positions.unsqueeze(1))[None, None].to(x.device)
         return torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, float("-inf"))
@@ -252,26 +254,17 @@ class LayerPass:
         for held, rows in self.split.parts(batch, z, t):
             parts[held] = parts[held].updated(*rows, precision=self.precision)
 
-    def _solve(self, parts: dict[bool, Moments], W_dense: Tensor, start: Tensor, reduce, *, local: bool) -> Refit:
+    def _solve(self, parts: dict[bool, Moments], W_dense: Tensor, start: Tensor, reduce: Callable[[Moments], Moments], *, local: bool) -> Refit:
         """First the dense map on the compressed stream's own features (with ``local``), then, from there, the dense stream's target."""
         fit, held = parts[False], parts[True]
         starts = (start, start)
         refit = Refit(start, float("inf"), (0.0, 0.0), {})
         if local:
-            aim = [_aimed(part, W_dense, reduce) for part in (fit, held)]
+            aim = [reduce(part.aimed(W_dense)) for part in (fit, held)]
             refit = held_out_refit(*aim, starts)
             ridge = refit.ridge
             starts = (start if ridge == float("inf") else ridge_towards(aim[0], start, ridge)[0], refit.W)
         return held_out_refit(reduce(fit), reduce(held), starts) if self.options.refit else refit
-
-
-RESCALING_RIDGES = (1e-2, 1e-1)
-"""Ridges towards unscaled queries that compete on the held-out windows."""
-
-
-def _aimed(moments: Moments, W: Tensor, reduce) -> Moments:
-    """The reduced features' moments with the dense map's output as target."""
-    return reduce(moments.aimed(W))
 
 
 def _report(refit: Refit) -> dict[str, Any]:

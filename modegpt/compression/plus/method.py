@@ -8,7 +8,7 @@ from modegpt.allocation.ranks import RankPlan
 from modegpt.architectures import build_compressed, decoder_layers
 from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.stream import HiddenStates, advance
-from modegpt.compression.modegpt import MODULES, READ, MoDeGPT, assemble_layer, module_budgets, report
+from modegpt.compression.modegpt import MODULES, MoDeGPT, module_budgets, report
 from modegpt.compression.plus.layer import LayerPass
 from modegpt.compression.plus.sensitivity import rank_costs
 from modegpt.compression.plus.streams import Split
@@ -32,7 +32,7 @@ class MoDeGPTPlus(Switches, Method):
 
     Cost: the dense layer once and the compressed one up to four times (two stop in the attention, one before the down projection), Gram
     matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, some n^3 and about seven solves of k^3/3; the
-    allocation one statistics pass and ``3 L^2 / 2`` layer passes over at most ``sensitivity.MEASURED_TOKENS`` tokens.
+    allocation one statistics pass and ``3 L^2 / 2`` layer passes over ``sensitivity.measured_windows`` for each of ``shares``.
     Memory beside the layer's: both residual streams and two tensors of their size for the targets.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
 
@@ -71,17 +71,18 @@ class MoDeGPTPlus(Switches, Method):
         dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         compressed = HiddenStates(list(dense.batches), dense.arguments)
         generator = task.generator()
-        shapes, tensors, reports = [], [], []
+        shapes, tensors, reports, changed_so_far = [], [], [], False
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
             stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
             work = LayerPass(task.family, task.model.config, layer, index, stream, split, self, calibration.precision, generator)
             with calibration.meter.stage("layers") as metered:
-                work.reduce(plan.ranks[index], dense)
+                work.reduce(plan.ranks[index], dense, refit_whole=bool(self.refit and changed_so_far and index not in self.skip_layers))
+                shape, changed, reduced = work.result()
+                changed_so_far = changed_so_far or bool(changed)
                 if self.sequential:
-                    advance(compressed, index, work.current())
+                    advance(compressed, index, reduced)
                 metered.flops += 4 * layer_flops(task.model, calibration.tokens.ids)
                 calibration.meter.forward_passes += 4 / calibration.num_layers
-            shape, changed = assemble_layer(task.family, task.model.config, work.reductions)
             shapes.append(shape)
             tensors.append(changed)
             reports.append(report(index, work.reductions, plan.ranks[index], task))
@@ -96,5 +97,5 @@ class MoDeGPTPlus(Switches, Method):
         compressible = module_budgets(config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen)
         skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
         layers = [skipped if index in self.skip_layers else compressible for index in range(task.calibration.num_layers)]
-        costs = rank_costs(task, faithful, self.share, self.skip_layers)
+        costs = rank_costs(task, faithful, self.shares, self.skip_layers)
         return exchange(costs, layers, plan, cap=self.cap)

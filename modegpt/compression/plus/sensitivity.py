@@ -1,5 +1,6 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,22 +18,26 @@ from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_outp
 from modegpt.decompositions.modules import Weights
 from modegpt.decompositions.selection import group_heads
 
-MEASURED_TOKENS = 4096
-"""Divergences are measured on the first calibration windows, up to about this many tokens."""
+LEAST_TOKENS = 1024
+"""Divergences are measured on at least about this many calibration tokens."""
 
 
-def rank_costs(task: CompressionTask, faithful: MoDeGPT, share: float, skip_layers: tuple[int, ...]) -> list[dict[str, list[float]]]:
+def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
+    """The first calibration windows: so many that all measurements together cost about one and a half passes over all of them."""
+    num_samples, length = ids.shape
+    return ids[: max(num_samples // (num_layers * num_shares), -(-LEAST_TOKENS // length))]
+
+
+def rank_costs(task: CompressionTask, faithful: MoDeGPT, shares: tuple[float, ...], skip_layers: tuple[int, ...]) -> list[dict[str, list[float]]]:
     """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
 
-    Each module loses the share ``share`` of its dims (closed form, dense statistics), the rest of the model runs dense on a few
-    calibration windows, and the divergence from the dense model's predictions is measured. Other ranks cost in proportion to
-    their closed-form squared error: ``costs[k] = divergence error[k] / error[k measured]``. One statistics pass and at most
-    ``3 L^2 / 2`` layer passes over the measured windows; no evaluation data, no gradient.
+    Each module loses each share in ``shares`` of its dims (closed form, dense statistics), the rest of the model runs dense on a
+    few calibration windows, and the divergence from the dense model's predictions is measured; ``expected`` carries it to all
+    ranks. One statistics pass, and ``3 L^2 / 2`` layer passes a share over the measured windows; no evaluation data, no gradient.
     """
     calibration, model = task.calibration, task.model
     layers = decoder_layers(model)
-    ids = calibration.tokens.ids
-    ids = ids[: max(1, MEASURED_TOKENS // ids.shape[1])]
+    ids = measured_windows(calibration.tokens.ids, num_layers=len(layers), num_shares=len(shares))
     hidden = embed(model, ids, batch_size=calibration.batch_size)
     batches = [batch.to(model.device) for batch in ids.split(calibration.batch_size)]
     dense = [_log_probabilities(model, batch, {}) for batch in batches]
@@ -44,14 +49,40 @@ def rank_costs(task: CompressionTask, faithful: MoDeGPT, share: float, skip_laye
         if index not in skip_layers:
             for module, variant in variants.items():
                 weights = READ[module](task.family, layer)
-                rank = _rank(weights, share)
-                reduction = variant(weights, VIEW[module](statistics, calibration.tokens.num_tokens), rank, task.generator())
-                divergence = _divergence(model, hidden, index, _layer(task, index, layer, {module: reduction}), batches, dense)
-                curve = _curve(module, weights, statistics)
-                measured = curve[weights.inner_size - rank]
-                costs[-1][module] = [divergence * error / measured if measured > 0 else 0.0 for error in curve]
+                view, points = VIEW[module](statistics, calibration.tokens.num_tokens), {}
+                for rank in {_rank(weights, share) for share in shares}:
+                    reduced = _layer(task, index, layer, {module: variant(weights, view, rank, task.generator())})
+                    points[weights.inner_size - rank] = _divergence(model, hidden, index, reduced, batches, dense)
+                costs[-1][module] = expected(_curve(module, weights, statistics), points)
         advance(hidden, index, layer)
     return costs
+
+
+def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
+    """Divergence at each k from the closed-form squared error ``curve[k]`` and the measured ``points`` (k: divergence).
+
+    Proportional to the error up to the first point; beyond, log divergence is linear in log error through the points, and never falls.
+    """
+    known = [(math.log(curve[k]), math.log(max(points[k], SMALLEST))) for k in sorted(points) if curve[k] > 0]
+    values = [0.0]
+    for error in curve[1:]:
+        if error <= 0 or not known:
+            values.append(values[-1])
+            continue
+        x = math.log(error)
+        place = sum(point[0] <= x for point in known)
+        if place == 0 or len(known) == 1:
+            y = known[0][1] + x - known[0][0]
+        else:
+            (x_0, y_0), (x_1, y_1) = known[place - 1 : place + 1] if place < len(known) else known[-2:]
+            slope = (y_1 - y_0) / (x_1 - x_0) if x_1 > x_0 else 1.0
+            y = y_0 + (x - x_0) * slope
+        values.append(max(math.exp(y), values[-1]))
+    return values
+
+
+SMALLEST = 1e-12
+"""A divergence below this is rounding."""
 
 
 def _rank(weights: Weights, share: float) -> int:

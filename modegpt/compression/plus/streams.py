@@ -85,3 +85,7 @@ class Split:
             mask = (self.held[batch] == held).to(rows[0].device)
             if mask.any():
                 yield held, tuple(tensor[mask] for tensor in rows)
+
+    def windows(self, batch: int, *, held: bool) -> Tensor:
+        """Windows of the batch with tokens in one part; the only window, which both parts share, is in either."""
+        return (self.held[batch] == held).any(dim=1).nonzero().squeeze(1)

@@ -27,7 +27,7 @@ class Switches:
         value_output: the subspace by the Gram of the values (paper) or of the attention's output.
         bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added (d_h weights a module).
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
-        share: of a module's dims removed when its divergence is measured (``allocation=loss``).
+        shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on, and at most as many it is checked on.
@@ -41,7 +41,7 @@ class Switches:
     value_output: str = "attention"
     bias: str = "own"
     allocation: str = "loss"
-    share: float = 0.5
+    shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
     queries_per_window: int = 32
     query_key_windows: int = 32
@@ -52,9 +52,10 @@ class Switches:
                 raise UserError(f"method.{name}={getattr(self, name)} is not known; choose from {', '.join(choices)}")
         if not 0 <= self.beta <= 1:
             raise UserError(f"method.beta={self.beta} is outside [0, 1]: it is the share of the error made so far that is corrected")
-        for name in ("share", "cap"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"method.{name}={getattr(self, name)} must lie between 0 and 1: it is a share of a module's dims")
+        if not 0 < self.cap < 1:
+            raise UserError(f"method.cap={self.cap} must lie between 0 and 1: it is a share of a module's dims")
+        if not self.shares or any(not 0 < share < 1 for share in self.shares):
+            raise UserError(f"method.shares={list(self.shares)} must be numbers between 0 and 1: shares of a module's dims")
         for name in ("queries_per_window", "query_key_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
