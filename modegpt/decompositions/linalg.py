@@ -10,6 +10,8 @@ SMALLEST_PIVOT = 1e-13  # a smaller squared pivot is rounding noise, and what it
 DEAD = 1e-30  # energy of a channel, relative to the largest, under which it never fired
 DEAD_SCALE = 1e-6  # amplitude given to a dead channel: last in every ordering, yet invertible
 EIGENVALUE_FLOOR = 1e-8
+BLOCK_ROWS = 4096
+"""Larger matrices are worked on in blocks, which halves the FLOPs of what is symmetric or triangular, and its memory."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,22 @@ class PSDFactor:
 
     def inverse_diagonal(self) -> Tensor:
         """``diag(C^-1)`` (..., n)."""
-        return torch.cholesky_inverse(self.lower).diagonal(dim1=-2, dim2=-1) / self.scale**2
+        return inverse_diagonal(self.lower) / self.scale**2
+
+
+def inverse_diagonal(L: Tensor) -> Tensor:
+    """``diag((L L^T)^-1)`` (..., n) of a lower-triangular L (..., n, n): the squared column norms of ``L^-1``.
+
+    Above ``BLOCK_ROWS`` by halves: with ``L = [[A, 0], [B, D]]`` the first half has the columns of ``A^-1`` and of ``D^-1 B A^-1``,
+    so the inverse itself is never held. n^3/3 FLOPs; below, n^3 2/3.
+    """
+    half = L.shape[-1] // 2
+    if L.shape[-1] <= BLOCK_ROWS:
+        return torch.cholesky_inverse(L).diagonal(dim1=-2, dim2=-1)
+    A, B, D = L[..., :half, :half], L[..., half:, :half], L[..., half:, half:]
+    between = torch.linalg.solve_triangular(D, B, upper=False)
+    between = torch.linalg.solve_triangular(A, between, upper=False, left=False)
+    return torch.cat([inverse_diagonal(A) + between.square_().sum(dim=-2), inverse_diagonal(D)], dim=-1)
 
 
 def equilibrate(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,15 +80,23 @@ def psd_cholesky(C: Tensor) -> PSDFactor:
     """
     K, scale, dead = equilibrate(C)
     flat = K.reshape(-1, *K.shape[-2:])
-    lower = torch.empty_like(flat)
+    lower: Tensor | None = None
     pending = torch.arange(len(flat), device=flat.device)
     numerics: dict = {"num_dead": int(dead.sum())} if dead.any() else {}
     for jitter in JITTERS:
-        shifted = flat[pending]
-        shifted.diagonal(dim1=-2, dim2=-1).add_(jitter)
+        shifted = flat
+        if jitter:
+            shifted = flat[pending]
+            shifted.diagonal(dim1=-2, dim2=-1).add_(jitter)
         factor, info = torch.linalg.cholesky_ex(shifted)
+        del shifted
         definite = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1) ** 2 >= SMALLEST_PIVOT)
-        lower[pending[definite]] = factor[definite]
+        if len(flat) == 1 and flat.shape[-1] > BLOCK_ROWS and definite.all():
+            lower = factor  # one large matrix: no copy
+        else:
+            lower = torch.empty_like(flat) if lower is None else lower
+            lower[pending[definite]] = factor[definite]
+        del factor
         if jitter and definite.any():
             numerics["jitter"] = jitter
             numerics["num_jittered"] = numerics.get("num_jittered", 0) + int(definite.sum())
@@ -83,12 +108,25 @@ def psd_cholesky(C: Tensor) -> PSDFactor:
         floored = torch.maximum(eigenvalues, EIGENVALUE_FLOOR * eigenvalues[..., -1:])
         lower[pending] = torch.linalg.cholesky((vectors * floored.unsqueeze(-2)) @ vectors.mT)
         numerics["num_floored"] = len(pending)
+    assert lower is not None
     return PSDFactor(lower=lower.reshape(K.shape), scale=scale, numerics=numerics)
 
 
 def energy(C: Tensor, X: Tensor) -> Tensor:
-    """``sum tr(X^T C X)`` over the batch, a scalar: the squared norm of ``x X`` over tokens x with Gram C. 2 n^2 m FLOPs."""
-    return (X * (C @ X)).sum()
+    """``sum tr(X^T C X)`` over the batch, a scalar: the squared norm of ``x X`` over tokens x with Gram C (..., n, n), symmetric.
+
+    2 n^2 m FLOPs; above ``BLOCK_ROWS`` about n^2 m, as the blocks above the diagonal are those below it.
+    """
+    n = C.shape[-1]
+    if n <= BLOCK_ROWS:
+        return (X * (C @ X)).sum()
+    size, total = BLOCK_ROWS // 4, X.new_zeros(())
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        rows = X[..., start:stop, :]
+        total += (rows * (C[..., start:stop, start:stop] @ rows)).sum()
+        total += 2 * (rows * (C[..., start:stop, :start] @ X[..., :start, :])).sum()
+    return total
 
 
 def relative(error: Tensor, total: Tensor) -> float:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from modegpt.decompositions.linalg import energy, psd_cholesky, relative
+from modegpt.decompositions import linalg
+from modegpt.decompositions.linalg import energy, inverse_diagonal, psd_cholesky, relative
 from tests.decompositions.cases import normal
 
 
@@ -89,3 +90,20 @@ def test_energy_and_relative():
     assert float(energy(X.mT @ X, W)) == pytest.approx(float((X @ W).square().sum()), rel=1e-12)
     assert relative(torch.tensor(-1e-20), torch.tensor(2.0)) == 0.0
     assert relative(torch.tensor(0.0), torch.tensor(0.0)) == 0.0
+
+
+@pytest.mark.parametrize("n", [40, 41, 63])
+def test_large_matrices_in_blocks_give_the_same(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, W = normal(90, n, seed=0), normal(n, 5, seed=1)
+    C = X.mT @ X
+    L = torch.linalg.cholesky(C)
+    whole = inverse_diagonal(L), energy(C, W), psd_cholesky(C)
+    monkeypatch.setattr(linalg, "BLOCK_ROWS", 16)
+    blocks = inverse_diagonal(L), energy(C, W), psd_cholesky(C)
+    torch.testing.assert_close(blocks[0], whole[0], rtol=1e-11, atol=0)
+    torch.testing.assert_close(blocks[0], torch.linalg.inv(C).diagonal(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(blocks[1], ((X @ W) ** 2).sum(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(blocks[2].solve(W), whole[2].solve(W), rtol=1e-9, atol=1e-12)
+    assert (blocks[2].scale.unsqueeze(1) * blocks[2].lower @ blocks[2].root().mT - C).abs().max() < 1e-10 * C.max()
+    singular = psd_cholesky(C[:, :1] * C[:1])
+    assert singular.numerics["jitter"] <= 1e-11 and torch.isfinite(singular.lower).all()
