@@ -71,9 +71,8 @@ def build_compressed(
     Raises:
         RuntimeError: tensors that do not fit the shapes exactly.
     """
-    config = compressed_config(model.config, shapes, kept_layers)
-    with torch.device("meta"):
-        compressed = compressed_class(config)(config)
+    compressed = empty_compressed(model, shapes, kept_layers)
+    config = compressed.config
     family = family_of(config)
     prefix = family.layers
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{prefix}.")}
@@ -83,8 +82,16 @@ def build_compressed(
     compressed.load_state_dict(tensors, strict=True, assign=True)
     compressed.tie_weights()
     _restore_buffers(compressed, model)
-    compressed.generation_config = copy.deepcopy(model.generation_config)
     return compressed.train(model.training)
+
+
+def empty_compressed(model: PreTrainedModel, shapes: Sequence[LayerShape], kept_layers: Sequence[int] | None = None) -> PreTrainedModel:
+    """The model that ``build_compressed`` fills, without data (meta tensors of ``model``'s dtype)."""
+    config = compressed_config(model.config, shapes, kept_layers)
+    with torch.device("meta"):
+        compressed = compressed_class(config)(config)
+    compressed.generation_config = copy.deepcopy(model.generation_config)
+    return compressed.to(model.dtype)
 
 
 def _restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:

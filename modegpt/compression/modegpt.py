@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modegpt.allocation.policies import Policy
 from modegpt.allocation.ranks import ModuleBudget, RankPlan, free_sparsity, integer_ranks, is_free
@@ -131,23 +131,33 @@ class MoDeGPT(Method):
         if not self.allocation.needs_influence:
             self.plan(task, None)
 
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """Names of the statistics of a layer that its decompositions read."""
+        variants = self.variants(family)
+        return frozenset(STATISTIC[module][key] for module, variant in variants.items() if variant is not None for key in variant.required)
+
     def compress(self, task: CompressionTask) -> Compressed:
-        calibration, variants = task.calibration, self.variants(task.family)
-        names = frozenset(STATISTIC[module][key] for module, variant in variants.items() if variant is not None for key in variant.required)
+        calibration, names = task.calibration, self.required_statistics(task.family)
         influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
         plan = self.plan(task, influence)
         generator = task.generator()
-        shapes, tensors, reports = [], [], []
         statistics_of = calibration.statistics(names) if names else ({} for _ in range(calibration.num_layers))
-        for index, (layer, ranks, statistics) in enumerate(zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)):
-            with calibration.meter.stage("decomposition"):
-                reductions = self._reduce(task, layer, ranks, statistics, generator, index)
-            shape, changed = assemble_layer(task.family, task.model.config, reductions)
-            shapes.append(shape)
-            tensors.append(changed)
-            reports.append(report(index, reductions, ranks, task))
-        model = build_compressed(task.model, shapes, tensors)
-        _check_budget(task, plan, model, reductions_are_plain=all(not shape.linear_ranks for shape in shapes))
+        layers = zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)
+        done = [self.compress_layer(task, index, layer, ranks, statistics, generator) for index, (layer, ranks, statistics) in enumerate(layers)]
+        shapes, tensors, reports = (list(column) for column in zip(*done, strict=True))
+        return self.finish(task, plan, build_compressed(task.model, shapes, tensors), reports, influence)
+
+    def compress_layer(
+        self, task: CompressionTask, index: int, layer: nn.Module, ranks: dict[str, int], statistics: Statistics, generator: torch.Generator
+    ) -> tuple[LayerShape, dict[str, Tensor], dict[str, Any]]:
+        """Layer ``index`` reduced to ``ranks``: its shape, the tensors that changed (as ``layer_tensors`` names them), its report."""
+        with task.calibration.meter.stage("decomposition"):
+            reductions = self._reduce(task, layer, ranks, statistics, generator, index)
+        return *assemble_layer(task.family, task.model.config, reductions), report(index, reductions, ranks, task)
+
+    def finish(self, task: CompressionTask, plan: RankPlan, model: PreTrainedModel, reports: list[dict[str, Any]], influence: list[float] | None) -> Compressed:
+        """Check that the weights of ``model`` changed as planned, and say how."""
+        _check_budget(task, plan, model)
         details: dict[str, Any] = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
         if task.family.query_key_dense is not None and self.query_key is not None:
             details["query_key_dense"] = task.family.query_key_dense
@@ -200,8 +210,9 @@ def report(index: int, reductions: dict[str, Reduction], ranks: dict[str, int], 
     }
 
 
-def _check_budget(task: CompressionTask, plan: RankPlan, model: nn.Module, *, reductions_are_plain: bool) -> None:
+def _check_budget(task: CompressionTask, plan: RankPlan, model: PreTrainedModel) -> None:
     """The weights changed as planned; low-rank factors may store less than planned, never more."""
+    plain = not any(model.config.linear_ranks)
     dense, left = block_linear_parameters(task.model), block_linear_parameters(model)
     planned = round(dense * (1 - plan.achieved))
-    assert left == planned if reductions_are_plain else left <= planned, f"{left} block-linear weights left, {planned} planned"
+    assert left == planned if plain else left <= planned, f"{left} block-linear weights left, {planned} planned"
