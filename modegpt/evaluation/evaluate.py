@@ -1,6 +1,7 @@
 """Score a model on a text and on zero-shot tasks; what can be refused is refused before any forward pass."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +81,12 @@ def _prepare_text(spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase, voca
     return ScoredText(spec=spec, token_ids=token_ids, sha256=token_fingerprint(token_ids), windows=windows)
 
 
-def evaluate(model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
+def evaluate(
+    model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str, progress: Progress, score_windows: Callable[..., dict] = perplexity
+) -> dict[str, dict]:
     """Score ``model``, which is put in evaluation mode; perplexities first, each said as ``label`` when known.
+
+    ``score_windows`` is called as ``perplexity`` is.
 
     Returns ``{"perplexity": {ppl_<source>_<window>: {value, window, num_windows, num_predicted_tokens, mean_nll,
     num_tokens, tokens_sha256}}, "zeroshot": {task: {...}, "mean": {...}}}`` (see ``perplexity`` and ``zeroshot``); what is
@@ -92,7 +97,7 @@ def evaluate(model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str
     scores: dict[str, dict] = {"perplexity": {}, "zeroshot": {}}
     text = prepared.text
     for window in text.windows if text else ():
-        result = perplexity(model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress)
+        result = score_windows(model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress)
         name = metric_name(text.spec.source, window)
         progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
         scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}

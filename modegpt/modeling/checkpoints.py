@@ -53,24 +53,32 @@ def save_checkpoint(
     check_destination(directory)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(model, card), encoding="utf-8")
-        (partial / MANIFEST).write_text(json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.chmod(0o777 & ~_umask())
-        if _same_checkpoint(partial, directory):
-            return directory
-        try:
-            os.rename(partial, directory)  # replaces an empty directory, refuses any other
-        except OSError as error:
-            raise UserError(f"{directory} already holds another checkpoint; choose another or remove it ({error.strerror})") from None
-        _sync(directory.parent)
+        publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``, where an identical one is left alone.
+
+    Raises UserError when something else is in ``directory``.
+    """
+    (partial / MANIFEST).write_text(json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    partial.chmod(0o777 & ~_umask())
+    if _same_checkpoint(partial, directory):
+        return
+    try:
+        os.rename(partial, directory)  # replaces an empty directory, refuses any other
+    except OSError as error:
+        raise UserError(f"{directory} already holds another checkpoint; choose another or remove it ({error.strerror})") from None
+    sync(directory.parent)
 
 
 def check_destination(directory: str | Path) -> None:
@@ -97,7 +105,8 @@ def _same_checkpoint(partial: Path, directory: Path) -> bool:
     return read_json(directory / MANIFEST) == read_json(partial / MANIFEST)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or a directory entry to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,11 +136,11 @@ def load_model(
         UserError: no such model, an unsupported family, a damaged or incomplete checkpoint (the file or
             tensor is named; nothing is ever initialised at random), or NaN or inf in a weight.
     """
-    with _located(path) as source:
+    with located(path) as source:
         check_supported(str(PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")))
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         family_of(config)
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
             )
@@ -146,12 +155,12 @@ def load_model(
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by the same names as ``load_model``. Raises UserError when there is none."""
-    with _located(path) as source:
+    with located(path) as source:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 @contextmanager
-def _located(path: str) -> Iterator[str]:
+def located(path: str) -> Iterator[str]:
     """What Transformers should open for ``path``: a checked local directory, or the same name with the hub at hand.
 
     Failures inside come out as a UserError of one line that names the model.
@@ -203,7 +212,7 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars from Transformers, as a run shows its own."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +100,24 @@ def read_json(path: Path) -> Any:
 def check_finite(model: nn.Module) -> None:
     """Raises UserError naming the first weight that holds NaN or inf."""
     for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow (try model.dtype=float32)")
+        check_tensor_finite(name, tensor)
+
+
+def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises UserError naming the weight when it holds NaN or inf."""
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow (try model.dtype=float32)")
 
 
 def fingerprint_weights(model: nn.Module) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of the state dict, in order of names; the device does not matter."""
+    """``fingerprint_tensors`` of the state dict."""
+    return fingerprint_tensors(sorted(model.state_dict().items()))
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of ``tensors``, given in order of names; the device does not matter."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         for chunk in _byte_chunks(tensor):
             digest.update(chunk)

@@ -1,0 +1,172 @@
+"""A causal language model whose weights stay on disk: a skeleton on the meta device, filled one layer at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from modegpt.architectures import decoder_layers, family_of, unfused
+from modegpt.errors import UserError
+from modegpt.modeling.checkpoints import located
+from modegpt.modeling.integrity import check_tensor_finite, fingerprint_tensors
+from modegpt.streaming.shards import Shards
+
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass
+class StreamedModel:
+    """``model`` has every shape and no data, but for what ``outer`` and ``layer`` load while they are open.
+
+    ``sources`` says where each of its tensors is stored: a name in ``shards`` and the rows of it.
+    """
+
+    shards: Shards
+    model: PreTrainedModel
+    device: torch.device
+    sources: dict[str, tuple[str, slice]]
+
+    @classmethod
+    def open(cls, path: str, *, dtype: str = "auto", device: str = "cpu") -> "StreamedModel":
+        """The model in a local directory (or ``embedded:NAME``), dense or compressed; same dtype as ``load_model`` gives it.
+
+        Raises UserError for what is not a whole local checkpoint of a supported family in safetensors form.
+        """
+        if not path.startswith(("embedded:", "/", ".", "~")) and not Path(path).exists():
+            raise UserError(f"out_of_core reads a local directory and {path} is none; download it first: model=local model.path=DIRECTORY")
+        with located(path) as source:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            family_of(config)
+            shards = Shards(Path(source))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=_dtype(dtype, config.dtype, shards), trust_remote_code=False)
+            if (Path(source) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(source)
+            native = model
+            model = unfused(native).requires_grad_(False).eval()
+            return cls(shards, model, torch.device(device), _sources(model, native, shards))
+
+    @property
+    def layers_prefix(self) -> str:
+        """What the names of layer tensors start with."""
+        return f"{family_of(self.model.config).layers}."
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names of tensors that are another's, and that other's."""
+        return _tied(self.model)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name`` of ``model``, in the model's dtype, on the CPU."""
+        stored, rows = self.sources[name]
+        tensor = self.shards.read(stored, rows)
+        return tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
+
+    def fingerprint(self) -> str:
+        """What ``fingerprint_weights`` says of the loaded model, in one pass over the files. Raises UserError for NaN or inf in a weight."""
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in sorted(self.sources):
+                tensor = self.tensor(name)
+                check_tensor_finite(name, tensor)
+                yield name, tensor
+
+        return fingerprint_tensors(tensors())
+
+    def outer_names(self, *, head: bool) -> list[str]:
+        """Names of the tensors outside the layers: embeddings and final norm, with the output head or without."""
+        base = f"{self.model.base_model_prefix}."
+        return [name for name in self.sources if not name.startswith(self.layers_prefix) and (head or name.startswith(base))]
+
+    @contextmanager
+    def outer(self, *, head: bool) -> Iterator[PreTrainedModel]:
+        """The model with everything but its layers loaded (and but its ``head``, where that is not wanted)."""
+        names = [name for name in self.outer_names(head=head) if name not in self.tied]
+        self._fill_buffers()
+        self.model.load_state_dict({name: self.tensor(name).to(self.device) for name in names}, strict=False, assign=True)
+        self.model.tie_weights()
+        try:
+            yield self.model
+        finally:
+            self.model.to_empty(device="meta")
+            self.model.tie_weights()
+
+    def _fill_buffers(self) -> None:
+        """Give the modules outside the layers the buffers that are in no checkpoint, as ``from_pretrained`` does."""
+        decoder = self.model.get_decoder()
+        if hasattr(decoder, "rotary_emb"):
+            decoder.rotary_emb = type(decoder.rotary_emb)(config=self.model.config).to(self.device)
+        for path, module in self.model.named_modules():
+            unstored = [name for name in module._non_persistent_buffers_set if module.get_buffer(name).is_meta]
+            if unstored and not f"{path}.".startswith(self.layers_prefix):
+                for name in unstored:
+                    setattr(module, name, torch.empty_like(module.get_buffer(name), device=self.device))
+                self.model._init_weights(module)  # its parameters have no data yet and stay as they are
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer ``index``, loaded; its memory is let go at the end."""
+        layer = decoder_layers(self.model)[index]
+        names = list(layer.state_dict())
+        tensors = {name: self.tensor(f"{self.layers_prefix}{index}.{name}").to(self.device) for name in names}
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        del tensors
+        assert not any(buffer.is_meta for buffer in layer.buffers()), "a layer's buffer is in no checkpoint"
+        try:
+            yield layer
+        finally:
+            layer.to_empty(device="meta")
+
+
+def _dtype(wanted: str, stated: torch.dtype | None, shards: Shards) -> torch.dtype:
+    """As ``from_pretrained``: the dtype asked for, else the configuration's, else that of the first floating tensor."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if stated is not None:
+        return stated
+    return next(FLOATING[dtype] for name in shards.files if (dtype := shards.dtype_of(name)) in FLOATING)
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, slice]]:
+    """Where each tensor of ``model`` is stored; ``native`` has the maps that ``model``'s family stores as one still fused."""
+    family, tied, expected = family_of(model.config), _tied(model), model.state_dict()
+    fused = {part: (whole, parts) for whole, parts in family.fused.items() for part in parts} if native is not model else {}
+    base = f"{model.base_model_prefix}."
+
+    def stored(name: str) -> str | None:
+        return next((known for known in (name, name.removeprefix(base)) if known in shards), None)
+
+    def source(name: str) -> tuple[str, slice] | None:
+        path, _, last = name.rpartition(".")
+        for part, (whole, parts) in fused.items():
+            if path.endswith(f".{part}"):
+                layer = path.removesuffix(part)
+                sizes = [len(expected[f"{layer}{member}.{last}"]) for member in parts]
+                start = sum(sizes[: parts.index(part)])
+                found = stored(f"{layer}{whole}.{last}")
+                return None if found is None else (found, slice(start, start + sizes[parts.index(part)]))
+        found = stored(name)
+        return None if found is None else (found, slice(None))
+
+    sources = {name: source(name) for name in expected}
+    for name, original in tied.items():
+        if sources[name] is not None and sources[original] is not None:
+            if not torch.equal(shards.read(sources[name][0]), shards.read(sources[original][0])):
+                raise UserError(f"{shards.directory} ties {name} to {original} but stores different values; set tie_word_embeddings to false in its config.json")
+        sources[name] = sources[original] = sources[original] or sources[name]
+    missing = sorted(name for name, found in sources.items() if found is None)
+    if missing:
+        raise UserError(f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model")
+    for name, (found, rows) in sources.items():
+        shape, wanted = shards.shape(found), list(expected[name].shape)
+        if (shape != wanted and rows == slice(None)) or shape[1:] != wanted[1:]:
+            raise UserError(f"{shards.directory}: {found} is {shape}, but config.json asks for {wanted}")
+    return sources

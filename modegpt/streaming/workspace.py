@@ -1,0 +1,118 @@
+"""The folder beside a checkpoint's destination in which it is made: what is finished survives a kill at any moment."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modegpt.architectures import LayerShape
+from modegpt.calibration.stream import HiddenStates
+from modegpt.errors import UserError
+from modegpt.modeling.integrity import read_json
+from modegpt.streaming.hidden import DiskBatches, write_batch
+from modegpt.streaming.shards import shard_name, write_shard, write_text
+
+POSITION, SETTINGS, LOCK = "position.json", "settings.json", "lock"
+KEY_DIGITS = 12
+
+
+@dataclass
+class Position:
+    """How far a compression is: layers before ``next_layer`` are written, the hidden states in front of it are on disk.
+
+    ``generator`` is the state (hex) of the random generator after them; ``influence`` is None where it is not used.
+    """
+
+    next_layer: int = 0
+    influence: list[float] | None = None
+    generator: str = ""
+    shapes: list[LayerShape] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def remember(self, generator: torch.Generator) -> None:
+        self.generator = generator.get_state().numpy().tobytes().hex()
+
+    def restore(self, generator: torch.Generator) -> None:
+        generator.set_state(torch.frombuffer(bytearray.fromhex(self.generator), dtype=torch.uint8))
+
+
+class Workspace:
+    """``<destination>.partial-<key>``: the growing checkpoint, the hidden states and the position of one run.
+
+    The key is the hash of everything that decides the result, so runs with other settings never meet. One process at a time
+    holds it; the lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process works there, or the folder is another run's.
+    """
+
+    def __init__(self, destination: Path, key: str, settings: Mapping[str, Any]) -> None:
+        self.destination = destination
+        self.directory = destination.with_name(f"{destination.name}.partial-{key[:KEY_DIGITS]}")
+        self.checkpoint = self.directory / "checkpoint"
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.directory / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is making this checkpoint in {self.directory}") from None
+        text = json.dumps({"key": key, **settings}, indent=1, sort_keys=True) + "\n"
+        known = self.directory / SETTINGS
+        if known.is_file() and known.read_text(encoding="utf-8") != text:
+            raise UserError(f"{self.directory} holds the work of a run with other settings; remove it")
+        write_text(known, text)
+
+    def others(self) -> list[Path]:
+        """Partial folders of the same destination that other settings left."""
+        return sorted(path for path in self.directory.parent.glob(f"{self.destination.name}.partial-*") if path != self.directory)
+
+    def position(self) -> Position | None:
+        """Where an earlier process got to; None at the beginning."""
+        path = self.directory / POSITION
+        if not path.is_file():
+            return None
+        stored = read_json(path)
+        shapes = [LayerShape(**{**shape, "extra_biases": tuple(shape["extra_biases"])}) for shape in stored.pop("shapes")]
+        return Position(shapes=shapes, **stored)
+
+    def hidden(self, layer: int) -> Path:
+        """Where the hidden states in front of ``layer`` lie."""
+        return self.directory / "hidden" / f"{layer:05d}"
+
+    def batches(self, layer: int, *, num_batches: int, device: torch.device) -> DiskBatches:
+        """The hidden states in front of ``layer`` that an earlier process left."""
+        return DiskBatches(None, self.hidden(layer), num_batches, device)
+
+    def begin_layer(self, hidden: HiddenStates, index: int) -> None:
+        """Where batches are on disk, let layer ``index`` write its output apart from its input."""
+        if isinstance(hidden.batches, DiskBatches):
+            for stale in (self.hidden(index - 1), self.hidden(index + 1)):  # done with, and begun by a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            hidden.batches = hidden.batches.turned(self.hidden(index + 1))
+
+    def save(self, position: Position, hidden: HiddenStates | None) -> None:
+        """Keep ``hidden`` and then ``position``, after which earlier hidden states go."""
+        if hidden is not None and not isinstance(hidden.batches, DiskBatches):
+            target = self.hidden(position.next_layer)
+            target.mkdir(parents=True, exist_ok=True)
+            for index, batch in enumerate(hidden.batches):
+                write_batch(target, index, batch)
+        write_text(self.directory / POSITION, json.dumps(asdict(position)))
+        for path in self.directory.glob("hidden/*"):
+            if hidden is None or path != self.hidden(position.next_layer):
+                shutil.rmtree(path)
+
+    def write(self, tensors: Mapping[str, Tensor], *, shard: int, num_shards: int) -> None:
+        """Write one shard of the checkpoint."""
+        write_shard(tensors, self.checkpoint / shard_name(shard, num_shards))
+
+    def remove(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self.directory)
+        self._lock.close()

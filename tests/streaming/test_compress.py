@@ -1,0 +1,74 @@
+"""Out of core and in memory give the same checkpoint, to the bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modegpt.allocation.policies import Entropic, Policy, Uniform
+from modegpt.architectures import block_linear_parameters
+from modegpt.compression.methods import VARIANTS
+from modegpt.compression.modegpt import MODULES, MoDeGPT
+from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, QueryKeyRandom, ValueOutputRandom, ValueOutputSVD
+from modegpt.modeling.checkpoints import load_model, load_tokenizer, save_checkpoint
+from modegpt.streaming.shards import Shards
+from tests.architectures.family_table import CONFIGS, tokens
+from tests.streaming.streamed_task import compress_out_of_core, save_dense, task_on
+
+
+def paper(allocation: Policy = Uniform(), **changes) -> MoDeGPT:
+    return MoDeGPT(**{"mlp": MLPNystrom(), "query_key": QueryKeyCR(), "value_output": ValueOutputSVD(), "allocation": allocation, **changes})
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    shards = Shards(directory)
+    return {name: shards.read(name) for name in shards.files}
+
+
+def check_same(method: MoDeGPT, dense: Path, folder: Path, **options) -> None:
+    """Same tensors, reports and side files as the in-memory path saves."""
+    model = load_model(str(dense), device="cpu")
+    expected = method.compress(task_on(model))
+    save_checkpoint(expected.model, load_tokenizer(str(dense)), folder / "in-memory", {}, max_shard_size="10KB")
+    found, checkpoint, _ = compress_out_of_core(method, dense, folder / "streamed", **options)
+    ours, theirs = stored(checkpoint), stored(folder / "in-memory")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    assert (found.layers, found.influence, found.details) == (expected.layers, expected.influence, expected.details)
+    assert found.model.num_parameters() == expected.model.num_parameters()
+    assert block_linear_parameters(found.model) == block_linear_parameters(expected.model)
+    for path in (folder / "in-memory").iterdir():
+        if path.suffix in (".json", ".py", ".txt") and "index" not in path.name and "manifest" not in path.name:
+            assert (checkpoint / path.name).read_bytes() == path.read_bytes(), path.name
+    ours_index, theirs_index = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (checkpoint, folder / "in-memory"))
+    assert ours_index["metadata"] == theirs_index["metadata"]
+    again = load_model(str(checkpoint), device="cpu")
+    assert torch.equal(again(tokens()).logits, expected.model(tokens()).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    check_same(paper(Entropic()), save_dense(name, tmp_path / "dense"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "opt"])
+def test_half_precision_on_disk(name: str, tmp_path: Path) -> None:
+    check_same(paper(Entropic()), save_dense(name, tmp_path / "dense", torch.bfloat16), tmp_path, on_disk=True)
+
+
+@pytest.mark.parametrize("module, variant", [(module, variant) for module in MODULES for variant in VARIANTS[module]])
+def test_every_decomposition_is_the_same_to_the_bit(module: str, variant: str, tmp_path: Path) -> None:
+    name = "opt" if (module, variant) == ("query_key", "svd") else "llama"
+    check_same(paper(**{module: VARIANTS[module][variant]()}), save_dense(name, tmp_path / "dense"), tmp_path)
+
+
+def test_random_choices_follow_one_generator_and_skipped_layers_stay(tmp_path: Path) -> None:
+    method = paper(mlp=MLPRandom(), query_key=QueryKeyRandom(), value_output=ValueOutputRandom(), skip_layers=(1,))
+    check_same(method, save_dense("llama", tmp_path / "dense"), tmp_path)
+
+
+def test_nothing_is_observed_where_nothing_is_needed(tmp_path: Path) -> None:
+    check_same(paper(mlp=VARIANTS["mlp"]["svd"](), query_key=None, value_output=None), save_dense("llama", tmp_path / "dense"), tmp_path)
