@@ -112,6 +112,8 @@ class OutputConfig:
     """Compute and write again what has a record already (the old record is kept beside the new one)."""
     save_model: str | None = None
     """Where the compressed model is saved as a checkpoint: a directory, ``auto`` (beside the record) or nowhere."""
+    pictures: bool = True
+    """Draw the record's pictures beside it; a sweep of many small runs spends a sixth of its time on them."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):

@@ -191,7 +191,7 @@ def execute(run: Run, stage: Stage) -> Path:
             progress.say(f"checkpoint: {run.checkpoint}")
         path = run.store.write(record, overwrite=config.output.overwrite)
     record = load_record(path)
-    pictures = save_pictures(record, path.parent)
+    pictures = save_pictures(record, path.parent) if config.output.pictures else []
     tracker = make_tracker(**asdict(config.tracking))
     tracker.mirror(record, record_path=path, pictures=pictures)
     print(summary(record, record_path=path, pictures=pictures))

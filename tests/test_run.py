@@ -68,7 +68,8 @@ def test_a_run_leaves_one_complete_record(name: str, results: Path, capsys: pyte
 
 
 def test_overwrite_computes_again_and_keeps_the_old_record(results: Path) -> None:
-    path = run(small(results), command="modegpt")
+    path = run(small(results, output=OutputConfig(root=str(results), pictures=False)), command="modegpt")
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
     first = load_record(path)
     run(small(results, output=OutputConfig(root=str(results), overwrite=True)), command="modegpt")
     assert load_record(path)["metrics"] == first["metrics"]

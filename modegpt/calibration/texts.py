@@ -4,6 +4,7 @@ The one loader of text: calibration and perplexity read through it, so both mean
 """
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -20,9 +21,13 @@ import torch
 from torch import Tensor
 
 from modegpt.errors import UserError
+from modegpt.modeling.integrity import fingerprint_tokenizer
 
 SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}  # our names -> the hub's
 SEPARATOR = "\n\n"
+REMEMBERED_STREAMS, REMEMBERED_TOKENS = 4, 2**24  # a sweep's jobs share a process, its calibration and its test text
+
+_streams: dict[tuple[str, str], Tensor] = {}  # by text and tokenizer, the oldest first
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,22 @@ def tokenize_stream(documents: Documents, tokenizer: Any) -> Tensor:
     """Join ``documents`` and tokenise them once, as one stream.
 
     The tokenizer's own special tokens are added as it does by default: with most tokenizers a single BOS at the very start.
+    The last few streams are remembered for as long as the process lives.
 
     Returns (num_tokens,) int64 token ids.
     """
+    text = documents.joined()
+    key = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), fingerprint_tokenizer(tokenizer))
+    if key in _streams:
+        return _streams[key].clone()
     # verbose=False: a stream is longer than any model's context, and saying so would alarm for nothing
-    ids = tokenizer(documents.joined(), return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    stream = torch.tensor(ids, dtype=torch.int64)
+    if stream.numel() <= REMEMBERED_TOKENS:
+        for oldest in list(_streams)[: max(0, len(_streams) + 1 - REMEMBERED_STREAMS)]:
+            del _streams[oldest]
+        _streams[key] = stream.clone()
+    return stream
 
 
 def read_text(path: str | Path) -> str:

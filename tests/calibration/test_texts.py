@@ -170,6 +170,30 @@ def test_stream_is_tokenised_once_with_one_bos(shared_dir):
     assert (ids == tokenizer.bos_token_id).sum() == 1
 
 
+def test_streams_are_remembered_by_text_and_tokenizer(monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def words(*vocabulary):
+        backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(("?", *vocabulary))}, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+
+    monkeypatch.setattr(texts, "_streams", {})
+    said = Documents(source="x", texts=("a b", "a"))
+    first, other = words("a", "b"), words("b", "a")
+    assert tokenize_stream(said, first).tolist() == [1, 2, 1]
+    assert tokenize_stream(said, other).tolist() == [2, 1, 2], "another tokenizer reads it its own way"
+    tokenize_stream(said, first).zero_()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", None)
+    assert tokenize_stream(said, words("a", "b")).tolist() == [1, 2, 1], "remembered, and not what a caller made of its copy"
+    monkeypatch.undo()
+    monkeypatch.setattr(texts, "_streams", {})
+    for number in range(2 * texts.REMEMBERED_STREAMS):
+        tokenize_stream(Documents(source="x", texts=("a " * (number + 1),)), first)
+    assert [stream.numel() for stream in texts._streams.values()] == list(range(texts.REMEMBERED_STREAMS + 1, 2 * texts.REMEMBERED_STREAMS + 1))
+
+
 def test_real_files_hold_what_is_published(shared_dir):
     data = shared_dir / "data"
     wiki = load_documents("wikitext2", path=str(data / "wikitext2"), split="test")
