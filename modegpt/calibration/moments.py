@@ -7,6 +7,8 @@ from torch import Tensor
 
 CHUNK_ROWS = 2048
 """Rows per product: bounds the float32 rounding of one chunk before it meets the float64 sum."""
+BLOCK = {"cpu": 384, "cuda": 2048}
+"""Columns of one block of a symmetric product: wide enough for the product's full rate, narrow enough to skip nearly half of it."""
 
 
 @dataclass
@@ -14,23 +16,42 @@ class SecondMoment:
     """``C = sum x^T x`` over rows, accumulated in float64.
 
     Holds one Gram matrix per group: rows of shape (num_rows, num_groups, size) give ``value`` of shape
-    (num_groups, size, size). ``precision`` is that of each chunk's product: float64 is exact to
-    rounding and costs about twice a float32 product on a CPU; float32 leaves a relative error near
-    1e-8 in the sum, enough to turn the smallest eigenvalues of a rank-deficient C negative.
+    (num_groups, size, size). Only blocks on and above the diagonal are summed; ``value`` mirrors them.
+    ``precision`` is that of each chunk's product: float64 is exact to rounding and costs about twice a
+    float32 product on a CPU; float32 leaves a relative error near 1e-8 in the sum, enough to turn the
+    smallest eigenvalues of a rank-deficient C negative.
     """
 
-    value: Tensor
+    upper: Tensor
     precision: torch.dtype = torch.float64
 
     @classmethod
     def zeros(cls, num_groups: int, size: int, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float64) -> "SecondMoment":
         return cls(torch.zeros(num_groups, size, size, dtype=torch.float64, device=device), precision)
 
+    @property
+    def value(self) -> Tensor:
+        """The sums so far, (num_groups, size, size): a view of the accumulator, whose lower blocks are filled in."""
+        size = self.upper.shape[-1]
+        for start, stop in self._blocks():
+            if stop < size:
+                self.upper[:, stop:, start:stop] = self.upper[:, start:stop, stop:].mT
+        return self.upper
+
     def update(self, rows: Tensor) -> None:
-        """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: 2 * num_rows * num_groups * size^2."""
+        """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: num_rows * num_groups * size^2 and the diagonal blocks."""
         for chunk in rows.split(CHUNK_ROWS):
-            x = chunk.to(self.precision).transpose(0, 1)
-            self.value += torch.bmm(x.transpose(1, 2), x)
+            x = chunk.transpose(0, 1)
+            # half-precision products are exact in float32, in which a GPU's matrix units sum them
+            exact = x.is_cuda and x.itemsize == 2 and self.precision == torch.float32
+            x = x.contiguous() if exact else x.to(self.precision)
+            for start, stop in self._blocks():
+                left, right, total = x[..., start:stop].mT, x[..., start:], self.upper[:, start:stop, start:]
+                total += torch.bmm(left, right, out_dtype=torch.float32) if exact else torch.bmm(left, right)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        size, block = self.upper.shape[-1], BLOCK.get(self.upper.device.type, 384)
+        return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
 @dataclass

@@ -47,9 +47,13 @@ def rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) ->
     if position_embeddings is None:
         return states
     cos, sin = (table.unsqueeze(-2) for table in position_embeddings)
-    rotary, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    first, second = rotary.chunk(2, dim=-1)
-    return torch.cat((rotary * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    size = cos.shape[-1]
+    first, second = states[..., :size].chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    rotated = states * cos if size == states.shape[-1] else torch.cat((states[..., :size] * cos, states[..., size:]), dim=-1)
+    rotated[..., : size // 2] -= second * sin_first
+    rotated[..., size // 2 : size] += first * sin_second
+    return rotated
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt.architectures import decoder_layers
+from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 
 
@@ -74,7 +75,7 @@ def advance(hidden: HiddenStates, index: int, layer: nn.Module, observe: Callabl
     """
     for b, x_in in enumerate(hidden.batches):
         x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
-        if not torch.isfinite(x_out).all():
+        if not all_finite(x_out):
             raise UserError(f"calibration found NaN or inf in the activations leaving decoder layer {index}; check the weights and the dtype (bfloat16 or float32 instead of float16)")
         if observe is not None:
             observe(x_in, x_out)

@@ -10,7 +10,7 @@ SMALLEST_PIVOT = 1e-13  # a smaller squared pivot is rounding noise, and what it
 DEAD = 1e-30  # energy of a channel, relative to the largest, under which it never fired
 DEAD_SCALE = 1e-6  # amplitude given to a dead channel: last in every ordering, yet invertible
 EIGENVALUE_FLOOR = 1e-8
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 """Larger matrices are worked on in blocks, which halves the FLOPs of what is symmetric or triangular, and its memory."""
 
 
@@ -127,6 +127,11 @@ def energy(C: Tensor, X: Tensor) -> Tensor:
         total += (rows * (C[..., start:stop, start:stop] @ rows)).sum()
         total += 2 * (rows * (C[..., start:stop, :start] @ X[..., :start, :])).sum()
     return total
+
+
+def all_finite(X: Tensor) -> bool:
+    """Whether X holds neither NaN nor inf. One sum tells almost always, in a fraction of the time of looking at every element."""
+    return bool(torch.isfinite(X.sum())) or bool(torch.isfinite(X).all())
 
 
 def relative(error: Tensor, total: Tensor) -> float:

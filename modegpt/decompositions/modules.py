@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 
 
@@ -175,7 +176,7 @@ class Variant:
         if missing:
             raise UserError(f"{name} needs the statistics {', '.join(missing)}, which were not collected")
         for key in sorted(self.required):
-            if not torch.isfinite(getattr(statistics, key)).all():
+            if not all_finite(getattr(statistics, key)):
                 raise UserError(f"{name}: the calibration statistic {key} holds NaN or inf; check the model's activations")
         return self.reduce(weights, statistics, rank, generator)
 

@@ -1,7 +1,9 @@
 """Streaming moments against one product in float64."""
 
+import pytest
 import torch
 
+from modegpt.calibration import moments
 from modegpt.calibration.moments import FirstMoment, SecondMoment
 
 
@@ -37,3 +39,25 @@ def test_first_moment_sums_rows() -> None:
     moment.update(rows[:100])
     moment.update(rows[100:])
     torch.testing.assert_close(moment.value, rows.double().sum(0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_blocks_above_the_diagonal_are_mirrored(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width that is no multiple of the block, read between two updates: the mirror must not be summed twice."""
+    monkeypatch.setitem(moments.BLOCK, "cpu", 3)
+    rows = torch.randn(60, 2, 8, generator=torch.Generator().manual_seed(4)).double()
+    moment = SecondMoment.zeros(2, 8, precision=precision)
+    for chunk in rows.split(20):
+        moment.update(chunk)
+        assert torch.equal(moment.value[:, 3:, :3], moment.value[:, :3, 3:].mT)
+    expected = torch.einsum("tgi,tgj->gij", rows, rows)
+    torch.testing.assert_close(moment.value, expected, rtol=0, atol=1e-12 if precision is torch.float64 else 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision products summed in float32 exist on CUDA only")
+def test_half_precision_products_are_exact_on_a_gpu() -> None:
+    rows = torch.randn(5000, 1, 3000, device="cuda", dtype=torch.bfloat16)
+    moment = SecondMoment.zeros(1, 3000, device="cuda", precision=torch.float32)
+    moment.update(rows)
+    expected = rows[:, 0].double().T @ rows[:, 0].double()
+    assert float((moment.value[0] - expected).norm() / expected.norm()) < 1e-6

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modegpt.decompositions import linalg
-from modegpt.decompositions.linalg import energy, inverse_diagonal, psd_cholesky, relative
+from modegpt.decompositions.linalg import all_finite, energy, inverse_diagonal, psd_cholesky, relative
 from tests.decompositions.cases import normal
 
 
@@ -107,3 +107,16 @@ def test_large_matrices_in_blocks_give_the_same(n: int, monkeypatch: pytest.Monk
     assert (blocks[2].scale.unsqueeze(1) * blocks[2].lower @ blocks[2].root().mT - C).abs().max() < 1e-10 * C.max()
     singular = psd_cholesky(C[:, :1] * C[:1])
     assert singular.numerics["jitter"] <= 1e-11 and torch.isfinite(singular.lower).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_all_finite_finds_one_bad_element(value):
+    X = normal(5, 7, seed=0)
+    assert all_finite(X)
+    X[3, 2] = value
+    assert not all_finite(X)
+
+
+def test_all_finite_is_not_fooled_by_a_sum_that_overflows():
+    assert all_finite(torch.full((4,), 6e4, dtype=torch.float16))
+    assert not all_finite(torch.tensor([float("inf"), -float("inf")]))
