@@ -1,11 +1,15 @@
-"""The tiny version of every experiment, unattended: ``python experiments/tiny.py [--root results] [--only NAME ...]``.
+"""The tiny version of every experiment, unattended: ``python experiments/tiny.py [--root results] [--only NAME ...] [--full]``.
 
 The two embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
 checkout). Two processes at most, one thread each. Interrupt it and start it again: finished runs are skipped.
+Every experiment runs in it, but not on every model: ``PLAN``, which ends within 90 minutes on two cores. ``--full`` adds
+what that leaves out, about as much again.
 """
 
 import argparse
 import itertools
+import math
+import operator
 import os
 import shlex
 import subprocess
@@ -13,7 +17,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,8 +25,9 @@ from omegaconf import OmegaConf
 EXPERIMENTS = Path(__file__).resolve().parent
 CHECKOUT = EXPERIMENTS.parent
 SHARED = Path(os.environ.get("MODEGPT_SHARED", CHECKOUT.parent / "shared"))
-TINY = ["calibration=tiny", "evaluation=tiny"]
-EMBEDDED = {name: [f"model={name}"] for name in ("tiny-llama", "tiny-opt")}
+TINY = ("calibration=tiny", "evaluation=tiny")
+LLAMA, OPT, BABY, STORIES = "tiny-llama", "tiny-opt", "babyllama-105", "stories260K"
+EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT)}
 REAL_TEXT = [
     "calibration=jsonl",
     f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl",
@@ -32,9 +36,35 @@ REAL_TEXT = [
 ]
 REAL = {
     name: ["model=local", f"model.name={name}", f"model.path={SHARED}/models/{name}", *REAL_TEXT]
-    for name in ("babyllama-105", "stories260K")
+    for name in (BABY, STORIES)
     if (SHARED / "models" / name).is_dir()
 }
+SECONDS = {LLAMA: 1.0, OPT: 1.0, STORIES: 2.0, BABY: 3.0}
+"""What one run of a model costs, relative to the others: mostly its evaluation."""
+
+
+@dataclass(frozen=True)
+class On:
+    """The models of an experiment: those of the tiny version, and what ``--full`` adds."""
+
+    models: tuple[str, ...]
+    full: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+PLAN = {
+    "methods": On((LLAMA, OPT, STORIES, BABY)),
+    "methods_seeds": On((LLAMA,), full=(OPT, STORIES, BABY)),
+    **dict.fromkeys(("variants_mlp", "variants_value_output"), On((LLAMA, OPT), full=(BABY,))),
+    "variants_query_key": On((LLAMA,), full=(BABY,)),
+    "variants_query_key_opt": On((OPT,)),
+    **dict.fromkeys(("allocation", "module_wise", "layer_sparsity", "compression_cost"), On((LLAMA, OPT, BABY))),
+    **dict.fromkeys(("allocation_epsilon", "calibration_size", "ridge", "seeds"), On((LLAMA, OPT, STORIES), full=(BABY,))),
+    "zeroshot": On((LLAMA, OPT)),
+    "opt_family": On((OPT,), settings=TINY),
+    "llama2_70b": On((LLAMA,), settings=TINY),
+}
+"""Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 OTHER_TEXTS = [
     ["calibration=jsonl", "calibration.path=modegpt/tiny/data/test.jsonl"],  # the test text itself: a bound, not a result
     *(
@@ -48,13 +78,14 @@ POLL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Sweep:
-    """One multirun command."""
+    """One multirun command; ``model`` is its short name."""
 
     experiment: str
+    model: str
     overrides: list[str]
 
     def command(self, root: Path, directory: Path) -> list[str]:
-        own = [f"output.root={root}", f"hydra.sweep.dir={directory}", "threads=1", "quiet=true"]
+        own = [f"output.root={root}", "output.pictures=false", "evaluation.perplexity.batch_tokens=1024", f"hydra.sweep.dir={directory}", "threads=1", "quiet=true"]
         return [sys.executable, "-m", "modegpt", "--multirun", f"+experiments={self.experiment}", *self.overrides, *own]
 
     @property
@@ -64,29 +95,28 @@ class Sweep:
         settings = dict(override.split("=", 1) for override in self.overrides)
         settings = {key: str(value) for key, value in params.items()} | settings
         parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in settings.items()])
-        return prod(sum(1 for _ in each.sweep_iterator()) for each in parsed if each.is_sweep_override())
+        return math.prod(sum(1 for _ in each.sweep_iterator()) for each in parsed if each.is_sweep_override())
+
+    @property
+    def weight(self) -> float:
+        """What one of its jobs costs, relative to those of other sweeps."""
+        return SECONDS[self.model] * (3 if self.experiment.startswith("methods") else 1)
 
 
-def plan(only: list[str]) -> list[Sweep]:
+def plan(only: list[str], full: bool = False) -> list[Sweep]:
     """Every sweep, the longest first, so that the two processes end together."""
     models = EMBEDDED | REAL
-    some = {name: overrides for name, overrides in models.items() if name != "stories260K"}
-    where = {
-        **dict.fromkeys(("methods", "methods_seeds"), models),
-        **dict.fromkeys(("variants_mlp", "variants_value_output", "layer_sparsity", "seeds", "module_wise", "allocation"), some),
-        **dict.fromkeys(("allocation_epsilon", "calibration_size", "ridge", "compression_cost"), some),
-        "variants_query_key": [name for name in some if name != "tiny-opt"],
-        "variants_query_key_opt": ["tiny-opt"],
-        "opt_family": ["tiny-opt"],
-        "llama2_70b": ["tiny-llama"],
-        "zeroshot": EMBEDDED,
-    }
-    sweeps = [Sweep(name, [*(TINY if name in ("opt_family", "llama2_70b") else []), *models[model]]) for name, of in where.items() for model in of]
+    sweeps = [
+        Sweep(experiment, name, [*on.settings, *models[name]])
+        for experiment, on in PLAN.items()
+        for name in (*on.models, *(on.full if full else ()))
+        if name in models
+    ]
     texts = [["calibration=tiny"], *OTHER_TEXTS]
-    sweeps += [Sweep("calibration_choice", [*EMBEDDED[model], *text]) for model, text in itertools.product(EMBEDDED, texts)]
+    sweeps += [Sweep("calibration_choice", name, [*EMBEDDED[name], *text]) for name, text in itertools.product(EMBEDDED if full else (LLAMA,), texts)]
     chosen = [sweep for sweep in sweeps if not only or sweep.experiment in only]
     # layer_sparsity repeats runs of methods: last, when these are there
-    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost"), -sweep.num_jobs))
+    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost"), -sweep.num_jobs * sweep.weight))
 
 
 def main() -> int:
@@ -94,10 +124,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("results"), help="where records go (default: results)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these experiments")
+    parser.add_argument("--full", action="store_true", help="every experiment on more models: about three times the work")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     arguments = parser.parse_args()
-    sweeps = plan(arguments.only)
+    sweeps = plan(arguments.only, arguments.full)
     root = arguments.root
     logs = root / ".sweeps"
     directories = [logs / f"tiny-{sweep.experiment}-{number}" for number, sweep in enumerate(sweeps)]
@@ -113,7 +144,7 @@ def main() -> int:
             return subprocess.run(commands[number], cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
 
     shown = -1
-    totals, started = [sweep.num_jobs for sweep in sweeps], time.monotonic()
+    totals, weights, started = [sweep.num_jobs for sweep in sweeps], [sweep.weight for sweep in sweeps], time.monotonic()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = [pool.submit(launch, number) for number in range(len(sweeps))]
         while not all(future.done() for future in running):
@@ -122,7 +153,8 @@ def main() -> int:
             if sum(finished) == shown and not sys.stdout.isatty():
                 continue
             shown = sum(finished)
-            _show(shown, sum(totals), time.monotonic() - started, [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()])
+            share = sum(map(operator.mul, finished, weights)) / sum(map(operator.mul, totals, weights))
+            _show(shown, sum(totals), share, time.monotonic() - started, [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()])
     failed = [number for number, future in enumerate(running) if future.result() != 0]
     for number in failed:
         print(f"failed: {sweeps[number].experiment}: {directories[number].with_suffix('.log')}", file=sys.stderr)
@@ -133,8 +165,8 @@ def _outcomes(directory: Path) -> int:
     return sum(1 for _ in directory.glob("*/outcome.json"))
 
 
-def _show(done: int, total: int, seconds: float, names: list[str]) -> None:
-    left = f"{seconds * (total - done) / done / 60:.0f} min left" if done else "estimating"
+def _show(done: int, total: int, share: float, seconds: float, names: list[str]) -> None:
+    left = f"{seconds * (1 - share) / share / 60:.0f} min left" if done else "estimating"
     end = "\r" if sys.stdout.isatty() else "\n"
     print(f"{done}/{total} runs, {seconds / 60:.0f} min, {left}: {', '.join(names)}".ljust(100), end=end, flush=True)
 
