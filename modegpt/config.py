@@ -121,6 +121,21 @@ class OutputConfig:
 
 
 @dataclass
+class OutOfCoreConfig:
+    """Compress layer by layer from disk to disk, for models that do not fit in memory. Decides no result."""
+
+    enabled: bool = False
+    hidden_states: str = "memory"
+    """Where calibration's hidden states wait between layers: ``memory`` (of the model's device) or ``disk``."""
+    max_host_bytes: int | None = None
+    """Refuse what is predicted to need more host memory than this; null: than is available."""
+
+    def __post_init__(self) -> None:
+        _one_of("out_of_core.hidden_states", self.hidden_states, ("memory", "disk"))
+        _at_least("out_of_core.max_host_bytes", self.max_host_bytes, 1)
+
+
+@dataclass
 class CacheConfig:
     """What is reused between runs: calibration statistics and dense scores."""
 
@@ -264,6 +279,7 @@ class RunConfig:
     quiet: bool = False
     output: OutputConfig = field(default_factory=OutputConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    out_of_core: OutOfCoreConfig = field(default_factory=OutOfCoreConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)
     decomposition: DecompositionConfig = field(default_factory=DecompositionConfig)

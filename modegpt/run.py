@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from modegpt.config import RunConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory, dense_key
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation, retention
+from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
 from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
 from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fingerprint_weights
@@ -30,7 +32,9 @@ from modegpt.records.provenance import provenance
 from modegpt.records.store import RecordStore, identity, load_record, timestamp
 from modegpt.report.pictures import save_pictures
 from modegpt.report.summary import summary
+from modegpt.streaming.job import OutOfCore, check_streams, open_dense
 from modegpt.tracking import make_tracker
+from modegpt.work import metered_forwards
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Run:
     tokenizer_sha256: str
     progress: Progress
     meter: CostMeter
+    out_of_core: OutOfCore | None = None
 
     @property
     def name(self) -> str:
@@ -122,11 +127,20 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         raise UserError("model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY")
     tokenizer = load_tokenizer(path, config.model.revision)
     progress.say(f"loading {model_name(config)}")
-    with meter.stage("loading"):
-        model = load_model(path, dtype=config.model.dtype, device=device_of(config.model.device), revision=config.model.revision)
-    check_finite(model)
-    family = family_of(model.config)
-    weights_sha256, task = fingerprint_weights(model), None
+    device, out_of_core = device_of(config.model.device), None
+    if config.out_of_core.enabled:
+        check_streams(method, name=config.method["name"], save_model=config.output.save_model, zeroshot_tasks=config.evaluation.zeroshot and config.evaluation.zeroshot.tasks)
+        with meter.stage("loading"):  # every weight is read once, to be checked and identified
+            out_of_core = open_dense(path, dtype=config.model.dtype, device=device, options=config.out_of_core)
+            model, weights_sha256 = out_of_core.streamed.model, out_of_core.streamed.fingerprint()
+    else:
+        with meter.stage("loading"):
+            model = load_model(path, dtype=config.model.dtype, device=device, revision=config.model.revision)
+        check_finite(model)
+        weights_sha256 = fingerprint_weights(model)
+    with meter.stage("machine ceiling"):
+        meter.ceiling = measure_ceiling(device, model.dtype)
+    family, task = family_of(model.config), None
     if method is not None:
         if is_compressed(model.config):
             raise UserError(f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of")
@@ -138,18 +152,21 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             tokens=tokens,
             batch_size=config.calibration.batch_size,
             precision=getattr(torch, config.calibration.precision),
-            cache=statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
+            cache=None if out_of_core else statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
             progress=progress,
             meter=meter,
         )
         task = CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed)
         method.check(task)
-        calibration.check_activations()
+        if out_of_core is None:
+            calibration.check_activations()
         if isinstance(config.output.save_model, str) and config.output.save_model != "auto":
             check_destination(config.output.save_model)
     elif config.output.save_model is not None:
         raise UserError("output.save_model has no effect with method=dense: there is no compressed model")
     evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=model.config)
+    if out_of_core is not None:
+        out_of_core.plan(method, task, evaluation)
     return Run(
         config=config,
         command=command,
@@ -163,6 +180,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         tokenizer_sha256=fingerprint_tokenizer(tokenizer),
         progress=progress,
         meter=meter,
+        out_of_core=out_of_core,
     )
 
 
@@ -175,19 +193,26 @@ def execute(run: Run, stage: Stage) -> Path:
         stage.name = name
         yield
 
-    with at("dense evaluation"), meter.stage("dense evaluation"):
+    with at("dense evaluation"), meter.stage("dense evaluation") as metered, metered_forwards(run.model, metered.add):
         dense = dense_scores(run)
     compressed, scores = None, None
     if run.method is not None:
         with at("compression"):
             compressed = compress(run)
-        with at("compressed evaluation"), meter.stage("compressed evaluation"):
-            scores = evaluate(compressed.model, run.evaluation, label="compressed", progress=progress)
+        with at("compressed evaluation"), meter.stage("compressed evaluation") as metered, metered_forwards(compressed.model, metered.add):
+            if run.out_of_core is None:
+                scores = evaluate(compressed.model, run.evaluation, label="compressed", progress=progress)
+            else:
+                scores = run.out_of_core.score_compressed(run.evaluation, progress=progress)
+                run.out_of_core.measured(compressed)
     with at("record"):
         record = make_record(run, compressed, dense, scores)
         if run.checkpoint is not None and compressed is not None:
             with meter.stage("saving"):
-                save_checkpoint(compressed.model, run.tokenizer, run.checkpoint, record)
+                if run.out_of_core is None:
+                    save_checkpoint(compressed.model, run.tokenizer, run.checkpoint, record)
+                else:
+                    run.out_of_core.publish(compressed, run.checkpoint, record)
             progress.say(f"checkpoint: {run.checkpoint}")
         path = run.store.write(record, overwrite=config.output.overwrite)
     record = load_record(path)
@@ -205,11 +230,10 @@ def dense_scores(run: Run) -> dict[str, dict]:
         weights_sha256=run.weights_sha256,
         tokenizer_sha256=run.tokenizer_sha256,
         dtype=str(run.model.dtype),
-        device=run.model.device.type,
+        device=run.model.device.type if run.out_of_core is None else run.out_of_core.streamed.device.type,
     )
-    scores, reused = cached_scores(
-        key, lambda: evaluate(run.model, run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config)
-    )
+    score = partial(evaluate, run.model) if run.out_of_core is None else run.out_of_core.score
+    scores, reused = cached_scores(key, lambda: score(run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config))
     if reused:
         for name, score in scores["perplexity"].items():
             run.progress.say(f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)")
@@ -219,6 +243,8 @@ def dense_scores(run: Run) -> dict[str, dict]:
 def compress(run: Run) -> Compressed:
     """Run the method and check that what came out can be used."""
     with run.meter.stage("compression"):
+        if run.out_of_core is not None:
+            return run.out_of_core.compress(run.method, run.task, destination=run.checkpoint, decides=run.decides, tokenizer=run.tokenizer)
         compressed = run.method.compress(run.task)
     check_finite(compressed.model)
     return compressed

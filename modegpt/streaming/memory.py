@@ -1,0 +1,214 @@
+"""What an out-of-core compression will need at most, from shapes alone, and what there is.
+
+The peak is the largest of four moments: embedding, observing a layer, decomposing it, scoring the model. Each is a sum of
+parts; the solver's share of decomposing is counted in float64 copies of what each decomposition works on.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modegpt.architectures import dense_shape
+from modegpt.calibration.moments import CHUNK_ROWS
+from modegpt.compression.modegpt import MoDeGPT
+from modegpt.compression.task import CompressionTask
+from modegpt.decompositions.modules import Variant
+from modegpt.errors import UserError
+from modegpt.evaluation.evaluate import PreparedEvaluation
+from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
+from modegpt.metering import peak_memory_bytes
+from modegpt.streaming.model import StreamedModel
+
+FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The letters of a layer: d_h hidden size, n MLP width, H and H_kv heads of size d, k the largest width that may be kept."""
+
+    d_h: int
+    n: int
+    H: int
+    H_kv: int
+    d: int
+    k: int
+
+
+STATISTIC_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
+    "attention.C_x": lambda s: s.d_h**2,
+    "query_key.C_Q": lambda s: s.H * s.d**2,
+    "query_key.C_K": lambda s: s.H_kv * s.d**2,
+    "value_output.G": lambda s: s.H_kv * s.d**2,
+    "value_output.A": lambda s: s.H * s.d**2,
+    "mlp.C_x": lambda s: s.d_h**2,
+    "mlp.C": lambda s: s.n**2,
+    "mlp.mean": lambda s: s.n,
+    "layer.influence": lambda s: 1,
+}
+
+
+def _nystrom(s: Sizes) -> int:
+    """Scores: C + lambda I, its equilibrated form, its factor. Refit: rows of C, and four k x k (block, equilibrated, jittered, factor)."""
+    return max(3 * s.n**2, s.k * s.n + 4 * s.k**2 + 2 * s.n * s.d_h)
+
+
+SOLVER_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
+    "MLPNystrom": _nystrom,
+    "MLPNystromBias": lambda s: max(3 * s.n**2, s.n**2 + _nystrom(s)),
+    "MLPColumns": _nystrom,
+    "MLPElimination": lambda s: 8 * s.n**2 + 2 * s.n * s.d_h,
+    "MLPSVD": lambda s: 6 * s.n * s.d_h + 4 * min(s.n, s.d_h) ** 2,
+    "MLPMagnitude": lambda s: 4 * s.n * s.d_h,
+    "MLPRandom": lambda s: 4 * s.n * s.d_h,
+}
+"""Float64 elements that a decomposition holds beside the layer and its statistics."""
+ATTENTION_COPIES = 6
+"""Float64 copies of a module's larger matrix (d_h x H d) that the decompositions of attention hold."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes needed at most, by part, at the fullest moment of the host and of the device where that is another."""
+
+    host: dict[str, int]
+    device: dict[str, int]
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    def record(self) -> dict[str, dict[str, int]]:
+        """For the run's record."""
+        return {where: {"total": sum(parts.values()), **parts} for where, parts in (("host", self.host), ("device", self.device)) if parts}
+
+
+def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, evaluation: PreparedEvaluation, *, on_disk: bool) -> Prediction:
+    """The peak of ``method`` on ``task`` and of the scores around it; ``on_disk``: hidden states of the calibration lie in files."""
+    config, model = streamed.model.config, streamed.model
+    shape, itemsize = dense_shape(config), model.dtype.itemsize
+    n, tokens, family = shape.intermediate_size, task.calibration.tokens, task.family
+    most_kept = n if method.allocation.needs_influence else max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
+    sizes = Sizes(config.hidden_size, n, config.num_attention_heads, shape.num_kv_heads, shape.qk_head_dim, most_kept)
+    state = model.state_dict()
+    layer_sizes = [state[name].numel() * itemsize for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0.")]
+    outer_sizes = {head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in streamed.tied] for head in (False, True)}
+    layer, largest = sum(layer_sizes), max(*layer_sizes, *outer_sizes[True])
+
+    length = tokens.ids.shape[1]
+    batch_tokens = min(task.calibration.batch_size, len(tokens.ids)) * length
+    one_batch = batch_tokens * sizes.d_h * itemsize
+    hidden = 2 * one_batch if on_disk else tokens.num_tokens * sizes.d_h * itemsize + one_batch
+    activations = batch_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
+    names = method.required_statistics(family)
+    statistics = FLOAT64 * sum(STATISTIC_ELEMENTS[name](sizes) for name in names)
+    chunk = FLOAT64 * min(CHUNK_ROWS, batch_tokens) * max(n, sizes.H * sizes.d) * 2 if names else 0
+    solver = FLOAT64 * max((solver_elements(variant, sizes) for variant in method.variants(family).values() if variant is not None), default=0)
+
+    moments = {
+        "embedding": {"weights": sum(outer_sizes[False]) + largest, "hidden states": hidden},
+        "observing": {"weights": layer + max(layer_sizes), "statistics": statistics, "activations": activations + chunk, "hidden states": hidden},
+        "decomposing": {"weights": layer, "statistics": statistics, "solver": solver, "hidden states": hidden},
+        "saving": {"weights": 2 * layer, "statistics": statistics, "hidden states": hidden},
+    }
+    if evaluation.text is not None:
+        text = evaluation.text
+        scored = max(text.spec.batch_tokens, max(text.windows))
+        logits = scored * config.vocab_size * itemsize * 2 + 3 * 4 * CHUNK_ELEMENTS
+        states = (text.token_ids.numel() + scored) * sizes.d_h * itemsize
+        moments["scoring"] = {"weights": sum(outer_sizes[True]) + largest, "hidden states": states, "logits": logits}
+        forward = scored * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
+        moments["walking"] = {"weights": layer + max(layer_sizes), "hidden states": states, "activations": forward}
+    fullest = max(moments.values(), key=lambda parts: sum(parts.values()))
+    if streamed.device.type == "cpu":
+        return Prediction(host={"process": resident_bytes(), **fullest}, device={})
+    copies = {"weights": 2 * max(layer, largest) + one_batch}
+    return Prediction(host={"process": resident_bytes(), **copies}, device=fullest)
+
+
+def solver_elements(variant: Variant, sizes: Sizes) -> int:
+    """Float64 elements that ``variant`` holds at most."""
+    needed = SOLVER_ELEMENTS.get(type(variant).__name__)
+    return ATTENTION_COPIES * sizes.d_h * sizes.H * sizes.d if needed is None else needed(sizes)
+
+
+def check_fits(prediction: Prediction, task: CompressionTask, streamed: StreamedModel, *, on_disk: bool, max_host_bytes: int | None) -> dict[str, int]:
+    """What is available, by place. Raises UserError when it is less than what ``prediction`` needs, saying what would fit."""
+    available = {"host": resident_bytes() + available_host_bytes()}
+    if max_host_bytes is not None:
+        available["host"] = min(available["host"], max_host_bytes)
+    needed = {"host": prediction.host}
+    if streamed.device.type == "cuda":
+        available["device"], needed["device"] = torch.cuda.mem_get_info(streamed.device)[0], prediction.device
+    for place, parts in needed.items():
+        excess = sum(parts.values()) - available[place]
+        if excess > 0:
+            spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+            raise UserError(f"out of core this needs about {gib(sum(parts.values()))} of {place} memory ({spelled}) and {gib(available[place])} are available; {_remedy(parts, excess, task, on_disk)}")
+    return available
+
+
+def _remedy(parts: Mapping[str, int], excess: int, task: CompressionTask, on_disk: bool) -> str:
+    """What would fit, in the user's terms."""
+    states, num_samples = parts.get("hidden states", 0), len(task.calibration.tokens.ids)
+    if "logits" in parts:
+        return "lower evaluation.perplexity.batch_tokens, or score nothing: evaluation=none"
+    fitting = int(num_samples * (states - excess) / states) if states else 0
+    if fitting >= 1 and not on_disk:
+        return f"calibration.num_samples={fitting} would fit, or out_of_core.hidden_states=disk"
+    if parts.get("activations", 0) > excess and task.calibration.batch_size > 1:
+        return f"calibration.batch_size={max(1, int(task.calibration.batch_size * (1 - excess / parts['activations'])))} would fit"
+    return "no number of samples would fit, as one layer alone needs more: leave its MLP dense (decomposition/mlp=none) or use a larger machine"
+
+
+def available_host_bytes() -> int:
+    """Memory this process can still take: what the system calls available, or less where a control group sets a limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([available, *_group_limits()])
+
+
+def _group_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What each control group (version 2 or 1) above this process leaves it; file pages that can be dropped count as left."""
+    left = []
+    try:
+        groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return left
+    for _, controllers, path in groups:
+        if controllers not in ("", "memory"):
+            continue
+        top, (limit, usage) = (root, ("memory.max", "memory.current")) if not controllers else (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            try:
+                text = (place / limit).read_text().strip()
+                droppable = next((int(line.split()[1]) for line in (place / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")), 0)
+                if text != "max":
+                    left.append(max(0, int(text) - int((place / usage).read_text()) + droppable))
+            except (OSError, ValueError):
+                pass
+            if place == top:
+                break
+    return left
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory_bytes()["host"]
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
