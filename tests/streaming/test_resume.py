@@ -1,0 +1,110 @@
+"""Killed with -9 at any moment and started again: the same checkpoint to the bit, and no layer done twice."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import modegpt.streaming.workspace as workspace_module
+from modegpt.allocation.policies import Entropic
+from modegpt.calibration.calibration import Calibration
+from modegpt.compression.modegpt import MoDeGPT
+from modegpt.decompositions import MLPRandom, QueryKeyCR, ValueOutputSVD
+from modegpt.errors import UserError
+from modegpt.streaming.compress import StreamedCompression
+from modegpt.streaming.shards import Shards
+from modegpt.streaming.workspace import POSITION, Position, Workspace
+from tests.streaming.streamed_task import compress_out_of_core, save_dense
+
+METHOD = MoDeGPT(mlp=MLPRandom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Entropic())
+"""The random choice shows whether the generator goes on where it was."""
+FORK = multiprocessing.get_context("fork")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after: bool) -> None:
+    """Patch ``owner.name``, in a process that is to die, to kill it before or after the call for which ``moment`` is true."""
+    original = getattr(owner, name)
+
+    def dying(*args, **kwargs):
+        due = moment(*args, **kwargs)
+        if due and not after:
+            kill()
+        result = original(*args, **kwargs)
+        if due:
+            kill()
+        return result
+
+    setattr(owner, name, dying)
+
+
+MOMENTS = {
+    "in the influence walk": (0, lambda: killed_when(Calibration, "observe", lambda self, hidden, index, names: index == 1, after=True)),
+    "before the first layer": (0, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 0, after=True)),
+    "inside a layer": (1, lambda: killed_when(Calibration, "observe", lambda self, hidden, index, names: index == 1 and len(names) > 1, after=True)),
+    "before a layer is written": (1, lambda: killed_when(Workspace, "write", lambda self, tensors, *, shard, num_shards: shard == 2, after=False)),
+    "with a layer written and no position": (1, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=False)),
+    "with hidden states written and no position": (
+        1,
+        lambda: killed_when(workspace_module, "write_text", lambda path, text: path.name == POSITION and '"next_layer": 2' in text, after=False),
+    ),
+    "between layers": (2, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=True)),
+    "after the last layer": (3, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 3, after=True)),
+    "with the checkpoint complete": (3, lambda: killed_when(StreamedCompression, "complete", lambda *_: True, after=True)),
+}
+"""Where a process dies, and how many of the three layers are finished then."""
+
+
+def die(prepare: Callable[[], None], dense: Path, destination: Path, on_disk: bool) -> None:
+    prepare()
+    compress_out_of_core(METHOD, dense, destination, on_disk=on_disk)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dense("llama", tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress_out_of_core(METHOD, dense, tmp_path_factory.mktemp("uninterrupted") / "model")[1]
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_from_the_last_finished_layer(moment: str, on_disk: bool, dense: Path, expected: Path, tmp_path: Path) -> None:
+    finished, prepare = MOMENTS[moment]
+    process = FORK.Process(target=die, args=(prepare, dense, tmp_path / "model", on_disk))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    _, checkpoint, found = compress_out_of_core(METHOD, dense, tmp_path / "model", on_disk=on_disk)
+    assert found == finished
+    ours, theirs = Shards(checkpoint), Shards(expected)
+    assert ours.files == theirs.files
+    assert all(torch.equal(ours.read(name), theirs.read(name)) for name in theirs.files)
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted(path.name for path in expected.iterdir())
+    assert not list((checkpoint.parent / "hidden").glob("*"))
+
+
+def test_settings_never_mix(tmp_path: Path) -> None:
+    mine = Workspace(tmp_path / "model", "a" * 64, {"sparsity": 0.3})
+    mine.save(Position(next_layer=2), None)
+    with pytest.raises(UserError, match="another process"):
+        Workspace(tmp_path / "model", "a" * 64, {"sparsity": 0.3})
+    other = Workspace(tmp_path / "model", "b" * 64, {"sparsity": 0.4})
+    assert other.position() is None and other.others() == [mine.directory]
+    mine._lock.close()
+    with pytest.raises(UserError, match="other settings"):
+        Workspace(tmp_path / "model", "a" * 64, {"sparsity": 0.4})
+    again = Workspace(tmp_path / "model", "a" * 64, {"sparsity": 0.3})
+    assert again.position() == Position(next_layer=2)
+    again.remove()
+    assert not mine.directory.exists() and other.directory.exists()
