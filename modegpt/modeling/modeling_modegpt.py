@@ -123,12 +123,18 @@ def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, 
     single query gains nothing from it. Returns (batch, sequence, heads, Ev) and the weights if asked for.
     """
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    E, Ev = query.shape[-1], value.shape[-1]
-    if E == Ev or implementation == "eager" or (query.shape[2] == 1 and not implementation.startswith("flash")):
+    num_heads, E, num_kv_heads, Ev = query.shape[1], query.shape[-1], value.shape[1], value.shape[-1]
+    size, spare = max(E, Ev), 0
+    if kwargs.get("cache") is not None:  # continuous batching: the pages of every layer have the dense model's size
+        size, spare = module.head_dim, module.config.dense_kv_heads - num_kv_heads
+    elif E == Ev or implementation == "eager" or (query.shape[2] == 1 and not implementation.startswith("flash")):
         return attention(module, query, key, value, mask, **kwargs)
-    size = -(-max(E, Ev) // 8) * 8 if query.is_cuda else max(E, Ev)
-    out, weights = attention(module, pad(query, (0, size - E)), pad(key, (0, size - E)), pad(value, (0, size - Ev)), mask, **kwargs)
-    return out[..., :Ev], weights
+    elif query.is_cuda:
+        size = -(-size // 8) * 8
+    added = (spare * module.num_key_value_groups, spare, spare)
+    padded = (pad(states, (0, size - states.shape[-1], 0, 0, 0, heads)) for states, heads in zip((query, key, value), added, strict=True))
+    out, weights = attention(module, *padded, mask, **kwargs)
+    return out[:, :, :num_heads, :Ev], weights
 
 
 class CompressedAttention:

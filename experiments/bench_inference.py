@@ -1,0 +1,129 @@
+"""Dense against compressed inference on random weights: ``python experiments/bench_inference.py [--help]``.
+
+A Llama-shaped model of at least 300M parameters, and what MoDeGPT makes of it: real ranks from its own allocation, on an influence
+profile like that of trained models (low in the middle of the upper half), weights at random, since time does not
+depend on them. Prints each speed-up and its share of the ideal, and writes ``results/bench/inference.json``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from modegpt.allocation.allocate import entropic_cap
+from modegpt.allocation.ranks import integer_ranks
+from modegpt.architectures import LayerShape, compressed_config, dense_shape, family_of
+from modegpt.architectures.families import is_ours
+from modegpt.architectures.shapes import compressed_class
+from modegpt.compression.modegpt import MODULES, module_budgets
+from modegpt.errors import UserError
+from modegpt.evaluation.throughput import DENSE, Workload, describe_model, measure, measure_ceiling
+from modegpt.records.benchmark import FOLDER, write_benchmark
+
+CAP = 0.85
+MULTIPLES = {"exact": dict.fromkeys(MODULES, 1), "aligned": {"mlp": 64, "query_key": 16, "value_output": 16}}
+GOAL = 0.85
+
+
+def influence_profile(num_layers: int) -> list[float]:
+    """Block influence as trained models have it: high at both ends, lowest at two thirds of the depth."""
+    return [0.02 + (index / num_layers - 0.65) ** 2 for index in range(num_layers)]
+
+
+def planned_shapes(config: PreTrainedConfig, sparsity: float, rank_multiple: dict[str, int]) -> list[LayerShape]:
+    """The layer sizes that MoDeGPT gives a model with that influence."""
+    budgets = module_budgets(config, family_of(config), rank_multiple=rank_multiple, targets={}, frozen=())
+    num_layers, num_kv_heads = config.num_hidden_layers, dense_shape(config).num_kv_heads
+    plan = integer_ranks(entropic_cap(influence_profile(num_layers), sparsity, cap=CAP), [budgets] * num_layers)
+    return [LayerShape(ranks["query_key"], ranks["value_output"], ranks["mlp"], num_kv_heads) for ranks in plan.ranks]
+
+
+def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
+    """The model of ``config``, the family's own class where that is dense, with normal weights made in place."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        model = (compressed_class(config) if is_ours(config) else LlamaForCausalLM)(config).to(dtype)
+    model = model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("rope_index"):
+                kept = torch.rand(buffer.shape[0], config.dense_head_dim // 2, device=device, generator=generator).argsort(-1)
+                buffer.copy_(kept[:, : buffer.shape[1]].sort(-1).values)
+    return model.eval()
+
+
+def main() -> int:
+    """Measure and record; 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=2816)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--multiples", nargs="+", default=list(MULTIPLES), choices=MULTIPLES, help="rank multiples to compare")
+    parser.add_argument("--prefill", nargs="+", default=["1x256", "4x64"], metavar="BATCHxLENGTH")
+    parser.add_argument("--decode", nargs="+", default=["1x128", "1x1024", "8x128"], metavar="BATCHxLENGTH")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--decode-tokens", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "inference.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The measurement that ``arguments`` describe."""
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.width,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=8192,
+    )
+    config._attn_implementation = "sdpa"
+    dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
+    workloads = [parsed(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
+    configs: dict[str, PreTrainedConfig] = {DENSE: config}
+    for sparsity in arguments.sparsity:
+        for name in arguments.multiples:
+            configs[f"{100 * sparsity:g}% {name}"] = compressed_config(config, planned_shapes(config, sparsity, MULTIPLES[name]))
+    models = {label: random_model(each, dtype=dtype, device=arguments.device) for label, each in configs.items()}
+    about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
+    for label, sizes in about.items():
+        print(f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, {sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})")
+    ceiling = measure_ceiling(device, dtype)
+    print(f"ceiling: {ceiling.flops_per_second / 1e9:.0f} GFLOP/s, {ceiling.bytes_per_second / 1e9:.1f} GB/s")
+    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=lambda line: print(line, flush=True))
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(ceiling), "models": about, "measurements": results})
+    reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
+    print(f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}")
+
+
+def parsed(phase: str, text: str) -> Workload:
+    """``"8x128"`` as a workload. Raises UserError for anything else."""
+    batch_size, _, length = text.partition("x")
+    if not (batch_size.isdigit() and length.isdigit()):
+        raise UserError(f"--{phase} takes BATCHxLENGTH, for example 8x128, got {text!r}")
+    return Workload(phase, int(batch_size), int(length))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

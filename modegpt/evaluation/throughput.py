@@ -1,0 +1,242 @@
+"""How fast causal language models run side by side, and how fast their sizes say they could."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from modegpt.architectures import decoder_layers, layer_shapes
+from modegpt.errors import UserError
+
+PHASES = ("prefill", "decode")
+DENSE = "dense"
+"""The model that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``prefill``: a batch of prompts of ``length`` tokens to their first token. ``decode``: one more token after ``length``."""
+
+    phase: str
+    batch_size: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise UserError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if min(self.batch_size, self.length) < 1:
+            raise UserError(f"batch size and length must be at least 1, got {self.batch_size} and {self.length}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one step processes."""
+        return self.batch_size * (self.length if self.phase == "prefill" else 1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of a workload cannot do without: multiply-adds counted as two FLOPs, and bytes read from memory."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine attains: FLOP/s of a matrix product and bytes/s of reading a matrix once, measured here."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for ``work``: whichever of the two binds."""
+        return max(work.flops / self.flops_per_second, work.bytes / self.bytes_per_second)
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one more token of context needs: ``sum over layers of H_kv (r_qk + r_v)`` elements."""
+    return dtype.itemsize * sum(shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config))
+
+
+def work_of(model: PreTrainedModel, workload: Workload) -> Work:
+    """The FLOPs and bytes of one step: linear maps, the head for one position a sequence, and causal attention.
+
+    Embeddings, norms and activations are left out, so the ideal is a little better than any program can be.
+    """
+    block = sum(module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear))
+    head = model.get_output_embeddings().weight.numel()
+    group = model.config.num_attention_heads // getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    attended = sum(group * shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(model.config))
+    batch, length = workload.batch_size, workload.length
+    if workload.phase == "prefill":
+        flops = 2 * batch * (length * block + head + attended * length * (length + 1) / 2)
+        return Work(flops=flops, bytes=model.dtype.itemsize * (block + head))
+    cache = batch * length * cache_bytes_per_token(model.config, model.dtype)
+    return Work(flops=2 * batch * (block + head + attended * length), bytes=model.dtype.itemsize * (block + head) + cache)
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Ceiling:
+    """Time a ``size`` cubed matrix product and a product of a matrix far beyond the caches with one vector; the best of ``repeats``."""
+    rows = 16 * size
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    tall, vector = torch.ones(rows, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
+    with torch.inference_mode():
+        product = min(_seconds(lambda: square @ square, device)[0] for _ in range(repeats))
+        reading = min(_seconds(lambda: tall @ vector, device)[0] for _ in range(repeats))
+    return Ceiling(flops_per_second=2 * size**3 / product, bytes_per_second=tall.nbytes / reading)
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int, decode_tokens: int, ceiling: Ceiling, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time every workload on every model, the models taking turns within each repeat, in an order that rotates.
+
+    Args:
+        models: by label, on one device; ``"dense"`` is the one that the others are compared with.
+        repeats: measured rounds, after one to warm up.
+        decode_tokens: tokens that are decoded, and then forgotten, in one measurement of a decoding step.
+
+    Returns one entry a workload and model: medians over the rounds of ``seconds`` (wall) a step and of ``cpu_seconds`` (None on
+    a GPU), ``tokens_per_second``, ``peak_memory_bytes`` (weights and what the step needed beside them; None where the system does
+    not say), and against the dense model the median over rounds of the ratio in the same round (``speedup``), what the
+    work alone would give (``ideal_speedup``) and ``share_of_ideal``; and all samples.
+    """
+    assert DENSE in models, list(models)
+    results = []
+    for workload in workloads:
+        steps = {label: _prepare(model, workload, decode_tokens) for label, model in models.items()}
+        samples: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
+        peaks: dict[str, int | None] = {}
+        labels = list(models)
+        for turn in range(repeats + 1):
+            for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
+                device = models[label].device
+                if turn == 0:
+                    with _peak_memory(device) as peak:
+                        steps[label]()
+                    peaks[label] = None if peak[0] is None else peak[0] + _weight_bytes(models[label])
+                else:
+                    samples[label].append(_seconds(steps[label], device))
+        del steps
+        num_steps = decode_tokens if workload.phase == "decode" else 1
+        for label, model in models.items():
+            entry = _entry(workload, label, samples, num_steps)
+            ideal = ceiling.seconds(work_of(models[DENSE], workload)) / ceiling.seconds(work_of(model, workload))
+            entry |= {"peak_memory_bytes": peaks[label], "ideal_speedup": ideal, "share_of_ideal": entry["speedup"] / ideal}
+            results.append(entry)
+            say(describe(entry))
+    return results
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """One line of ``measure``'s result."""
+    what = f"{entry['phase']:7} {entry['batch_size']:3} x {entry['length']:<5} {entry['model']:14} {1e3 * entry['seconds']:9.1f} ms {entry['tokens_per_second']:9.1f} tokens/s"
+    if entry["model"] == DENSE:
+        return what
+    return f"{what}  {entry['speedup']:.2f}x of an ideal {entry['ideal_speedup']:.2f}x = {entry['share_of_ideal']:.0%}"
+
+
+def describe_model(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Any]:
+    """Sizes of a model beside the dense one, JSON-able."""
+    blocks = [sum(parameter.numel() for parameter in decoder_layers(each).parameters() if parameter.ndim >= 2) for each in (model, dense)]
+    cache = cache_bytes_per_token(model.config, model.dtype)
+    return {
+        "num_parameters": model.num_parameters(),
+        "block_linear_parameters": blocks[0],
+        "sparsity": 1 - blocks[0] / blocks[1],
+        "cache_bytes_per_token": cache,
+        "cache_share": cache / cache_bytes_per_token(dense.config, dense.dtype),
+        "layers": [{"mlp": shape.intermediate_size, "query_key": shape.qk_head_dim, "value_output": shape.v_head_dim, "num_kv_heads": shape.num_kv_heads} for shape in layer_shapes(model.config)],
+    }
+
+
+def _entry(workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int) -> dict[str, Any]:
+    wall, cpu = ([sample[each] / num_steps for sample in samples[label]] for each in (0, 1))
+    ratios = [dense[0] / own[0] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
+    cpu_ratios = [dense[1] / own[1] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
+    return {
+        **vars(workload),
+        "model": label,
+        "seconds": median(wall),
+        "tokens_per_second": workload.num_tokens / median(wall),
+        "cpu_seconds": median(cpu),
+        "speedup": median(ratios),
+        "cpu_speedup": median(cpu_ratios),
+        "samples_seconds": wall,
+        "samples_cpu_seconds": cpu,
+    }
+
+
+def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int) -> Callable[[], object]:
+    """One measurement of ``workload``, to be repeated: prompts and caches are made here."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (workload.batch_size, workload.length), generator=generator).to(model.device)
+
+    @torch.inference_mode()
+    def prefill(cache: DynamicCache | None = None) -> Tensor:
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    if workload.phase == "prefill":
+        return prefill
+    cache = DynamicCache(config=model.config)
+    first = prefill(cache)
+
+    @torch.inference_mode()
+    def decode() -> None:
+        token = first
+        for _ in range(decode_tokens):
+            token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        cache.crop(-decode_tokens)
+
+    return decode
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Wall and processor seconds of ``step``, to the end of its work on the device."""
+    _synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    _synchronise(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
+    """Fills in the bytes that were needed at the highest point inside, beyond what was in use before; None if unknown."""
+    found: list[int | None] = [None]
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS", reset=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    after = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    if before is not None and after is not None:
+        found[0] = max(0, after - before)
+
+
+def _resident(name: str, *, reset: bool = False) -> int | None:
+    """Resident bytes of this process on Linux, now or at their highest since the last reset; None elsewhere."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
