@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from analysis import orderings
 from analysis.expected import experiment
 from analysis.figures import draw, save
 from analysis.formats import latex, markdown, tidy_csv
@@ -34,6 +35,9 @@ def paper(results: Path, output: Path) -> dict[str, int]:
             (output / "tables" / f"{table.name}{suffix}").write_text(form(table), encoding="utf-8")
     for name, _, rows in compared:
         _write_compared(output / "tables" / f"{name}.csv", rows)
+    orders = orderings.orderings(runs)
+    for suffix, form in ((".md", orderings.markdown), (".csv", orderings.tidy_csv)):
+        (output / "tables" / f"published_orderings{suffix}").write_text(form(orders), encoding="utf-8")
     pictures = []
     for spec in FIGURES:
         figure = draw(spec, runs)
@@ -42,7 +46,7 @@ def paper(results: Path, output: Path) -> dict[str, int]:
             pictures.append(Picture(spec.name, spec.title, png))
     begun = {run.facts["experiment"] for run in runs}
     absent = [(spec.title, f"modegpt --multirun +experiments={name} model=MODEL") for spec in (*TABLES, *FIGURES) for name in spec.experiments if experiment(name).folder not in begun]
-    document = page(tables=tables, pictures=pictures, compared=compared, absent=absent, runs=runs, refused=refused)
+    document = page(tables=tables, pictures=pictures, compared=compared, orders=orders, absent=absent, runs=runs, refused=refused)
     (output / "report.html").write_text(document, encoding="utf-8")
     return {"records": len(runs), "left out": len(refused), "tables": len(tables), "figures": len(pictures)}
 

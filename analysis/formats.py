@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+from collections.abc import Sequence
 
 from analysis.cells import Cell, Column
 from analysis.tables import Table
@@ -32,10 +33,10 @@ def markdown(table: Table) -> str:
     """Markdown with one row of headings; blocks begin with a row in bold."""
     width = len(table.headings) + len(table.columns)
     lines = [f"### {table.title}", "", *table.notes, ""]
-    lines += [_line([*table.headings, *(column.label for column in table.columns)]), _line(["---"] * len(table.headings) + ["---:"] * len(table.columns))]
+    lines += [pipes([*table.headings, *(column.label for column in table.columns)]), pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns))]
     for heading, rows in table.blocks:
-        lines.append(_line([f"**{heading}**", *[""] * (width - 1)]))
-        lines += [_line([*row.labels, *_cells(table, row, "markdown")]) for row in rows]
+        lines.append(pipes([f"**{heading}**", *[""] * (width - 1)]))
+        lines += [pipes([*row.labels, *_cells(table, row, "markdown")]) for row in rows]
     lines += ["", *(f"- Missing: {each}" for each in table.missing)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -90,7 +91,8 @@ def _cells(table: Table, row, form: str) -> list[str]:
     ]
 
 
-def _line(cells: list[str]) -> str:
+def pipes(cells: Sequence[str]) -> str:
+    """One row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis import orderings
 from analysis.formats import figure as number
 from analysis.formats import html_table
 from analysis.published import Beside
@@ -36,11 +37,12 @@ class Picture:
     png: Path
 
 
-def page(*, tables: Sequence[Table], pictures: Sequence[Picture], compared: Sequence[tuple[str, str, Sequence[Beside]]], absent: Sequence[tuple[str, str]], runs: Sequence[Run], refused: Sequence[Refusal]) -> str:
+def page(*, tables: Sequence[Table], pictures: Sequence[Picture], compared: Sequence[tuple[str, str, Sequence[Beside]]], orders: Sequence[orderings.Ordering], absent: Sequence[tuple[str, str]], runs: Sequence[Run], refused: Sequence[Refusal]) -> str:
     """The whole document. ``absent``: declared tables and figures without any record, with the command that fills them."""
     sections = [(f"table-{table.name}", table.title, _table(table)) for table in tables]
     sections += [(f"figure-{picture.name}", f"Figure: {picture.title}", _picture(picture)) for picture in pictures]
     sections += [(name, f"Published beside ours: {title}", _compared(rows)) for name, title, rows in compared]
+    sections += [("published_orderings", "Published orderings of methods, and ours", _orders(orders))]
     sections += [("absent", "Not run yet", _absent(absent))] if absent else []
     sections += [("refused", "Records left out", _refused(refused))] if refused else []
     sections += [("records", "Records", _records(runs))]
@@ -78,6 +80,11 @@ def _compared(rows: Sequence[Beside]) -> str:
         cells = (it.model, it.method, it.rate, it.calibration, it.metric, it.window or "–", it.value, ours, difference, f"{it.table}: {it.source} ({it.confidence})")
         body.append("".join(f"<td>{html.escape(text)}</td>" for text in cells))
     return _plain(heads, body)
+
+
+def _orders(orders: Sequence[orderings.Ordering]) -> str:
+    lines = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in orderings.rows(orders)]
+    return f'<p class="note">{html.escape(orderings.tally(orders))}</p>{_plain(orderings.HEADINGS, lines)}'
 
 
 def _absent(absent: Sequence[tuple[str, str]]) -> str:
