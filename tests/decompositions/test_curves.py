@@ -18,28 +18,33 @@ def gram(*shape: int) -> torch.Tensor:
 def test_mlp() -> None:
     weights = MLPWeights(*(torch.randn(6, 10, dtype=torch.float64) for _ in range(2)), torch.randn(10, 6, dtype=torch.float64))
     C = gram(10)
-    curve, total = mlp_curve(C, weights.W_D, ridge=0.0), float((weights.W_D * (C @ weights.W_D)).sum())
+    (curve, order), total = mlp_curve(C, weights.W_D, ridge=0.0), float((weights.W_D * (C @ weights.W_D)).sum())
     for rank in range(1, 10):
         reduction = MLPElimination(ridge=0.0)(weights, MLPStatistics(C=C), rank, GENERATOR)
         assert float(curve[10 - rank]) / total == pytest.approx(reduction.relative_error, rel=1e-6)
+        assert reduction.kept.tolist() == sorted(order[10 - rank :].tolist())
     assert float(curve[10]) == pytest.approx(total)
 
 
 def test_value_output() -> None:
     weights = ValueOutputWeights(torch.randn(2, 12, 5, dtype=torch.float64), torch.randn(4, 5, 12, dtype=torch.float64))
     G = gram(2, 5)
-    curve = value_output_curve(G, weights.W_O)
+    curve, P, B = value_output_curve(G, weights.W_O)
     for rank in range(1, 5):
         reduction = ValueOutputSVD()(weights, ValueOutputStatistics(G=G), rank, GENERATOR)
         assert float(curve[5 - rank] / curve[5]) == pytest.approx(reduction.relative_error, rel=1e-8)
+        product = (reduction.weights.W_V.repeat_interleave(2, dim=0) @ reduction.weights.W_O).unflatten(0, (2, 2))
+        torch.testing.assert_close((weights.W_V @ P[..., :rank]).unsqueeze(1) @ B[:, :, :rank], product)
 
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_query_key(rope: bool) -> None:
     weights = QueryKeyWeights(torch.randn(4, 12, 6, dtype=torch.float64), torch.randn(2, 12, 6, dtype=torch.float64), rope=rope)
     C_Q, C_K = gram(4, 6), gram(2, 6)
-    curve = query_key_curve(C_Q, C_K, rope=rope)
+    curve, order = query_key_curve(C_Q, C_K, rope=rope)
     unit = 2 if rope else 1
     for rank in range(unit, 6, unit):
         reduction = QueryKeyCR()(weights, QueryKeyStatistics(C_Q=C_Q, C_K=C_K), rank, GENERATOR)
         assert float(curve[(6 - rank) // unit] / curve[-1]) == pytest.approx(reduction.relative_error, rel=1e-8)
+        kept = order[:, (6 - rank) // unit :].sort().values
+        assert torch.equal(reduction.kept[:, : rank // unit], kept)

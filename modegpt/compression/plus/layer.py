@@ -1,6 +1,6 @@
 """One layer of the sequential pass: query-key, then value-output, then MLP, each on what the compressed stream makes of the ones before."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from modegpt.architectures import Family, LayerShape, build_layer, compressed_config, merged_tensors
-from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import READ, assemble_layer
+from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.query_key import QueryKeyChoice, candidates, choose
 from modegpt.compression.plus.streams import Observation, Split, Tap, observe
 from modegpt.compression.plus.switches import Switches
-from modegpt.decompositions.attention import AttentionStates
 from modegpt.decompositions.elimination import eliminate, surviving
-from modegpt.decompositions.linalg import psd_cholesky, relative
+from modegpt.decompositions.linalg import relative
 from modegpt.decompositions.modules import Reduction, Weights
 from modegpt.decompositions.nystrom import ridge_leverage
 from modegpt.decompositions.regression import Moments, Refit, held_out_refit, ridge_towards
@@ -31,17 +30,20 @@ RESCALING_RIDGES = (1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Targets:
-    """The dense stream at one layer, a tensor (batch, sequence, d_h) a batch: entering it, what attention adds, entering the MLP's sum, what the MLP adds."""
+    """What the output solves aim at, a tensor (batch, sequence, d_h) a batch.
 
-    x: list[Tensor]
+    attention: what the dense attention adds, and ``beta`` times the error of the stream in front; mlp: what the dense MLP adds; middle: to
+    which dense stream, the error of whose compressed form is not known yet.
+    """
+
     attention: list[Tensor]
-    middle: list[Tensor]
     mlp: list[Tensor]
+    middle: list[Tensor]
 
 
 @dataclass
 class LayerPass:
-    """Reduces layer ``index``; ``stream`` is the compressed stream in front of it, ``targets`` the dense one.
+    """Reduces layer ``index``; ``stream`` is the compressed stream in front of it.
 
     post_norm: the norms come after the sums (some OPT), so the MLP's own input is what enters its sum.
     """
@@ -61,10 +63,6 @@ class LayerPass:
     def post_norm(self) -> bool:
         return not getattr(self.config, "do_layer_norm_before", True)
 
-    @property
-    def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
-        return next(iter(self.stream.arguments[self.index].values())).get("position_embeddings")
-
     def result(self) -> tuple[LayerShape, dict[str, Tensor], nn.Module]:
         """Shape, changed tensors and runnable layer of the reductions made so far."""
         shape, changed = assemble_layer(self.family, self.config, self.reductions)
@@ -73,119 +71,106 @@ class LayerPass:
         config = compressed_config(self.config, [shape] * self.config.num_hidden_layers)
         return shape, changed, build_layer(config, self.index, merged_tensors(self.family, self.layer, changed))
 
-    def observed(self) -> nn.Module:
-        """The layer whose activations the next module is reduced on."""
-        return self.result()[2] if self.options.sequential and self.reductions else self.layer
-
-    def middle_taps(self, layer: nn.Module) -> dict[str, Tap]:
-        """What it takes to know the residual stream that the MLP's output is added to."""
-        return {"middle": (self.family.up(layer), "input")} if self.post_norm else {"attention": (self.family.output(layer), "output")}
-
-    def middle(self, seen: Observation) -> Tensor:
-        return seen.seen["middle"] if self.post_norm else seen.x + seen.seen["attention"]
-
-    def dense_targets(self, dense: HiddenStates) -> Targets:
-        """Run the dense layer on the dense stream, which moves on."""
-        family, layer = self.family, self.layer
-        taps = {"attention": (family.output(layer), "output"), "mlp": (family.down(layer), "output"), **self.middle_taps(layer)}
-        targets = Targets([], [], [], [])
-        for seen in observe(layer, self.index, dense, taps, stop=False):
-            targets.x.append(seen.x)
-            targets.attention.append(seen.seen["attention"])
-            targets.middle.append(self.middle(seen))
-            targets.mlp.append(seen.seen["mlp"])
-            dense.batches[seen.batch] = seen.output
-        return targets
-
-    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates, *, refit_whole: bool) -> None:
-        """Reduce the modules in the order of the forward pass; the dense stream moves on.
+    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates, *, refit_whole: bool) -> tuple[LayerShape, dict[str, Tensor]]:
+        """Reduce the modules in the order of the forward pass; both streams move on. Returns the layer's shape and changed tensors.
 
         A module at full rank is left alone, or with ``refit_whole`` has its output matrix solved like the others': it corrects what came before.
         """
-        targets = self.dense_targets(dense)
+        targets, dense_attention = self._dense_targets(dense)
         if ranks["query_key"] < self.read("query_key").inner_size:
             self.reduce_query_key(ranks["query_key"])
-        for module, reduce in (("value_output", self.reduce_value_output), ("mlp", self.reduce_mlp)):
-            if refit_whole or ranks[module] < self.read(module).inner_size:
-                reduce(ranks[module], targets)
+        wanted = {module for module in ("value_output", "mlp") if refit_whole or ranks[module] < self.read(module).inner_size}
+        attention = self.reduce_value_output(ranks["value_output"], targets) if "value_output" in wanted else None
+        if not self.options.sequential:
+            attention = dense_attention
+        elif attention is None:
+            attention = self._attention_outputs()
+        if "mlp" in wanted:
+            self.reduce_mlp(ranks["mlp"], targets, attention)
+        shape, changed, reduced = self.result()
+        if self.options.sequential:
+            self._advance(reduced, attention)
+        return shape, changed
 
     def read(self, module: str) -> Weights:
         return READ[module](self.family, self.layer)
 
+    def _dense_targets(self, dense: HiddenStates) -> tuple[Targets, list[Tensor]]:
+        """Run the dense layer on the dense stream, which moves on; also returns what its attention adds."""
+        family, layer, beta = self.family, self.layer, self.options.beta
+        taps = {"attention": (family.output(layer), "output"), "mlp": (family.down(layer), "output"), **self._middle_tap(layer)}
+        targets, attention = Targets([], [], []), []
+        for seen in observe(layer, self.index, dense, taps, stop=False):
+            added = seen.seen["attention"]
+            attention.append(added)
+            targets.attention.append(added + beta * (seen.x - self.stream.batches[seen.batch]))
+            targets.mlp.append(seen.seen["mlp"])
+            targets.middle.append(self._middle(seen, added))
+            dense.batches[seen.batch] = seen.output
+        return targets, attention
+
+    def _middle_tap(self, layer: nn.Module) -> dict[str, Tap]:
+        return {"middle": (self.family.up(layer), "input")} if self.post_norm else {}
+
+    def _middle(self, seen: Observation, attention: Tensor) -> Tensor:
+        """The residual stream that the MLP's output is added to."""
+        return seen.seen["middle"] if self.post_norm else seen.x + attention
+
+    def _attention_outputs(self) -> list[Tensor]:
+        """What the attention as reduced so far adds to the compressed stream."""
+        layer = self.result()[2]
+        taps = {"attention": (self.family.output(layer), "output")}
+        return [seen.seen["attention"] for seen in observe(layer, self.index, self.stream, taps, stop=True)]
+
+    def _advance(self, reduced: nn.Module, attention: Sequence[Tensor]) -> None:
+        given = (self.family.attention(reduced), attention)
+        for seen in observe(reduced, self.index, self.stream, {}, stop=False, attention=given):
+            assert torch.isfinite(seen.output).all(), f"layer {self.index}: activations of the compressed model are not finite"
+            self.stream.batches[seen.batch] = seen.output
+
     # query-key
 
     def reduce_query_key(self, rank: int) -> None:
-        weights = self.read("query_key")
-        C_Q, C_K, fit, held = self._attention_states()
-        ridges = RESCALING_RIDGES if self.options.query_key == "rescaled" else ()
-        found = candidates(weights, C_Q, C_K, fit, rank, ridges=ridges, improved=self.options.query_key != "paper")
-        choice: QueryKeyChoice = choose(weights, found, held)
+        weights, options = self.read("query_key"), self.options
+        states = sample(
+            self.family,
+            self.layer,
+            self.index,
+            self.stream,
+            self.split,
+            num_windows=options.query_key_windows,
+            queries_per_window=options.queries_per_window,
+            precision=self.precision,
+            generator=self.generator,
+        )
+        ridges = RESCALING_RIDGES if options.query_key == "rescaled" else ()
+        found = candidates(weights, states, rank, ridges=ridges, improved=options.query_key != "paper", centred=options.centred)
+        choice: QueryKeyChoice = choose(weights, found, states.held)
         counts = {name: choice.names.count(name) for name in dict.fromkeys(choice.names)}
         numerics: dict[str, Any] = {"chosen": counts, "held_out": choice.held_out}
         self.reductions["query_key"] = Reduction(choice.weights, relative_error=choice.relative_error, numerics=numerics)
 
-    def _attention_states(self) -> tuple[Tensor, Tensor, list[AttentionStates], list[AttentionStates]]:
-        """C_Q (H, d, d), C_K (H_kv, d, d) over all windows, and sampled attention states of fitting and of held-out windows."""
-        family, layer = self.family, self.layer
-        attention = family.attention(layer)
-        taps = {"q": (family.query(layer), "output"), "k": (family.key(layer), "output"), "v": (family.value(layer), "output")}
-        W_O = self.read("value_output").W_O.double()
-        metric = psd_cholesky(W_O @ W_O.mT).root()
-        C_Q = C_K = None
-        states: tuple[list[AttentionStates], list[AttentionStates]] = ([], [])
-        left = [self.options.query_key_windows] * 2
-        for seen in observe(layer, self.index, self.stream, taps, stop=True):
-            q, k, v = (seen.seen[name].unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
-            q, k = rotate(family.normalise_query(layer, q), self.position_embeddings), rotate(family.normalise_key(layer, k), self.position_embeddings)
-            for_batch = [torch.einsum("bthi,bthj->hij", s.to(self.precision), s.to(self.precision)).double() for s in (q, k)]
-            C_Q, C_K = for_batch if C_Q is None else (C_Q + for_batch[0], C_K + for_batch[1])
-            v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2) @ metric.to(v.dtype)
-            positions = self._positions(q.shape[1])
-            bias = self._attention_bias(seen.x, positions)
-            for held in (False, True):
-                windows = self.split.windows(seen.batch, held=held)[: left[held]].to(q.device)
-                if len(windows):
-                    left[held] -= len(windows)
-                    queries = q[windows][:, positions.to(q.device)].transpose(1, 2) * attention.scaling
-                    own_bias = bias if len(bias) == 1 else bias[windows]
-                    states[held].append(AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias))
-        return C_Q, C_K, *states
-
-    def _positions(self, length: int) -> Tensor:
-        """Sampled query positions; the first token attends to itself alone and shows nothing."""
-        order = torch.randperm(length - 1, generator=self.generator)[: self.options.queries_per_window] + 1
-        return order.sort().values
-
-    def _attention_bias(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(1 or batch, 1, t, s): 0 where the sampled queries may attend, -inf elsewhere."""
-        length = x.shape[1]
-        mask = self.stream.layer_arguments(self.index, x).get("attention_mask")
-        if mask is not None and mask.ndim == 4:
-            allowed = mask if mask.dtype == torch.bool else mask >= 0
-            allowed = allowed[:, :, positions.to(x.device), :length]
-        else:
-            allowed = (torch.arange(length) <= positions.unsqueeze(1))[None, None].to(x.device)
-        return torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, float("-inf"))
-
     # value-output
 
-    def reduce_value_output(self, rank: int, targets: Targets) -> None:
+    def reduce_value_output(self, rank: int, targets: Targets) -> list[Tensor]:
+        """Returns what the reduced attention adds to the stream."""
         weights = self.read("value_output")
         num_groups, d = len(weights.W_V), weights.inner_size
         num_heads, group_size = len(weights.W_O), len(weights.W_O) // num_groups
         folded = fold_value_bias(weights)
         b_V = None if weights.b_V is None else weights.b_V.repeat_interleave(group_size, dim=0).flatten()
         constant = self._constant(weights.b_O if weights.b_V is None else folded)
-        layer = self.observed()
+        layer = self.result()[2] if self.options.sequential else self.layer
         taps = {"states": (self.family.output(layer), "input")}
         G = None
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
-        parts = self._moments(num_heads * d + constant, weights.W_O.shape[-1])
+        parts, read = self._moments(num_heads * d + constant, weights.W_O.shape[-1]), []
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
-            t = targets.attention[seen.batch] + self.options.beta * (targets.x[seen.batch] - seen.x)
+            t = targets.attention[seen.batch]
             self._update(parts, seen.batch, z, t if folded is None else t - folded, constant)
+            read.append(z)
             if "values" in taps:
                 v = seen.seen["values"].unflatten(-1, (-1, d)).to(self.precision)
                 v = v if weights.b_V is None else v - weights.b_V
@@ -206,18 +191,21 @@ class LayerPass:
         reduced = type(weights)(W_V=W_V.to(weights.W_V.dtype), W_O=B.flatten(0, 1).to(weights.W_O.dtype), b_V=None, b_O=b_O)
         error = relative(torch.tensor(whole.mapped(P_all).error(refit.W)), whole.energy)
         self.reductions["value_output"] = Reduction(reduced, relative_error=error, numerics=factor.numerics | _report(refit))
+        whole_map = (P_all @ refit.W)[: num_heads * d].to(weights.W_O.dtype)
+        return [z @ whole_map if b_O is None else z @ whole_map + b_O for z in read]
 
     # MLP
 
-    def reduce_mlp(self, rank: int, targets: Targets) -> None:
+    def reduce_mlp(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> None:
+        """``attention``: what the reduced attention adds to the stream."""
         weights = self.read("mlp")
         n, d_h = weights.W_D.shape
         constant = self._constant(weights.b_D)
-        layer = self.observed()
-        taps = {"h": (self.family.down(layer), "input"), **self.middle_taps(layer)}
+        layer = self.layer
+        taps = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
         parts = self._moments(n + constant, d_h)
-        for seen in observe(layer, self.index, self.stream, taps, stop=True):
-            t = targets.mlp[seen.batch] + self.options.beta * (targets.middle[seen.batch] - self.middle(seen))
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=(self.family.attention(layer), attention)):
+            t = targets.mlp[seen.batch] + self.options.beta * (targets.middle[seen.batch] - self._middle(seen, attention[seen.batch]))
             self._update(parts, seen.batch, seen.seen["h"], t if weights.b_D is None else t - weights.b_D, constant)
         whole = parts[False] + parts[True]
         W_D = torch.cat([weights.W_D.double(), weights.W_D.new_zeros(constant, d_h).double()])

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
-from modegpt.architectures import build_compressed, decoder_layers
+from modegpt.architectures import build_compressed, decoder_layers, dense_shape
 from modegpt.calibration.calibration import layer_flops
-from modegpt.calibration.stream import HiddenStates, advance
-from modegpt.compression.modegpt import MODULES, MoDeGPT, module_budgets, report
+from modegpt.calibration.stream import HiddenStates
+from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, module_budgets, report
+from modegpt.compression.plus.costs import layer_work
 from modegpt.compression.plus.layer import LayerPass
-from modegpt.compression.plus.sensitivity import rank_costs
+from modegpt.compression.plus.sensitivity import perturbed_passes, rank_costs
 from modegpt.compression.plus.streams import Split
 from modegpt.compression.plus.switches import Switches
 from modegpt.compression.task import Compressed, CompressionTask, Method
@@ -30,10 +31,10 @@ class MoDeGPTPlus(Switches, Method):
     all heads jointly (h and X' for the MLP), W_0 the map of the dense weights on the compressed stream's own features. lambda is the one of
     ``regression.RIDGES``, or infinity, that errs least on every fourth calibration window, solved again on all of them.
 
-    Cost: the dense layer once and the compressed one up to four times (two stop in the attention, one before the down projection), Gram
-    matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, some n^3 and about seven solves of k^3/3; the
-    allocation one statistics pass and ``3 L^2 / 2`` layer passes over ``sensitivity.measured_windows`` for each of ``shares``.
-    Memory beside the layer's: both residual streams and two tensors of their size for the targets.
+    Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention and its MLP once and the
+    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, up to 8 n^3 for the elimination
+    and 14 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 8 n^3, and about three quarters of a
+    pass over all windows for the perturbed forwards. Memory beside the layer's: both residual streams and four tensors of their size.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
 
     Args:
@@ -66,8 +67,12 @@ class MoDeGPTPlus(Switches, Method):
         influence = calibration.block_influence().tolist() if self.allocation == "entropic" else None
         plan = self.faithful().plan(task, influence)
         if self.allocation == "loss" and plan.target > 0:
-            with calibration.meter.stage("allocation"):
+            with calibration.meter.stage("allocation") as metered:
                 plan = self._exchanged(task, plan)
+                passes = perturbed_passes(calibration, num_modules=len(MODULES), num_shares=len(self.shares))
+                metered.flops += passes * calibration.num_layers * layer_flops(task.model, calibration.tokens.ids)
+                metered.flops += calibration.num_layers * 8.0 * dense_shape(task.model.config).intermediate_size ** 3
+                calibration.meter.forward_passes += passes
         dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         compressed = HiddenStates(list(dense.batches), dense.arguments)
         generator = task.generator()
@@ -76,13 +81,12 @@ class MoDeGPTPlus(Switches, Method):
             stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
             work = LayerPass(task.family, task.model.config, layer, index, stream, split, self, calibration.precision, generator)
             with calibration.meter.stage("layers") as metered:
-                work.reduce(plan.ranks[index], dense, refit_whole=bool(self.refit and changed_so_far and index not in self.skip_layers))
-                shape, changed, reduced = work.result()
+                shape, changed = work.reduce(plan.ranks[index], dense, refit_whole=bool(self.refit and changed_so_far and index not in self.skip_layers))
                 changed_so_far = changed_so_far or bool(changed)
-                if self.sequential:
-                    advance(compressed, index, reduced)
-                metered.flops += 4 * layer_flops(task.model, calibration.tokens.ids)
-                calibration.meter.forward_passes += 4 / calibration.num_layers
+                ids = calibration.tokens.ids
+                cost = layer_work(task.model, task.family, layer, ids, shape, self, sampled_windows=split.batches_with(self.query_key_windows) * calibration.batch_size)
+                metered.flops += cost.forward + cost.algebra
+                calibration.meter.forward_passes += cost.forward / layer_flops(task.model, ids) / calibration.num_layers
             shapes.append(shape)
             tensors.append(changed)
             reports.append(report(index, work.reductions, plan.ranks[index], task))
@@ -97,5 +101,9 @@ class MoDeGPTPlus(Switches, Method):
         compressible = module_budgets(config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen)
         skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
         layers = [skipped if index in self.skip_layers else compressible for index in range(task.calibration.num_layers)]
-        costs = rank_costs(task, faithful, self.shares, self.skip_layers)
-        return exchange(costs, layers, plan, cap=self.cap)
+        needed = {
+            module: frozenset(STATISTIC[module][key] for key in variant.required)
+            for module, variant in faithful.variants(task.family).items()
+            if variant is not None
+        }
+        return exchange(rank_costs(task.calibration, needed, self.shares, self.skip_layers), layers, plan, cap=self.cap)

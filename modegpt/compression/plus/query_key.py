@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modegpt.compression.plus.attention_states import SampledStates
 from modegpt.decompositions.attention import AttentionStates, block_map, eliminate_blocks, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.modules import QueryKeyStatistics, QueryKeyWeights
@@ -32,12 +33,13 @@ class QueryKeyChoice:
     relative_error: float
 
 
-def candidates(weights: QueryKeyWeights, C_Q: Tensor, C_K: Tensor, states: list[AttentionStates], rank: int, *, ridges: tuple[float, ...], improved: bool) -> list[Candidate]:
+def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, ridges: tuple[float, ...], improved: bool, centred: bool) -> list[Candidate]:
     """The paper's selection, and with ``improved`` those by logit and by output error, the latter also with rescaled queries.
 
-    C_Q (H, d, d), C_K (H_kv, d, d): Grams of the states over calibration tokens. Without RoPE, where any basis of a head will do,
-    the improved candidates work in the singular basis of the logits.
+    Without RoPE, where any basis of a head will do, the improved candidates work in the singular basis of the logits. ``centred``: their
+    logit errors are those about the mean over keys, which softmax cannot see.
     """
+    C_Q, C_K = states.C_Q, states.C_K
     pairs, d, num_groups = weights.rope, weights.inner_size, len(C_K)
     num_kept = rank // 2 if pairs else rank
     scores = cr_scores(*(C.diagonal(dim1=-2, dim2=-1) for C in (C_Q, C_K)))
@@ -48,6 +50,8 @@ def candidates(weights: QueryKeyWeights, C_Q: Tensor, C_K: Tensor, states: list[
     found = [_candidate("paper", [(kept_head, plain) for kept_head in kept], basis, pairs)]
     if not improved:
         return found
+    if centred:
+        C_K = states.centred_C_K
     if not pairs:
         basis = _singular_basis(C_Q, C_K)
         C_Q, C_K = (T.mT @ C @ T for T, C in zip(basis, (C_Q, C_K), strict=True))
@@ -55,8 +59,8 @@ def candidates(weights: QueryKeyWeights, C_Q: Tensor, C_K: Tensor, states: list[
     if pairs:
         logits = sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2))
     found.append(_candidate("logits", [eliminate_blocks(M.unsqueeze(0), num_kept, pairs=False, ridge=None)[0] for M in logits], basis, pairs, plain))
-    to_state = tuple(T.to(states[0].q.dtype) for T in basis)
-    sensitivity = sum(output_sensitivity(part if pairs else part.mapped(*to_state), pairs=pairs) for part in states)
+    to_state = tuple(T.to(states.fit[0].q.dtype) for T in basis)
+    sensitivity = sum(output_sensitivity(part if pairs else part.mapped(*to_state), pairs=pairs) for part in states.fit)
     for ridge in (None, *ridges):
         choices = [eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge) for M in group_heads(sensitivity, num_groups)]
         found.append(_candidate("output" if ridge is None else f"output, rescaled at ridge {ridge:g}", choices, basis, pairs))

@@ -1,7 +1,9 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,53 +11,140 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.architectures import build_layer, compressed_config, decoder_layers, merged_tensors
+from modegpt.architectures import Family, decoder_layers, read_mlp, read_query_key, read_value_output
+from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed, layers_replaced
-from modegpt.compression.modegpt import READ, STATISTIC, VIEW, MoDeGPT, assemble_layer
-from modegpt.compression.task import CompressionTask
+from modegpt.calibration.tokens import CalibrationTokens
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
-from modegpt.decompositions.modules import Weights
+from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 
-LEAST_TOKENS = 1024
+LEAST_TOKENS = 2048
 """Divergences are measured on at least about this many calibration tokens."""
+
+TOKENS_PER_CHANNEL = 8
+"""Closed-form errors come from so many tokens for each MLP channel, or from a quarter of all where that is more."""
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What one module would lose: curve[k] squared error of removing k of its dims, ``map``: (module, weight, bias) that acts as if k were removed.
+
+    The map replaces one linear of the dense layer at its full size, weight (out, in).
+    """
+
+    unit: int
+    curve: list[float]
+    map: Callable[[int], tuple[nn.Linear, Tensor, Tensor | None]]
+
+    @property
+    def size(self) -> int:
+        return len(self.curve) - 1
+
+    def removed(self, share: float) -> int:
+        """The number of dims nearest to ``share`` that can be removed: not none, and not all."""
+        kept = min(max(round((1 - share) * self.size / self.unit), 1) * self.unit, self.size - self.unit)
+        return self.size - kept
+
+
+def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    weights, C = read_mlp(family, layer), statistics["mlp.C"]
+    curve, order = mlp_curve(C, weights.W_D)
+
+    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+        kept = order[removed:].sort().values
+        W_D = torch.zeros_like(weights.W_D).index_copy(0, kept, refit(C, weights.W_D, kept)[0].to(weights.W_D.dtype))
+        return family.down(layer), W_D.T, weights.b_D
+
+    return Prospect(1, curve.tolist(), lifted)
+
+
+def value_output_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    weights = read_value_output(family, layer)
+    A = statistics.get("value_output.A")
+    G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
+    curve, P, B = value_output_curve(G, weights.W_O)
+
+    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+        rank = P.shape[-1] - removed
+        W_O = (P[..., :rank].unsqueeze(1) @ B[:, :, :rank]).flatten(0, 1).to(weights.W_O.dtype)
+        b_O = weights.b_O
+        if weights.b_V is not None:  # the value bias passes whole, see fold_value_bias
+            lost = torch.einsum("hd,hdm->m", weights.b_V.repeat_interleave(len(W_O) // len(weights.b_V), dim=0), weights.W_O - W_O)
+            b_O = lost if b_O is None else b_O + lost
+        return family.output(layer), W_O.flatten(0, 1).T, b_O
+
+    return Prospect(1, curve.tolist(), lifted)
+
+
+def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    weights = read_query_key(family, layer)
+    curve, order = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope)
+    unit = weights.rank_unit
+
+    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+        gone = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : removed // unit], True).repeat(1, unit).flatten()
+        key = family.key(layer)
+        return key, key.weight.masked_fill(gone.unsqueeze(1), 0.0), None if key.bias is None else key.bias.masked_fill(gone, 0.0)
+
+    # a dim that splits a rotary pair costs what the pair costs
+    return Prospect(unit, [curve[-(-k // unit)].item() for k in range(weights.inner_size + 1)], lifted)
+
+
+PROSPECTS = {"mlp": mlp_prospect, "query_key": query_key_prospect, "value_output": value_output_prospect}
+
+
+def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], shares: tuple[float, ...], skip_layers: tuple[int, ...]) -> list[dict[str, list[float]]]:
+    """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
+
+    Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form, statistics of the dense
+    stream), the rest of the model runs dense on a few calibration windows, and the divergence from the dense model's predictions
+    is measured; ``expected`` carries it to all ranks. One statistics pass over a quarter of the windows (more where they are short of
+    ``TOKENS_PER_CHANNEL``), and ``3 L^2 / 2`` layer passes a share over ``measured_windows``; no evaluation data, no gradient.
+    """
+    model, ids = calibration.model, calibration.tokens.ids
+    layers = decoder_layers(model)
+    measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
+    hidden = embed(model, measured, batch_size=calibration.batch_size)
+    batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
+    dense = [_log_probabilities(model, batch, {}) for batch in batches]
+    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
+    costs: list[dict[str, list[float]]] = []
+    for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
+        costs.append({})
+        if index not in skip_layers:
+            for module in modules:
+                prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
+                for removed in sorted({prospect.removed(share) for share in shares}):
+                    with _acting_as(*prospect.map(removed)):
+                        points[removed] = _divergence(model, hidden, index, batches, dense)
+                costs[-1][module] = expected(prospect.curve, points)
+        advance(hidden, index, layer)
+    return costs
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
-    """The first calibration windows: so many that all measurements together cost about one and a half passes over all of them."""
+    """The first calibration windows: so many that all measurements together cost about three quarters of a pass over all of them."""
     num_samples, length = ids.shape
-    return ids[: max(num_samples // (num_layers * num_shares), -(-LEAST_TOKENS // length))]
+    return ids[: max(num_samples // (2 * num_layers * num_shares), -(-LEAST_TOKENS // length))]
 
 
-def rank_costs(task: CompressionTask, faithful: MoDeGPT, shares: tuple[float, ...], skip_layers: tuple[int, ...]) -> list[dict[str, list[float]]]:
-    """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
+def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: int) -> float:
+    """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, but for its statistics, which meter themselves."""
+    ids, L = calibration.tokens.ids, calibration.num_layers
+    measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
+    return (2 + num_modules * num_shares * (L + 1) / 2) * len(measured) / len(ids)
 
-    Each module loses each share in ``shares`` of its dims (closed form, dense statistics), the rest of the model runs dense on a
-    few calibration windows, and the divergence from the dense model's predictions is measured; ``expected`` carries it to all
-    ranks. One statistics pass, and ``3 L^2 / 2`` layer passes a share over the measured windows; no evaluation data, no gradient.
-    """
-    calibration, model = task.calibration, task.model
-    layers = decoder_layers(model)
-    ids = measured_windows(calibration.tokens.ids, num_layers=len(layers), num_shares=len(shares))
-    hidden = embed(model, ids, batch_size=calibration.batch_size)
-    batches = [batch.to(model.device) for batch in ids.split(calibration.batch_size)]
-    dense = [_log_probabilities(model, batch, {}) for batch in batches]
-    variants = {module: variant for module, variant in faithful.variants(task.family).items() if variant is not None}
-    names = frozenset(STATISTIC[module][key] for module, variant in variants.items() for key in variant.required)
-    costs: list[dict[str, list[float]]] = []
-    for index, (layer, statistics) in enumerate(zip(layers, calibration.statistics(names), strict=True)):
-        costs.append({})
-        if index not in skip_layers:
-            for module, variant in variants.items():
-                weights = READ[module](task.family, layer)
-                view, points = VIEW[module](statistics, calibration.tokens.num_tokens), {}
-                for rank in {_rank(weights, share) for share in shares}:
-                    reduced = _layer(task, index, layer, {module: variant(weights, view, rank, task.generator())})
-                    points[weights.inner_size - rank] = _divergence(model, hidden, index, reduced, batches, dense)
-                costs[-1][module] = expected(_curve(module, weights, statistics), points)
-        advance(hidden, index, layer)
-    return costs
+
+def _curve_windows(calibration: Calibration) -> int:
+    num_samples, length = calibration.tokens.ids.shape
+    channels = read_mlp(calibration.family, decoder_layers(calibration.model)[0]).inner_size
+    return min(num_samples, max(num_samples // 4, -(-TOKENS_PER_CHANNEL * channels // length)))
+
+
+def _first(tokens: CalibrationTokens, num_samples: int) -> CalibrationTokens:
+    return replace(tokens, ids=tokens.ids[:num_samples])
 
 
 def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
@@ -85,47 +174,34 @@ SMALLEST = 1e-12
 """A divergence below this is rounding."""
 
 
-def _rank(weights: Weights, share: float) -> int:
-    unit = weights.rank_unit
-    return min(max(round((1 - share) * weights.inner_size / unit), 1) * unit, weights.inner_size - unit)
-
-
-def _curve(module: str, weights: Weights, statistics: Statistics) -> list[float]:
-    """Closed-form error of removing k = 0 ... size dims; a dim that splits a rotary pair costs what the pair costs."""
-    if module == "mlp":
-        return mlp_curve(statistics["mlp.C"], weights.W_D).tolist()
-    if module == "value_output":
-        A = statistics.get("value_output.A")
-        G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
-        return value_output_curve(G, weights.W_O).tolist()
-    curve = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope).tolist()
-    return [curve[-(-k // weights.rank_unit)] for k in range(weights.inner_size + 1)]
-
-
-def _layer(task: CompressionTask, index: int, layer: nn.Module, reductions: dict) -> nn.Module:
-    shape, changed = assemble_layer(task.family, task.model.config, reductions)
-    config = compressed_config(task.model.config, [shape] * task.calibration.num_layers)
-    return build_layer(config, index, merged_tensors(task.family, layer, changed))
+@contextmanager
+def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+    linear.forward = lambda x: nn.functional.linear(x, weight, bias)
+    try:
+        yield
+    finally:
+        del linear.forward
 
 
 @torch.no_grad()
 def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
     """Log-probabilities with the forward of layer i replaced by ``replaced[i]``."""
     layers = decoder_layers(model)
-    with layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index]))):
+    with layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index]))) if replaced else nullcontext():
         return model(batch, use_cache=False).logits.float().log_softmax(dim=-1)
 
 
-def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, reduced: nn.Module, batches: list[Tensor], dense: list[Tensor]) -> float:
-    """Mean KL divergence a token with ``reduced`` in place of layer ``index``; the layers before it do not run again."""
+def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[Tensor]) -> float:
+    """Mean KL divergence a token of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
     total, count = 0.0, 0
+    layer = decoder_layers(model)[index]
     for x, batch, reference in zip(hidden.batches, batches, dense, strict=True):
         replaced: dict[int, Callable] = {earlier: skip for earlier in range(index)}
-        replaced[index] = lambda _, x=x, **arguments: reduced(x, **arguments)
+        replaced[index] = lambda _, x=x, **arguments: type(layer).forward(layer, x, **arguments)
         changed = _log_probabilities(model, batch, replaced)
         total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64))
         count += batch.numel()

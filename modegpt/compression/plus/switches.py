@@ -24,13 +24,14 @@ class Switches:
         mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
         query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by the attention
             output's first-order error compete on held-out windows for each key head; ``rescaled``: with kept queries turned and scaled as well.
+        centred: the logit errors that the improved selections look at are those about the mean over keys, which softmax cannot see.
         value_output: the subspace by the Gram of the values (paper) or of the attention's output.
         bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added (d_h weights a module).
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
         queries_per_window: positions of each window whose attention the query-key selection looks at.
-        query_key_windows: windows it is fitted on, and at most as many it is checked on.
+        query_key_windows: windows it is fitted on; those held out among the same batches check it.
     """
 
     sequential: bool = True
@@ -38,6 +39,7 @@ class Switches:
     beta: float = 1.0
     mlp: str = "elimination"
     query_key: str = "rescaled"
+    centred: bool = True
     value_output: str = "attention"
     bias: str = "own"
     allocation: str = "loss"
