@@ -81,7 +81,7 @@ def build_compressed(
         tensors |= {f"{prefix}.{index}.{name}": tensor for name, tensor in merged_tensors(family, dense_layers[source], changed).items()}
     compressed.load_state_dict(tensors, strict=True, assign=True)
     compressed.tie_weights()
-    _restore_buffers(compressed, model)
+    restore_buffers(compressed, model)
     return compressed.train(model.training)
 
 
@@ -94,7 +94,7 @@ def empty_compressed(model: PreTrainedModel, shapes: Sequence[LayerShape], kept_
     return compressed.to(model.dtype)
 
 
-def _restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:
+def restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:
     """Give ``compressed`` the buffers that no state dict holds, from ``model``.
 
     Rotary embeddings are made anew: casting a model casts their frequencies, which costs more accuracy than casting its weights.
