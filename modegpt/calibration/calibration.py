@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modegpt.architectures import block_linear_parameters, decoder_layers, dense_shape, family_of
+from modegpt.architectures import decoder_layers, dense_shape, family_of
 from modegpt.calibration.cache import StatisticsCache
+from modegpt.calibration.moments import CHUNK_ROWS
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
 from modegpt.calibration.tokens import CalibrationTokens
 from modegpt.metering import CostMeter
 from modegpt.progress import Progress
+from modegpt.work import forward_cost
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Calibration:
 
         What the cache holds is read; the model runs only as far as something is missing.
         """
-        layers = decoder_layers(self.model)
+        layers, cost = decoder_layers(self.model), forward_cost(self.model)
         hidden: HiddenStates | None = None
         position = 0
         description = "block influence" if names == {"layer.influence"} else "statistics"
@@ -82,8 +84,11 @@ class Calibration:
                     if self.cache is not None:
                         self.cache.store(index, observed)
                     statistics |= observed
-                    metered.flops += layer_flops(self.model, self.tokens.ids) * (index + 1 - position) + gram_flops(observed, self.tokens.num_tokens)
-                    self.meter.forward_passes += (index + 1 - position) / self.num_layers
+                    share = (index + 1 - position) / self.num_layers
+                    for batch in self.tokens.ids.split(self.batch_size):
+                        metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
+                    metered.add("gram", self.precision, flops=gram_flops(observed, self.tokens.num_tokens), bytes=gram_bytes(observed, self.tokens.num_tokens))
+                    self.meter.forward_passes += share
                     position = index + 1
             yield statistics
         self.meter.calibration_tokens = self.tokens.num_tokens
@@ -98,18 +103,20 @@ class Calibration:
 
 
 def gram_flops(statistics: Statistics, num_tokens: int) -> float:
-    """Multiply-adds, twice, of the Gram matrices in ``statistics``."""
-    return sum(2.0 * num_tokens * value.numel() for value in statistics.values() if value.ndim >= 2 and value.shape[-1] == value.shape[-2])
+    """Multiply-adds, twice, of the Gram matrices in ``statistics``, as if each entry were computed (by symmetry half of them need be)."""
+    return sum(2.0 * num_tokens * value.numel() for value in _grams(statistics))
+
+
+def gram_bytes(statistics: Statistics, num_tokens: int) -> float:
+    """Least traffic of the Gram matrices: rows read once in float32, half the float64 sum read and written a chunk."""
+    num_chunks = -(-num_tokens // CHUNK_ROWS)
+    return sum(4.0 * num_tokens * value.shape[:-1].numel() + 8.0 * num_chunks * value.numel() for value in _grams(statistics))
+
+
+def _grams(statistics: Statistics) -> list[Tensor]:
+    return [value for value in statistics.values() if value.ndim >= 2 and value.shape[-1] == value.shape[-2]]
 
 
 def layer_flops(model: PreTrainedModel, ids: Tensor) -> float:
-    """FLOPs of one average decoder layer over ``ids`` (num_samples, sequence_length).
-
-    Linears: 2 per weight and token; attention: query-key and value products over the causal half.
-    """
-    num_samples, length = ids.shape
-    num_layers = len(decoder_layers(model))
-    shape = dense_shape(model.config)
-    linears = 2.0 * block_linear_parameters(model) / num_layers * ids.numel()
-    attention = model.config.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim) * num_samples * length**2
-    return linears + attention
+    """FLOPs of one average decoder layer over ``ids`` (num_samples, sequence_length), see ``work.ForwardCost``."""
+    return forward_cost(model).flops(*ids.shape) / len(decoder_layers(model))

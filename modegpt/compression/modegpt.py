@@ -151,7 +151,7 @@ class MoDeGPT(Method):
         self, task: CompressionTask, index: int, layer: nn.Module, ranks: dict[str, int], statistics: Statistics, generator: torch.Generator
     ) -> tuple[LayerShape, dict[str, Tensor], dict[str, Any]]:
         """Layer ``index`` reduced to ``ranks``: its shape, the tensors that changed (as ``layer_tensors`` names them), its report."""
-        with task.calibration.meter.stage("decomposition"):
+        with task.calibration.meter.stage("decomposition", counted=True):
             reductions = self._reduce(task, layer, ranks, statistics, generator, index)
         return *assemble_layer(task.family, task.model.config, reductions), report(index, reductions, ranks, task)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modegpt.records.scores import MEAN, Score, all_scores
+from modegpt.report.cost import COST_HEADERS, cost_rows, floor_line, machine_line
 
 ABSENT = "-"
 
@@ -21,12 +22,15 @@ def summary(record: Mapping[str, Any], *, record_path: Path | str | None = None,
         ("seconds", f"{sum(stage['seconds'] for stage in cost['stages']):.1f}", _stages(cost["stages"])),
         ("peak memory", ", ".join(f"{device} {_gib(peak)}" for device, peak in cost["peak_memory_bytes"].items()), ""),
     ]
+    measured = [("compression", floor_line(cost)), ("machine", machine_line(cost))]
+    facts += [(name, line, "") for name, line in measured if line]
     places = [("record", record_path)] if record_path else []
     places += [("picture", picture) for picture in pictures]
     width = max(len(name) for name, *_ in facts) + 2
     blocks = [
         _title(record, compression),
         text_table(["", "dense", "compressed", "kept"], rows),
+        text_table(COST_HEADERS, cost_rows(cost)) if "machine" in cost else "",
         "\n".join(f"{name:<{width}}{value}  {detail}".rstrip() for name, value, detail in facts),
         "\n".join(f"{name:<{width}}{place}" for name, place in places),
     ]
