@@ -26,6 +26,8 @@ SHAPES = {
     "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
 GIB = 2**30
+POOL = 2**26 + 1
+"""Random numbers drawn; odd, so that repeats do not line up with rows."""
 
 
 def write_random_checkpoint(directory: Path, shape: str, *, num_layers: int | None = None, seed: int = 0) -> LlamaConfig:
@@ -39,8 +41,9 @@ def write_random_checkpoint(directory: Path, shape: str, *, num_layers: int | No
     for name in shapes:
         groups.setdefault(name.split(".")[2] if ".layers." in name else "outside", []).append(name)
     generator = torch.Generator().manual_seed(seed)
+    pool = torch.empty(POOL).normal_(0, 0.02, generator=generator).to(torch.bfloat16)
     for index, names in enumerate(groups.values()):
-        tensors = {name: _random(shapes[name], generator) for name in names}
+        tensors = {name: _random(shapes[name], pool, generator) for name in names}
         write_shard(tensors, directory / shard_name(index, len(groups)))
     write_index(directory, sum(shape.numel() for shape in shapes.values()))
     config.save_pretrained(directory)
@@ -48,10 +51,13 @@ def write_random_checkpoint(directory: Path, shape: str, *, num_layers: int | No
     return config
 
 
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _random(shape: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A matrix cut from ``pool``, which starts over where it ends, at a random place: drawing billions of numbers takes long."""
     if len(shape) == 1:  # norms
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape).normal_(0, 0.02, generator=generator).to(torch.bfloat16)
+        return torch.ones(shape, dtype=pool.dtype)
+    start, size = int(torch.randint(len(pool), (), generator=generator)), shape.numel()
+    rolled = pool.roll(-start)
+    return rolled.repeat(-(-size // len(pool)))[:size].view(shape).clone()
 
 
 def compress(dense: Path, target: Path, *, name: str, results: Path, arguments: argparse.Namespace) -> None:
