@@ -7,14 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.expected import Experiment, agrees, experiment
+from analysis.expected import Experiment, agrees, allows, experiment
 from analysis.runs import Run
 from analysis.style import label
 
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), or one of `DERIVED`."""
+    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), or one of `DERIVED`.
+
+    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``.
+    """
 
     label: str
     metric: str
@@ -22,6 +25,8 @@ class Column:
     scale: float = 1.0
     digits: int = 2
     where: Mapping[str, Any] = field(default_factory=dict)
+    compared: str | None = None
+    against: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that share a model, a calibration text and a perplexity: the unit within which numbers are compared."""
+    """Runs that share a model, a calibration text and a perplexity: the unit within which numbers are compared.
+
+    ``where``: what the runs were chosen by.
+    """
 
     model: str
     text: str | None
     perplexity: str | None
     runs: tuple[Run, ...]
     experiments: tuple[Experiment, ...]
+    where: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -67,30 +76,54 @@ class Group:
 
     @cached_property
     def missing(self) -> list[tuple[Experiment, list[Mapping[str, Any]]]]:
-        """What the experiments that were begun for this group still owe."""
-        owed = [(each, each.missing(self.runs)) for each in self.experiments]
+        """What the experiments that were begun for this group still owe of what the group is about."""
+        owed = [(each, [settings for settings in each.missing(self.runs) if self._wants(settings)]) for each in self.experiments]
         return [(each, settings) for each, settings in owed if settings]
 
     def cell(self, column: Column, where: Mapping[str, Any]) -> Cell:
         """The number for ``column`` at the settings ``where``; refused if a seed is missing or settings are mixed."""
         where = {**where, **column.where}
+        sides = [self._measured(column, settings) for settings in ([where] if column.compared is None else [where, {**where, **column.against}])]
+        without = [side for side in sides if isinstance(side, Cell)]
+        if without:
+            return min(without, key=lambda cell: cell.refused is not None)  # nothing to show at all comes before a refusal
+        if column.compared is None:
+            return _cell(column, sides[0])
+        own, other = sides
+        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other}
+        pairs = [(compare(value, references[seed][0]), run) for value, run in own if (seed := run.facts["seed_seed"]) in references]
+        return _cell(column, pairs, beside=[run for _, run in references.values()])
+
+    def _measured(self, column: Column, where: Mapping[str, Any]) -> list[tuple[float, Run]] | Cell:
+        """The values and their runs; an empty or refused cell if there are none to show."""
         runs = [run for run in self.runs if agrees(run, where)]
         values = [(value, run) for run in runs if (value := measure(run, column.metric, self.perplexity)) is not None]
         if not values:
             return Cell()
         if any(_covers(where, settings) for _, owed in self.missing for settings in owed):
             return Cell(refused="incomplete")
-        if len({run.variant for _, run in values}) > 1:
-            return Cell(refused="mixed settings")
-        return Cell(values=tuple(column.scale * value for value, _ in values), records=tuple(run.path for _, run in values))
+        return Cell(refused="mixed settings") if len({run.variant for _, run in values}) > 1 else values
+
+    def _wants(self, settings: Mapping[str, Any]) -> bool:
+        return all(allows(wanted, settings[key]) for key, wanted in self.where.items() if key in settings)
 
     def dense(self, column: Column) -> Cell:
-        """The dense model's number for ``column``, the same in every record."""
+        """The dense model's number for ``column``, the same in every record; none where runs are compared."""
+        if column.compared is not None:
+            return Cell()
         metric = f"dense_{self.perplexity if column.metric == 'perplexity' else column.metric}"
         found = {run.facts[metric]: run.path for run in self.runs if run.facts.get(metric) is not None}
         value = next(iter(found), None)
         return Cell() if value is None else Cell(values=(column.scale * value,), records=(found[value],))
 
+
+COMPARISONS: dict[str, Callable[[float, float], float]] = {
+    "reduction": lambda own, other: 1 - own / other,
+    "increase": lambda own, other: own / other - 1,
+    "ratio": lambda own, other: own / other,
+    "difference": lambda own, other: own - other,
+}
+"""How a number is set beside that of another run of the same seed."""
 
 DERIVED: dict[str, Callable[[Run, str], float]] = {
     "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
@@ -118,8 +151,14 @@ def groups(runs: Iterable[Run], experiments: Iterable[str], *, per_perplexity: b
         for text in sorted(texts[model], key=str) if per_text else [None]:
             members = tuple(run for run in own.values() if run.facts["model"] == model and (text is None or run.setting("calibration.text") == text))
             names = members[0].perplexities if per_perplexity else [None]
-            found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files) for name in names]
+            found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files, where or {}) for name in names]
     return found
+
+
+def _cell(column: Column, values: Iterable[tuple[float, Run]], beside: Iterable[Run] = ()) -> Cell:
+    values = list(values)
+    records = dict.fromkeys(run.path for run in (*(run for _, run in values), *beside))
+    return Cell(values=tuple(column.scale * value for value, _ in values), records=tuple(records))
 
 
 def _covers(where: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -58,8 +58,13 @@ class Experiment:
 
 
 def agrees(run: Run, settings: Mapping[str, Any]) -> bool:
-    """Whether the run has these settings."""
-    return all(run.setting(key) == value for key, value in settings.items())
+    """Whether the run has these settings; a frozenset allows any of its members."""
+    return all(allows(value, run.setting(key)) for key, value in settings.items())
+
+
+def allows(wanted: Any, value: Any) -> bool:
+    """Whether ``value`` is ``wanted``, or one of a frozenset of them."""
+    return value in wanted if isinstance(wanted, frozenset) else value == wanted
 
 
 @cache
@@ -68,10 +73,10 @@ def experiment(name: str) -> Experiment:
     content = OmegaConf.load(DIRECTORY / f"{name}.yaml")
     choices: dict[str, list] = {}
     for override in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in content.hydra.sweeper.params.items()]):
-        several = override.is_sweep_override()
-        if override.get_key_element() != "model":
+        several, key = override.is_sweep_override(), override.get_key_element().lstrip("+")
+        if key != "model":
             values = override.sweep_iterator(Transformer.identity) if several else [override.value()]
-            choices[override.get_key_element()] = list(map(hashable, values))
+            choices[key] = list(map(hashable, values))
     choices.setdefault("seed", [0])  # conf/config.yaml's
     combinations = itertools.product(*choices.values())
     return Experiment(name=name, folder=content.output.experiment, settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations))

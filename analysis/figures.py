@@ -22,7 +22,7 @@ NO_DATES = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """Lines of ``y`` over ``point`` (a setting key), one a value of ``series``, one panel a group.
+    """Lines of ``y`` over ``point`` (a setting key), one a value of ``series`` or one for each that it names, one panel a group.
 
     ``x``: the frame's column to draw at instead of the setting itself. ``point="layer"`` draws the layers of each run.
     """
@@ -30,7 +30,7 @@ class FigureSpec:
     name: str
     title: str
     experiments: tuple[str, ...]
-    series: str
+    series: str | Mapping[str, Mapping[str, Any]]  # a setting key, or the settings behind each name
     y: Column
     point: str
     x_label: str
@@ -41,29 +41,34 @@ class FigureSpec:
     log_y: bool = False
     where: Mapping[str, Any] = field(default_factory=dict)
     per_perplexity: bool = True
+    per_text: bool = True
+
+    def chosen(self, runs: Sequence[Run]) -> dict[Any, Mapping[str, Any]]:
+        """Each series and the settings of its runs."""
+        if isinstance(self.series, str):
+            return {name: {self.series: name} for name in dict.fromkeys(run.setting(self.series) for run in runs)}
+        return {name: where for name, where in self.series.items() if any(agrees(run, where) for run in runs)}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series to draw; ``spreads`` are sample standard deviations, 0 for a single seed."""
+    """A series to draw, words on the x axis where the points are names; ``spreads`` are sample standard deviations, 0 for a single seed."""
 
     series: Any
-    xs: tuple[float, ...]
+    xs: tuple[float, ...] | tuple[str, ...]
     ys: tuple[float, ...]
     spreads: tuple[float, ...]
 
 
 def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
     """The figure, or None if no run belongs to it."""
-    found = groups(runs, spec.experiments, per_perplexity=spec.per_perplexity, where=spec.where)
+    found = groups(runs, spec.experiments, per_perplexity=spec.per_perplexity, per_text=spec.per_text, where=spec.where)
     panels = [(group, drawn) for group in found if (drawn := lines(spec, group))]
     if not panels:
         return None
     present = {line.series for _, drawn in panels for line in drawn}
-    listed = dict.fromkeys(settings.get(spec.series) for name in spec.experiments for settings in experiment(name).settings)
-    names = [name for name in (*(LOOKS if spec.series == "method" else listed), *sorted(present, key=str)) if name in present]
-    names = list(dict.fromkeys(names))
-    styles = looks(names, of_methods=spec.series == "method")
+    names = list(dict.fromkeys(name for name in (*_listed(spec), *sorted(present, key=str)) if name in present))
+    styles = looks(names, of_methods=spec.series == "method" or not isinstance(spec.series, str))
     rows = -(-len(panels) // 2)
     columns = min(2, len(panels))
     figure = Figure(figsize=(4.2 * columns + 0.4, 3.1 * rows + 0.9), layout="constrained")
@@ -84,22 +89,30 @@ def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
 def lines(spec: FigureSpec, group: Group) -> list[Line]:
     """The numbers to draw for ``group``."""
     drawn = []
-    for name in dict.fromkeys(run.setting(spec.series) for run in group.runs):
-        mine = [run for run in group.runs if agrees(run, {spec.series: name})]
+    for name, where in spec.chosen(group.runs).items():
+        mine = [run for run in group.runs if agrees(run, where)]
         if spec.point == "layer":
             layers = min(mine, key=lambda run: run.facts["seed_seed"]).record["compression"]["layers"]
             drawn.append(Line(name, tuple(each["index"] for each in layers), tuple(spec.y.scale * each["sparsity"] for each in layers), (0.0,) * len(layers)))
             continue
         points = []
         for at in dict.fromkeys(run.setting(spec.point) for run in mine):
-            cell = group.cell(spec.y, {spec.series: name, spec.point: at})
+            cell = group.cell(spec.y, {**where, spec.point: at})
             if cell.mean is not None:
                 members = [run for run in mine if agrees(run, {spec.point: at})]
-                x = fmean(run.facts[spec.x] for run in members) if spec.x else float(at)
-                points.append((spec.x_scale * x, cell.mean, cell.spread or 0.0))
+                x = fmean(run.facts[spec.x] for run in members) if spec.x else at if isinstance(at, str) else float(at)
+                points.append((label(x) if isinstance(x, str) else spec.x_scale * x, cell.mean, cell.spread or 0.0))
         if points:
-            drawn.append(Line(name, *map(tuple, zip(*sorted(points), strict=True))))
+            points = points if isinstance(points[0][0], str) else sorted(points)
+            drawn.append(Line(name, *map(tuple, zip(*points, strict=True))))
     return drawn
+
+
+def _listed(spec: FigureSpec) -> list[Any]:
+    """The series in the order of the legend: methods by their looks, others as the experiments or the figure list them."""
+    if not isinstance(spec.series, str):
+        return list(spec.series)
+    return list(LOOKS) if spec.series == "method" else [settings.get(spec.series) for name in spec.experiments for settings in experiment(name).settings]
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -115,6 +128,10 @@ def _panel(axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], st
     for line in drawn:
         colour, marker, dash = styles[line.series]
         look = {"color": colour, "marker": marker, "linestyle": dash, "linewidth": 2.0 if line.series == "modegpt" else 1.2, "markersize": 5}
+        if isinstance(line.xs[0], str):
+            look["linestyle"] = "none"
+            axis.margins(x=0.3)
+            axis.set_ylim(0, 1.1 * max(y for each in drawn for y in each.ys))
         axis.errorbar(line.xs, line.ys, yerr=line.spreads if any(line.spreads) else None, capsize=2, label=_name(spec, line.series), **look)
     dense = group.dense(spec.y).mean if spec.point != "layer" else None
     if dense is not None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from analysis.ingredients import combination
 from modegpt.records.frame import row
 from modegpt.records.store import RecordStore, canonical, load_record
 
@@ -80,7 +81,7 @@ def load_runs(root: Path | str) -> list[Run]:
 
 def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with what tables ask for by a name of its own: ``text`` of the calibration; ``module`` and
-    ``module_rate`` where exactly one module type is compressed.
+    ``module_rate`` where exactly one module type is compressed; ``experiments/ingredients``, which of its files was chosen.
     """
     config = dict(config)
     calibration = dict(config.get("calibration") or {})
@@ -89,7 +90,8 @@ def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
     rates = (config.get("compression") or {}).get("module_sparsity") or {}
     compressed = [module for module, rate in rates.items() if rate]
     alone = compressed[0] if len(compressed) == 1 and None not in rates.values() else None
-    return config | {"calibration": calibration, "module": alone, "module_rate": rates.get(alone)}
+    ingredients = combination(config.get("method") or {})
+    return config | {"calibration": calibration, "module": alone, "module_rate": rates.get(alone), "experiments": {"ingredients": ingredients}}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from analysis import plus
 from analysis.cells import Column, Group
 from analysis.figures import FigureSpec
 from analysis.published import Published
@@ -119,6 +120,7 @@ TABLES = (
         dense=False,
         note="Nothing cached, nothing scored. FLOPs are those that the run counts; host memory is the whole process's.",
     ),
+    *plus.TABLES,
 )
 
 ACHIEVED = {"point": "compression.sparsity", "x": "achieved_sparsity", "x_scale": 100, "x_label": "Block-linear weights removed (%)"}
@@ -150,6 +152,7 @@ FIGURES = (
     FigureSpec("calibration_size", "Size of the calibration set, 30 % removed", ("calibration_size",), "method", PERPLEXITY, point="calibration.num_samples", x_label="Calibration windows", y_label="Perplexity", log_x=True),
     FigureSpec("ridge", "Ridge of the Nyström decomposition", ("ridge",), "compression.sparsity", PERPLEXITY, point="decomposition.mlp.ridge", x_label="Ridge relative to the mean diagonal", y_label="Perplexity", log_x=True),
     FigureSpec("layer_sparsity", "What the entropic allocation removes", ("layer_sparsity",), "compression.sparsity", Column("Removed", "layers", scale=100), point="layer", x_label="Layer", y_label="Block-linear weights removed (%)", per_perplexity=False),
+    *plus.FIGURES,
 )
 
 

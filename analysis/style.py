@@ -9,6 +9,7 @@ LABELS = {
     "dense": "Dense",
     "modegpt": "MoDeGPT",
     "modegpt_plus": "MoDeGPT plus",
+    "modegpt_uniform": "MoDeGPT, uniform allocation",
     "random": "Random",
     "magnitude": "Magnitude",
     "svd": "SVD",
@@ -81,8 +82,12 @@ def label(value: Any) -> str:
 
 
 def looks(series: list[Any], *, of_methods: bool) -> dict[Any, tuple[str, str, str]]:
-    """Colour, marker and line for each member of ``series``, the same in every figure for the same method."""
+    """Colour, marker and line for each member of ``series``, the same in every figure for the same method.
+
+    ``of_methods``: methods have their own; variants of a method among them take one of the others.
+    """
     if of_methods:
-        return {each: LOOKS[each] for each in series}
+        variants = iter(CYCLE[1:])  # the first is MoDeGPT's
+        return {each: LOOKS[each] if each in LOOKS else next(variants) for each in series}
     own = iter(CYCLE * 2)
     return {each: LOOKS[each] if each in ("random", "magnitude") else next(own) for each in series}

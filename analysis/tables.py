@@ -6,6 +6,7 @@ from typing import Any
 
 from analysis.cells import Cell, Column, Group, groups
 from analysis.expected import Experiment
+from analysis.ingredients import title
 from analysis.runs import Run
 from analysis.style import label
 
@@ -140,4 +141,6 @@ def _marked(means: Sequence[tuple[int, float | None]], column: Column) -> list[t
 
 
 def _print(key: str, value: Any) -> str:
-    return f"{100 * value:g} %" if key in (RATE, "module_rate") else label(value)
+    if key in (RATE, "module_rate"):
+        return f"{100 * value:g} %"
+    return title(value) if key == "experiments/ingredients" and value is not None else label(value)

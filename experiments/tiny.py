@@ -28,17 +28,13 @@ SHARED = Path(os.environ.get("MODEGPT_SHARED", CHECKOUT.parent / "shared"))
 TINY = ("calibration=tiny", "evaluation=tiny")
 LLAMA, OPT, BABY, STORIES = "tiny-llama", "tiny-opt", "babyllama-105", "stories260K"
 EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT)}
-REAL_TEXT = [
-    "calibration=jsonl",
-    f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl",
-    "evaluation=jsonl",
-    f"evaluation.perplexity.path={SHARED}/data/tinystories/eval_200.jsonl",
-]
-REAL = {
-    name: ["model=local", f"model.name={name}", f"model.path={SHARED}/models/{name}", *REAL_TEXT]
+MODELS = EMBEDDED | {
+    name: ["model=local", f"model.name={name}", f"model.path={SHARED}/models/{name}"]
     for name in (BABY, STORIES)
     if (SHARED / "models" / name).is_dir()
 }
+REAL_TEXT = ["calibration=jsonl", f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl"]
+REAL_TEST = ["evaluation=jsonl", f"evaluation.perplexity.path={SHARED}/data/tinystories/eval_200.jsonl"]
 SECONDS = {LLAMA: 1.0, OPT: 1.0, STORIES: 2.0, BABY: 3.0}
 """What one run of a model costs, relative to the others: mostly its evaluation."""
 
@@ -50,6 +46,7 @@ class On:
     models: tuple[str, ...]
     full: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    scored: bool = True
 
 
 PLAN = {
@@ -58,8 +55,12 @@ PLAN = {
     **dict.fromkeys(("variants_mlp", "variants_value_output"), On((LLAMA, OPT), full=(BABY,))),
     "variants_query_key": On((LLAMA,), full=(BABY,)),
     "variants_query_key_opt": On((OPT,)),
-    **dict.fromkeys(("allocation", "module_wise", "layer_sparsity", "compression_cost"), On((LLAMA, OPT, BABY))),
+    **dict.fromkeys(("allocation", "module_wise", "layer_sparsity"), On((LLAMA, OPT, BABY))),
+    "compression_cost": On((LLAMA, OPT, BABY), scored=False),
     **dict.fromkeys(("allocation_epsilon", "calibration_size", "ridge", "seeds"), On((LLAMA, OPT, STORIES), full=(BABY,))),
+    **dict.fromkeys(("plus_uniform", "plus_samples"), On((LLAMA,), full=(OPT, STORIES, BABY))),
+    "plus_cost": On((LLAMA,), full=(OPT, STORIES, BABY), scored=False),
+    "plus_ablation": On((OPT,), full=(BABY,)),
     "zeroshot": On((LLAMA, OPT)),
     "opt_family": On((OPT,), settings=TINY),
     "llama2_70b": On((LLAMA,), settings=TINY),
@@ -73,6 +74,7 @@ OTHER_TEXTS = [
         if (SHARED / "data" / path).is_file()
     ),
 ]
+OTHER_DOMAIN = [text for text in OTHER_TEXTS if text[0] == "calibration=wikitext2"]
 POLL_SECONDS = 5.0
 
 
@@ -100,23 +102,29 @@ class Sweep:
     @property
     def weight(self) -> float:
         """What one of its jobs costs, relative to those of other sweeps."""
-        return SECONDS[self.model] * (3 if self.experiment.startswith("methods") else 1)
+        return SECONDS[self.model] * (3 if self.experiment.startswith(("methods", "plus")) else 1)
+
+
+def overrides(name: str, text: list[str] | None = None, *, scored: bool = True) -> list[str]:
+    """A model with its texts; ``text`` calibrates it on another than its own. Without ``scored`` the experiment's word on scoring holds."""
+    own, test = ([], []) if name in EMBEDDED else (REAL_TEXT, REAL_TEST)
+    return [*MODELS[name], *(own if text is None else text), *(test if scored else [])]
 
 
 def plan(only: list[str], full: bool = False) -> list[Sweep]:
     """Every sweep, the longest first, so that the two processes end together."""
-    models = EMBEDDED | REAL
     sweeps = [
-        Sweep(experiment, name, [*on.settings, *models[name]])
+        Sweep(experiment, name, [*on.settings, *overrides(name, scored=on.scored)])
         for experiment, on in PLAN.items()
         for name in (*on.models, *(on.full if full else ()))
-        if name in models
+        if name in MODELS
     ]
     texts = [["calibration=tiny"], *OTHER_TEXTS]
     sweeps += [Sweep("calibration_choice", name, [*EMBEDDED[name], *text]) for name, text in itertools.product(EMBEDDED if full else (LLAMA,), texts)]
+    sweeps += [Sweep("plus_domain", name, overrides(name, text)) for name, text in itertools.product(MODELS if full else (LLAMA,), OTHER_DOMAIN)]
     chosen = [sweep for sweep in sweeps if not only or sweep.experiment in only]
-    # layer_sparsity repeats runs of methods: last, when these are there
-    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost"), -sweep.num_jobs * sweep.weight))
+    # layer_sparsity repeats runs of methods: last, when these are there; times are taken when less else runs
+    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost", "plus_cost"), -sweep.num_jobs * sweep.weight))
 
 
 def main() -> int:

@@ -1,16 +1,19 @@
 """A store of invented records for the experiments, written through the real writer. The numbers are made so that means and
-spreads are known: perplexity is ``4 + 10 * sparsity * weight + 0.1 * seed``.
+spreads are known: perplexity is ``4 + 10 * sparsity * weight + 0.1 * seed``, compression takes ``5 * weight`` seconds.
 """
 
 import importlib.util
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from analysis.expected import Experiment, experiment
+from analysis.ingredients import combinations
 from modegpt.records.store import RecordStore
 
 SAMPLE = Path(__file__).resolve().parent.parent / "records" / "sample.py"
+INGREDIENTS = "experiments/ingredients"
 _spec = importlib.util.spec_from_file_location("sample_for_analysis", SAMPLE)
 assert _spec is not None and _spec.loader is not None
 _sample = importlib.util.module_from_spec(_spec)
@@ -27,7 +30,7 @@ def write(root: Path, name: str, *, model: str = "tiny-llama", skip: Iterable[in
 def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: str = "tiny-llama", text: str = "tiny", limited: bool = False, weights: str = "a", **more: Any) -> Path:
     """One invented record with these settings."""
     sparsity, seed = settings.get("compression.sparsity", 0.3), settings.get("seed", 0)
-    method = settings.get("method", "modegpt")
+    method = settings.get("method", "modegpt_plus" if INGREDIENTS in settings else "modegpt")
     record = sample_record(sparsity=sparsity, seed=seed, method=method)
     for key, value in settings.items():
         _put(record["config"], key, value)
@@ -37,6 +40,11 @@ def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: 
     scores = record["metrics"]["compressed"]["perplexity"]
     for entry in scores.values():
         entry["value"] = 4 + 10 * sparsity * weight + 0.1 * seed
+    for entries in (scores, record["metrics"]["dense"]["perplexity"]):
+        for entry in entries.values():
+            entry["mean_nll"] = math.log(entry["value"])
+    for stage in record["cost"]["stages"]:
+        stage["seconds"] *= weight
     for task, entry in record["metrics"]["compressed"]["zeroshot"].items():
         entry["value"] = accuracy = record["metrics"]["dense"]["zeroshot"][task]["value"] - 0.05 * sparsity * weight - 0.01 * seed
         record["metrics"]["retention"][task] = accuracy / record["metrics"]["dense"]["zeroshot"][task]["value"]
@@ -66,6 +74,9 @@ def _position(each: Experiment, settings: dict[str, Any]) -> int:
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:
     value = dict(value) if isinstance(value, tuple) else value
+    if key == INGREDIENTS:
+        config["method"] = combinations()[value]
+        return
     if key in ("method", "allocation") or "/" in key:
         node, parts, value = config, key.split("/"), {"name": value}
     else:

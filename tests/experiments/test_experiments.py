@@ -10,10 +10,13 @@ import pytest
 
 import modegpt.cli.main as cli
 from analysis.expected import DIRECTORY, experiment
-from analysis.runs import hashable, setting
+from analysis.ingredients import combination, combinations, title
+from analysis.runs import annotated, hashable, setting
 from modegpt.cli.schema import config_directory
 from modegpt.compression.methods import METHODS, make_method
-from modegpt.config import RunConfig
+from modegpt.compression.plus.method import MoDeGPTPlus
+from modegpt.compression.plus.switches import CHOICES
+from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
 
 FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
@@ -35,13 +38,13 @@ def test_an_experiment_composes(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     """As one multirun command, of which only the last job is kept to be quick."""
     each = experiment(name)
     last = each.settings[-1]
-    cut = [f"{key}={_spelt(value)}" for key, value in last.items()]
+    cut = [f"{'+' * key.startswith('experiments/')}{key}={_spelt(value)}" for key, value in last.items()]
     [config] = jobs(monkeypatch, tmp_path, "--multirun", f"+experiments={name}", "model=tiny-llama", *cut)
     assert config.output.experiment == each.folder
     assert config.tracking.mode == "disabled"
     assert config.model.name == "tiny-llama"
     assert make_method(config) is not None
-    assert all(hashable(setting(asdict(config), key)) == value for key, value in last.items()), "the analysis finds what was swept"
+    assert all(hashable(setting(annotated(asdict(config)), key)) == value for key, value in last.items()), "the analysis finds what was swept"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -69,10 +72,46 @@ def test_the_tiny_plan_covers_every_experiment() -> None:
     module = sys.modules["tiny_plan"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sweeps = module.plan([])
-    assert {sweep.experiment for sweep in sweeps} == set(FILES)
+    assert {sweep.experiment for sweep in sweeps} == set(FILES) - (set() if module.OTHER_DOMAIN else {"plus_domain"})  # no other text without the shared folder
+    assert {(sweep.experiment, sweep.model) for sweep in sweeps} < {(sweep.experiment, sweep.model) for sweep in module.plan([], full=True)}
     for sweep in sweeps:
         assert sweep.num_jobs == len(experiment(sweep.experiment).settings)
     assert {sweep.experiment for sweep in module.plan(["ridge"])} == {"ridge"}
+
+
+def test_the_analysis_reads_combinations_as_hydra_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    some = ["paper", "only_refit", "all", "without_sequential"]
+    configs = jobs(monkeypatch, tmp_path, "--multirun", "+experiments=plus_ablation", f"+experiments/ingredients={','.join(some)}", "compression.sparsity=0.3")
+    assert [config.method for config in configs] == [combinations()[name] for name in some]
+
+
+@pytest.mark.parametrize("name", combinations())
+def test_a_combination_can_be_run_and_recognised(name: str) -> None:
+    assert combination(combinations()[name]) == name, "no two are the same"
+    assert build({"modegpt_plus": MoDeGPTPlus}, combinations()[name], "method")
+    assert title(name)
+
+
+def test_every_ingredient_is_ablated() -> None:
+    """Each switch that the paper's form turns off stands alone on top of it, and is turned off in all but one."""
+    paper, everything = combinations()["paper"], combinations()["all"]
+    ingredients = {key for key in paper if paper[key] != everything[key]}
+    alone = {key for name, switches in combinations().items() if name.startswith("only_") for key in switches if switches[key] != paper[key]}
+    missing = {key for name, switches in combinations().items() if name.startswith("with") for key in switches if switches[key] != everything[key]}
+    assert alone == missing == ingredients
+    assert set(combinations()) == {settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings}
+    for key, choices in CHOICES.items():
+        assert {switches[key] for switches in combinations().values()} == set(choices)
+
+
+def test_a_switch_that_a_record_does_not_know_was_off() -> None:
+    recorded = combinations()["only_mlp"] | {}
+    del recorded["centred"]
+    assert combination(recorded) == "only_mlp"
+    recorded = combinations()["only_query_key_centred"] | {}
+    del recorded["centred"]
+    assert combination(recorded) == "only_query_key_checked"
+    assert combination({"name": "modegpt"}) is None and combination(combinations()["all"] | {"cap": 0.123}) is None
 
 
 def test_nothing_is_forgotten() -> None:
