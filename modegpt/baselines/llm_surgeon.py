@@ -75,7 +75,7 @@ class LLMSurgeon(Method):
     shots: int = 5
     damping: float = 0.01
     coupling: Literal["inputs", "both"] = "inputs"
-    batch_size: int = 1
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.shots < 1:
