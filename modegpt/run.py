@@ -16,7 +16,8 @@ from modegpt.calibration.cache import StatisticsCache, statistics_key
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.texts import load_documents, tokenize_stream
 from modegpt.calibration.tokens import CalibrationTokens, draw_windows, resolve_sequence_length
-from modegpt.compression.methods import decides, make_method
+from modegpt.calibration.world import World, device_of, join_world
+from modegpt.compression.methods import SHARED, decides, make_method
 from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.config import RunConfig
 from modegpt.errors import UserError
@@ -53,6 +54,7 @@ class Run:
     tokenizer_sha256: str
     progress: Progress
     meter: CostMeter
+    world: World
     out_of_core: OutOfCore | None = None
 
     @property
@@ -94,11 +96,13 @@ def run(config: RunConfig, *, command: str) -> Path:
     """Do the main job and return the path of its record, which is the finished one if there is one already."""
     prepared = prepare(config, command=command)
     store, output = prepared.store, config.output
-    done = store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides)
+    done = prepared.world.told(store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides))
     if done is not None and not output.overwrite:
         path = prepared.directory / "record.json"
         prepared.progress.say(f"this run is finished already: {path} (output.overwrite=true computes it again)")
-        print(summary(done, record_path=path))
+        prepared.world.leave()
+        if prepared.world.leads:
+            print(summary(done, record_path=path))
         return path
     stage = Stage()
     try:
@@ -118,7 +122,9 @@ class Stage:
 
 def prepare(config: RunConfig, *, command: str) -> Run:
     """Load and check everything; every refusal that needs no forward pass happens here."""
-    progress, meter = Progress(config.quiet), CostMeter()
+    device = device_of(config.model.device)
+    world = join_world(device, what=f"method={config.method['name']}", shared=config.method["name"] in SHARED and not config.out_of_core.enabled)
+    progress, meter = Progress(config.quiet or not world.leads), CostMeter()
     method = make_method(config)
     store = RecordStore(config.output.root)
     store.check_writable()
@@ -127,7 +133,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         raise UserError("model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY")
     tokenizer = load_tokenizer(path, config.model.revision)
     progress.say(f"loading {model_name(config)}")
-    device, out_of_core = device_of(config.model.device), None
+    device, out_of_core = world.device(device), None
     if config.out_of_core.enabled:
         check_streams(method, name=config.method["name"], save_model=config.output.save_model, zeroshot_tasks=config.evaluation.zeroshot and config.evaluation.zeroshot.tasks)
         with meter.stage("loading"):  # every weight is read once, to be checked and identified
@@ -152,9 +158,10 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             tokens=tokens,
             batch_size=config.calibration.batch_size,
             precision=getattr(torch, config.calibration.precision),
-            cache=None if out_of_core else statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
+            cache=None if out_of_core or world.size > 1 else statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
             progress=progress,
             meter=meter,
+            world=world,
         )
         task = CompressionTask(calibration=calibration, sparsity=config.compression.sparsity, seed=config.seed)
         method.check(task)
@@ -180,6 +187,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         tokenizer_sha256=fingerprint_tokenizer(tokenizer),
         progress=progress,
         meter=meter,
+        world=world,
         out_of_core=out_of_core,
     )
 
@@ -193,6 +201,10 @@ def execute(run: Run, stage: Stage) -> Path:
         stage.name = name
         yield
 
+    if not run.world.leads:
+        with at("compression"):
+            compress(run)
+        return run.directory / "record.json"
     with at("dense evaluation"), meter.stage("dense evaluation") as metered, metered_forwards(run.model, metered.add):
         dense = dense_scores(run)
     compressed, scores = None, None
@@ -246,6 +258,7 @@ def compress(run: Run) -> Compressed:
         if run.out_of_core is not None:
             return run.out_of_core.compress(run.method, run.task, destination=run.checkpoint, decides=run.decides, tokenizer=run.tokenizer)
         compressed = run.method.compress(run.task)
+        run.world.leave()
     check_finite(compressed.model)
     return compressed
 
@@ -358,11 +371,6 @@ def model_name(config: RunConfig) -> str:
     """The model's short name: as configured, else the last part of its path."""
     name = config.model.name or config.model.path or "model"
     return name.rstrip("/").rpartition("/")[2]
-
-
-def device_of(device: str) -> str:
-    """``auto`` is the first GPU if there is one, else the CPU."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def cache_directory(config: RunConfig) -> Path:

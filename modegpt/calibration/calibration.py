@@ -13,6 +13,7 @@ from modegpt.calibration.moments import CHUNK_ROWS
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
 from modegpt.calibration.tokens import CalibrationTokens
+from modegpt.calibration.world import World
 from modegpt.metering import CostMeter
 from modegpt.progress import Progress
 from modegpt.work import forward_cost
@@ -25,7 +26,8 @@ class Calibration:
     Args:
         batch_size: windows per forward.
         precision: of each chunk's product in the Gram matrices; sums are always float64.
-        cache: where statistics outlive the run, or None.
+        cache: where statistics outlive the run, or None (always so among several processes, which must agree on what to compute).
+        world: the processes that share the windows of ``statistics``.
     """
 
     model: PreTrainedModel
@@ -35,8 +37,10 @@ class Calibration:
     cache: StatisticsCache | None = None
     progress: Progress = field(default_factory=Progress)
     meter: CostMeter = field(default_factory=CostMeter)
+    world: World = World()
 
     def __post_init__(self) -> None:
+        assert self.cache is None or self.world.size == 1, "processes that share a calibration cannot use the cache"
         self.family = family_of(self.model.config)
 
     @property
@@ -65,9 +69,11 @@ class Calibration:
     def statistics(self, names: frozenset[str], *, stage: str = "statistics") -> Iterator[Statistics]:
         """Yield each layer's statistics in order; the previous layer's are the caller's to drop.
 
-        What the cache holds is read; the model runs only as far as something is missing.
+        What the cache holds is read; the model runs only as far as something is missing, in each process on its
+        share of the batches, so that every batch is the one that a single process would run.
         """
         layers, cost = decoder_layers(self.model), forward_cost(self.model)
+        batches = self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches")
         hidden: HiddenStates | None = None
         position = 0
         description = "block influence" if names == {"layer.influence"} else "statistics"
@@ -77,28 +83,30 @@ class Calibration:
                 missing = names - statistics.keys()
                 if missing:
                     if hidden is None:
-                        hidden = self.embed()
+                        hidden = embed(self.model, torch.cat(batches), batch_size=self.batch_size)
                     for skipped in range(position, index):
                         advance(hidden, skipped, layers[skipped])
-                    observed = self.observe(hidden, index, missing)
+                    observed = self.observe(hidden, index, missing, world=self.world)
                     if self.cache is not None:
                         self.cache.store(index, observed)
                     statistics |= observed
                     share = (index + 1 - position) / self.num_layers
-                    for batch in self.tokens.ids.split(self.batch_size):
+                    for batch in batches:
                         metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
-                    metered.add("gram", self.precision, flops=gram_flops(observed, self.tokens.num_tokens), bytes=gram_bytes(observed, self.tokens.num_tokens))
+                    num_tokens = sum(batch.numel() for batch in batches)
+                    metered.add("gram", self.precision, flops=gram_flops(observed, num_tokens), bytes=gram_bytes(observed, num_tokens))
                     self.meter.forward_passes += share
                     position = index + 1
             yield statistics
         self.meter.calibration_tokens = self.tokens.num_tokens
 
-    def observe(self, hidden: HiddenStates, index: int, names: frozenset[str]) -> Statistics:
-        """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``."""
+    def observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, world: World = World()) -> Statistics:
+        """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``, pooled over ``world``."""
         layer = decoder_layers(self.model)[index]
         observer = LayerObserver(self.family, layer, head_dim=dense_shape(self.model.config).qk_head_dim, names=names, precision=self.precision)
         with observer.watching(next(iter(hidden.arguments[index].values()))):
             advance(hidden, index, layer, observe=observer.residual)
+        observer.pool(world)
         return observer.result()
 
 

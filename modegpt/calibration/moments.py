@@ -16,13 +16,13 @@ class SecondMoment:
     """``C = sum x^T x`` over rows, accumulated in float64.
 
     Holds one Gram matrix per group: rows of shape (num_rows, num_groups, size) give ``value`` of shape
-    (num_groups, size, size). Only blocks on and above the diagonal are summed; ``value`` mirrors them.
+    (num_groups, size, size). Only blocks on and above the diagonal of ``sums`` are summed; ``value`` mirrors them.
     ``precision`` is that of each chunk's product: float64 is exact to rounding and costs about twice a
     float32 product on a CPU; float32 leaves a relative error near 1e-8 in the sum, enough to turn the
     smallest eigenvalues of a rank-deficient C negative.
     """
 
-    upper: Tensor
+    sums: Tensor
     precision: torch.dtype = torch.float64
 
     @classmethod
@@ -32,11 +32,11 @@ class SecondMoment:
     @property
     def value(self) -> Tensor:
         """The sums so far, (num_groups, size, size): a view of the accumulator, whose lower blocks are filled in."""
-        size = self.upper.shape[-1]
+        size = self.sums.shape[-1]
         for start, stop in self._blocks():
             if stop < size:
-                self.upper[:, stop:, start:stop] = self.upper[:, start:stop, stop:].mT
-        return self.upper
+                self.sums[:, stop:, start:stop] = self.sums[:, start:stop, stop:].mT
+        return self.sums
 
     def update(self, rows: Tensor) -> None:
         """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: num_rows * num_groups * size^2 and the diagonal blocks."""
@@ -46,11 +46,11 @@ class SecondMoment:
             exact = x.is_cuda and x.itemsize == 2 and self.precision == torch.float32
             x = x.contiguous() if exact else x.to(self.precision)
             for start, stop in self._blocks():
-                left, right, total = x[..., start:stop].mT, x[..., start:], self.upper[:, start:stop, start:]
+                left, right, total = x[..., start:stop].mT, x[..., start:], self.sums[:, start:stop, start:]
                 total += torch.bmm(left, right, out_dtype=torch.float32) if exact else torch.bmm(left, right)
 
     def _blocks(self) -> list[tuple[int, int]]:
-        size, block = self.upper.shape[-1], BLOCK.get(self.upper.device.type, 384)
+        size, block = self.sums.shape[-1], BLOCK.get(self.sums.device.type, 384)
         return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
@@ -58,11 +58,15 @@ class SecondMoment:
 class FirstMoment:
     """``sum x`` over rows (num_rows, size), accumulated in float64."""
 
-    value: Tensor
+    sums: Tensor
 
     @classmethod
     def zeros(cls, size: int, *, device: torch.device | str = "cpu") -> "FirstMoment":
         return cls(torch.zeros(size, dtype=torch.float64, device=device))
 
+    @property
+    def value(self) -> Tensor:
+        return self.sums
+
     def update(self, rows: Tensor) -> None:
-        self.value += rows.sum(dim=0, dtype=torch.float64)
+        self.sums += rows.sum(dim=0, dtype=torch.float64)

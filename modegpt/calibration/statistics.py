@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from modegpt.allocation.influence import BlockInfluence
 from modegpt.architectures import Family
 from modegpt.calibration.moments import FirstMoment, SecondMoment
+from modegpt.calibration.world import World
 from modegpt.decompositions.modules import MLPStatistics, QueryKeyStatistics, ValueOutputStatistics
 
 Statistics = dict[str, Tensor]
@@ -147,6 +148,12 @@ class LayerObserver:
         self.num_tokens += x_in.shape[:-1].numel()
         if "layer.influence" in self.names:
             self.influence.update(x_in, x_out)
+
+    def pool(self, world: World) -> None:
+        """Make the sums those over the tokens of all processes."""
+        counts = torch.tensor([self.num_tokens, self.influence.num_tokens, self.influence.total], dtype=torch.float64, device=next(self.layer.parameters()).device)
+        world.pool([*(moment.sums for _, moment in sorted(self.moments.items())), counts])
+        self.num_tokens, self.influence.num_tokens, self.influence.total = int(counts[0]), int(counts[1]), float(counts[2])
 
     def result(self) -> Statistics:
         """The collected statistics, on the layer's device."""

@@ -35,6 +35,8 @@ BASELINES: dict[str, type[Method]] = {
 }
 CONTROLS = ("random", "magnitude")
 """Methods that cut every module by a control criterion, uniformly over layers; ``random`` is "uniform" in the paper's tables."""
+SHARED = ("modegpt", *CONTROLS)
+"""Methods that several processes can share, because all they ask of the data is statistics that are sums."""
 METHODS = ("dense", "modegpt", "modegpt_plus", *CONTROLS, *BASELINES)
 
 
