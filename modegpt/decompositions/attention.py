@@ -68,6 +68,18 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
     return torch.stack(sums)
 
 
+def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:
+    """Greedy order (num_removed,) in which features go, and ``1_S^T R_SS 1_S`` after each removal, S what is gone; R (b, b) Gram of what each adds."""
+    alive = torch.ones(len(R), dtype=torch.bool, device=R.device)
+    order, lost = [], R.new_zeros(num_removed)
+    for step in range(num_removed):
+        cost = torch.where(alive, R.diagonal() + 2 * R[:, ~alive].sum(dim=1), torch.inf)
+        order.append(cost.argmin())
+        alive[order[-1]] = False
+        lost[step] = cost[order[-1]]
+    return torch.stack(order) if order else alive.new_zeros(0, dtype=torch.long), lost.cumsum(0)
+
+
 def eliminate_blocks(M: Tensor, num_kept: int, *, pairs: bool, ridge: float | None) -> tuple[Tensor, Tensor]:
     """Backward elimination of one key head's blocks; returns (kept blocks ascending (num_kept,), coefficients (g, F)).
 
@@ -83,10 +95,8 @@ def eliminate_blocks(M: Tensor, num_kept: int, *, pairs: bool, ridge: float | No
     blocks = torch.stack([real, real + num_blocks], dim=1) if pairs else real.unsqueeze(1)
     alive = torch.ones(num_blocks, dtype=torch.bool, device=M.device)
     if ridge is None:
-        R = M[:, :num_blocks, :num_blocks].sum(dim=0)
-        for _ in range(num_blocks - num_kept):
-            cost = R.diagonal() + 2 * R[:, ~alive].sum(dim=1)
-            alive[torch.where(alive, cost, torch.inf).argmin()] = False
+        order, _ = elimination_order(M[:, :num_blocks, :num_blocks].sum(dim=0), num_blocks - num_kept)
+        alive[order] = False
         return alive.nonzero().squeeze(1), (torch.arange(F, device=M.device) < num_blocks).to(M.dtype).expand(g, F)
 
     diagonal = M.diagonal(dim1=1, dim2=2)

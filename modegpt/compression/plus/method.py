@@ -1,6 +1,7 @@
 """MoDeGPT improved without a gradient: what the paper leaves on the table at the same budget and the same calibration tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
@@ -8,10 +9,12 @@ from modegpt.allocation.ranks import RankPlan
 from modegpt.architectures import build_compressed, decoder_layers, dense_shape
 from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.stream import HiddenStates
-from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, module_budgets, report
+from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, assemble_layer, module_budgets, report
+from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.costs import layer_work
 from modegpt.compression.plus.layer import LayerPass
-from modegpt.compression.plus.sensitivity import perturbed_passes, rank_costs
+from modegpt.compression.plus.nested import FILE, NestedLayer, cut, nest, write_orders
+from modegpt.compression.plus.sensitivity import Costs, perturbed_passes, rank_costs
 from modegpt.compression.plus.streams import Split
 from modegpt.compression.plus.switches import Switches
 from modegpt.compression.task import Compressed, CompressionTask, Method
@@ -65,14 +68,10 @@ class MoDeGPTPlus(Switches, Method):
     def compress(self, task: CompressionTask) -> Compressed:
         calibration = task.calibration
         influence = calibration.block_influence().tolist() if self.allocation == "entropic" else None
-        plan = self.faithful().plan(task, influence)
-        if self.allocation == "loss" and plan.target > 0:
-            with calibration.meter.stage("allocation") as metered:
-                plan = self._exchanged(task, plan)
-                passes = perturbed_passes(calibration, num_modules=len(MODULES), num_shares=len(self.shares))
-                metered.flops += passes * calibration.num_layers * layer_flops(task.model, calibration.tokens.ids)
-                metered.flops += calibration.num_layers * 8.0 * dense_shape(task.model.config).intermediate_size ** 3
-                calibration.meter.forward_passes += passes
+        costs = self._costs(task) if self.allocation == "loss" and (task.sparsity > 0 or self.nested) else None
+        plan = self.plan(task, costs=costs, influence=influence)
+        if self.nested:
+            return self._nested(task, plan, costs, influence)
         dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         compressed = HiddenStates(list(dense.batches), dense.arguments)
         generator = task.generator()
@@ -91,19 +90,62 @@ class MoDeGPTPlus(Switches, Method):
             tensors.append(changed)
             reports.append(report(index, work.reductions, plan.ranks[index], task))
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
-        details = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
-        return Compressed(model=build_compressed(task.model, shapes, tensors), layers=reports, influence=influence, details=details)
+        return self._finished(task, plan, shapes, tensors, reports, influence)
 
-    def _exchanged(self, task: CompressionTask, plan: RankPlan) -> RankPlan:
-        """Ranks that remove as much as ``plan`` does, by what each costs."""
-        faithful, config = self.faithful(), task.model.config
-        frozen = [module for module, variant in faithful.variants(task.family).items() if variant is None]
+    def plan(self, task: CompressionTask, *, costs: Costs | None, influence: list[float] | None = None) -> RankPlan:
+        """Ranks that meet the target: by what each costs where that is known, else over layers by ``allocation``."""
+        plan = self.faithful().plan(task, influence)
+        if costs is None or plan.target == 0:
+            return plan
+        config, frozen = task.model.config, [module for module in MODULES if module not in self._modules(task)]
         compressible = module_budgets(config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen)
         skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
         layers = [skipped if index in self.skip_layers else compressible for index in range(task.calibration.num_layers)]
-        needed = {
-            module: frozenset(STATISTIC[module][key] for key in variant.required)
-            for module, variant in faithful.variants(task.family).items()
-            if variant is not None
-        }
-        return exchange(rank_costs(task.calibration, needed, self.shares, self.skip_layers), layers, plan, cap=self.cap)
+        return exchange(costs, layers, plan, cap=self.cap)
+
+    def _modules(self, task: CompressionTask) -> dict[str, frozenset[str]]:
+        """The modules that may be reduced, and the statistics that their decompositions read."""
+        variants = self.faithful().variants(task.family)
+        return {module: frozenset(STATISTIC[module][key] for key in variant.required) for module, variant in variants.items() if variant is not None}
+
+    def _costs(self, task: CompressionTask) -> Costs:
+        calibration, modules = task.calibration, self._modules(task)
+        with calibration.meter.stage("allocation") as metered:
+            costs = rank_costs(calibration, modules, self.shares, self.skip_layers)
+            passes = perturbed_passes(calibration, num_modules=len(modules), num_shares=len(self.shares))
+            metered.flops += calibration.num_layers * (passes * layer_flops(task.model, calibration.tokens.ids) + 8.0 * dense_shape(task.model.config).intermediate_size ** 3)
+            calibration.meter.forward_passes += passes
+        return costs
+
+    def _nested(self, task: CompressionTask, plan: RankPlan, costs: Costs | None, influence: list[float] | None) -> Compressed:
+        """Order every module's dims on the dense stream, and cut to ``plan``; at sparsity 0 the checkpoint carries the orders."""
+        calibration, modules = task.calibration, self._modules(task)
+        names, hidden = frozenset().union(*modules.values()), calibration.embed()
+        split, generator, nested = Split.of(calibration.tokens.ids, batch_size=calibration.batch_size), task.generator(), []
+        for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "orders", unit="layer")):
+            with calibration.meter.stage("orders", counted=True):
+                states = None
+                if "query_key" in modules:
+                    states = sample(task.family, layer, index, hidden, split, num_windows=self.query_key_windows, queries_per_window=self.queries_per_window, precision=calibration.precision, generator=generator)
+                nested.append(nest(task.family, layer, calibration.observe(hidden, index, names), states))
+        calibration.meter.forward_passes += 1
+        calibration.meter.calibration_tokens = calibration.tokens.num_tokens
+        compressed = self.cut(task, plan, nested, influence)
+        if plan.target > 0:
+            return compressed
+        return replace(compressed, files={FILE: partial(write_orders, layers=nested, costs=costs, method=asdict(self))})
+
+    def cut(self, task: CompressionTask, plan: RankPlan, nested: list[NestedLayer], influence: list[float] | None = None) -> Compressed:
+        """The model at the ranks of ``plan`` from orders made before; no activations."""
+        shapes, tensors, reports = [], [], []
+        for index, (layer, orders) in enumerate(zip(decoder_layers(task.model), nested, strict=True)):
+            reductions = cut(task.family, layer, orders, plan.ranks[index])
+            shape, changed = assemble_layer(task.family, task.model.config, reductions)
+            shapes.append(shape)
+            tensors.append(changed)
+            reports.append(report(index, reductions, plan.ranks[index], task))
+        return self._finished(task, plan, shapes, tensors, reports, influence)
+
+    def _finished(self, task: CompressionTask, plan: RankPlan, shapes: list, tensors: list, reports: list, influence: list[float] | None) -> Compressed:
+        details = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
+        return Compressed(model=build_compressed(task.model, shapes, tensors), layers=reports, influence=influence, details=details)

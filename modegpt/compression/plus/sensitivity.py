@@ -20,6 +20,9 @@ from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_outp
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 
+Costs = list[dict[str, list[float]]]
+"""costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
+
 LEAST_TOKENS = 2048
 """Divergences are measured on at least about this many calibration tokens."""
 
@@ -95,7 +98,7 @@ def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics)
 PROSPECTS = {"mlp": mlp_prospect, "query_key": query_key_prospect, "value_output": value_output_prospect}
 
 
-def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], shares: tuple[float, ...], skip_layers: tuple[int, ...]) -> list[dict[str, list[float]]]:
+def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], shares: tuple[float, ...], skip_layers: tuple[int, ...]) -> Costs:
     """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
 
     Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form, statistics of the dense
@@ -110,7 +113,7 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
     batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
     dense = [_log_probabilities(model, batch, {}) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
-    costs: list[dict[str, list[float]]] = []
+    costs: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
         costs.append({})
         if index not in skip_layers:

@@ -30,6 +30,7 @@ class Switches:
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
+        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False, refit=False``.
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on; those held out among the same batches check it.
     """
@@ -45,6 +46,7 @@ class Switches:
     allocation: str = "loss"
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
+    nested: bool = False
     queries_per_window: int = 32
     query_key_windows: int = 32
 
@@ -63,3 +65,5 @@ class Switches:
                 raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
         if self.refit and not self.sequential:
             raise UserError("method.refit=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")
+        if self.nested and (self.sequential or self.refit or self.allocation == "entropic"):
+            raise UserError("method.nested=true needs method.sequential=false, method.refit=false and method.allocation=loss or uniform: its orders serve every rate")
