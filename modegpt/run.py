@@ -222,7 +222,7 @@ def execute(run: Run, stage: Stage) -> Path:
         if run.checkpoint is not None and compressed is not None:
             with meter.stage("saving"):
                 if run.out_of_core is None:
-                    save_checkpoint(compressed.model, run.tokenizer, run.checkpoint, record)
+                    save_checkpoint(compressed.model, run.tokenizer, run.checkpoint, record, files=compressed.files)
                 else:
                     run.out_of_core.publish(compressed, run.checkpoint, record)
             progress.say(f"checkpoint: {run.checkpoint}")

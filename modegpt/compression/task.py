@@ -1,6 +1,8 @@
 """The protocol between the main job and every compression method, ours and the baselines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,12 +49,16 @@ class Compressed:
         layers: one JSON-able report a dense layer: ``index``, ``ranks``, ``relative_error``, ``numerics``, as far as they apply.
         influence: block influence of every layer where it was measured.
         details: JSON-able facts of the method's own (e.g. which layers were dropped, slicing fraction).
+        files: what a checkpoint of the model carries beside it, by file name: a function that writes it to a path.
+        recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); not the method's to fill.
     """
 
     model: PreTrainedModel
     layers: list[dict[str, Any]]
     influence: list[float] | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    recovery: dict[str, Any] | None = None
 
 
 class Method:

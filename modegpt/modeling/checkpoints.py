@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def save_checkpoint(
     card: Mapping[str, Any],
     *,
     max_shard_size: str = "5GB",
+    files: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> Path:
     """Write ``model`` as a Hugging Face checkpoint that loads with or without this package.
 
@@ -43,6 +44,7 @@ def save_checkpoint(
 
     Args:
         card: the run's record (or as much of it as there is), from which the model card is written.
+        files: what goes beside it, by file name: a function that writes it to a path.
 
     Returns the directory. An identical checkpoint there is left alone.
 
@@ -57,6 +59,8 @@ def save_checkpoint(
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(model, card), encoding="utf-8")
+        for name, write in (files or {}).items():
+            write(partial / name)
         publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
