@@ -14,7 +14,7 @@ from analysis.style import label
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), or one of `DERIVED`.
+    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one of `DERIVED`.
 
     ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``.
     """
@@ -136,6 +136,8 @@ def measure(run: Run, metric: str, perplexity: str | None) -> float | None:
     """One run's value of ``metric``; None if it has none."""
     if metric == "perplexity":
         return run.facts.get(perplexity)
+    if metric == "compression_seconds":
+        return sum(stage["seconds"] for stage in run.record["cost"]["stages"] if "compression" in (stage["name"], stage.get("within")))
     if metric in DERIVED:
         return DERIVED[metric](run, perplexity) if perplexity in run.facts else None
     return run.facts.get(metric)
