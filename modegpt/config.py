@@ -287,6 +287,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    recovery: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from modegpt.metering import CostMeter
 from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
 from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fingerprint_weights
 from modegpt.progress import Progress
+from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
 from modegpt.records.paths import portable
 from modegpt.records.provenance import provenance
 from modegpt.records.store import RecordStore, identity, load_record, timestamp
@@ -56,6 +57,7 @@ class Run:
     meter: CostMeter
     world: World
     out_of_core: OutOfCore | None = None
+    recovery: Recovery | None = None
 
     @property
     def name(self) -> str:
@@ -68,16 +70,20 @@ class Run:
                 parts += [] if chosen == ("nystrom", "cr", "svd") else list(chosen)
                 parts.append(config.allocation["name"])
             parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
+            parts += [f"{self.recovery.name}-{self.recovery.lora.targets}"] if self.recovery else []
         return "-".join(parts)
 
     @property
     def decides(self) -> dict[str, Any]:
         """Everything that decides the result, free of paths."""
-        calibration = self.config.calibration
+        calibration, recovery = self.config.calibration, self.recovery
         return {
             **decides(self.config),
+            **({"recovery": recovery.decides()} if recovery else {}),  # absent, not null: runs without it keep their identity
             "model": {"weights_sha256": self.weights_sha256, "tokenizer_sha256": self.tokenizer_sha256, "dtype": str(self.model.dtype)},
-            "calibration": self.task and {"tokens_sha256": self.task.calibration.tokens.sha256, "precision": calibration.precision},
+            "calibration": self.task
+            and {"tokens_sha256": self.task.calibration.tokens.sha256, "precision": calibration.precision}
+            | ({"recovery_tokens_sha256": recovery.tokens.sha256} if recovery else {}),
             "evaluation": self.evaluation.fingerprint(),
         }
 
@@ -125,7 +131,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     device = device_of(config.model.device)
     world = join_world(device, what=f"method={config.method['name']}", shared=config.method["name"] in SHARED and not config.out_of_core.enabled)
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()
-    method = make_method(config)
+    method, training = make_method(config), make_recovery(config)
     store = RecordStore(config.output.root)
     store.check_writable()
     path = config.model.path
@@ -172,6 +178,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     elif config.output.save_model is not None:
         raise UserError("output.save_model has no effect with method=dense: there is no compressed model")
     evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=model.config)
+    recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     if out_of_core is not None:
         out_of_core.plan(method, task, evaluation)
     return Run(
@@ -189,6 +196,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         meter=meter,
         world=world,
         out_of_core=out_of_core,
+        recovery=recovery,
     )
 
 
@@ -217,6 +225,9 @@ def execute(run: Run, stage: Stage) -> Path:
             else:
                 scores = run.out_of_core.score_compressed(run.evaluation, progress=progress)
                 run.out_of_core.measured(compressed)
+    if run.recovery is not None:
+        with at("recovery"):
+            compressed, scores = recover(run, compressed, scores)
     with at("record"):
         record = make_record(run, compressed, dense, scores)
         if run.checkpoint is not None and compressed is not None:
@@ -261,6 +272,17 @@ def compress(run: Run) -> Compressed:
         run.world.leave()
     check_finite(compressed.model)
     return compressed
+
+
+def recover(run: Run, compressed: Compressed, before: dict[str, dict]) -> tuple[Compressed, dict[str, dict]]:
+    """Train what was compressed and score it again."""
+    def score(model: PreTrainedModel) -> dict[str, dict]:
+        check_finite(model)
+        with run.meter.stage("recovered evaluation"):
+            return evaluate(model, run.evaluation, label="recovered", progress=run.progress)
+
+    model, scores, report = run.recovery.apply(compressed.model, before, score=score, meter=run.meter, progress=run.progress)
+    return replace(compressed, model=model, recovery=report), scores
 
 
 def statistics_cache(config: RunConfig, *, weights_sha256: str, tokens: CalibrationTokens, model: PreTrainedModel) -> StatisticsCache | None:
@@ -355,7 +377,7 @@ def compression_record(run: Run, compressed: Compressed) -> dict[str, Any]:
         "influence": compressed.influence,
         "layers": layers,
         "details": compressed.details,
-    }
+    } | ({} if compressed.recovery is None else {"recovery": compressed.recovery})
 
 
 def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> list[float]:

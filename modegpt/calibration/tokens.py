@@ -34,7 +34,7 @@ def resolve_sequence_length(requested: int | str, context: int) -> int:
     return int(requested)
 
 
-def draw_windows(stream: Tensor, *, num_samples: int, sequence_length: int, seed: int) -> CalibrationTokens:
+def draw_windows(stream: Tensor, *, num_samples: int, sequence_length: int, seed: int, asked_by: str = "calibration") -> CalibrationTokens:
     """Draw calibration windows from one token stream.
 
     The stream is cut into consecutive windows of ``sequence_length`` tokens (the tail is dropped) and
@@ -43,14 +43,15 @@ def draw_windows(stream: Tensor, *, num_samples: int, sequence_length: int, seed
     Args:
         stream: (num_tokens,) int64 token ids of all documents, joined and tokenised once.
         seed: seeds a generator of its own; the global one is untouched.
+        asked_by: the configuration group that wants them, for messages.
 
     Raises UserError when the stream holds fewer windows than asked for.
     """
     available = stream.numel() // sequence_length
     if available < num_samples:
         raise UserError(
-            f"calibration asks for {num_samples} x {sequence_length} = {num_samples * sequence_length} tokens but the text holds "
-            f"{stream.numel()} ({available} whole windows); lower calibration.num_samples to {available} or calibration.sequence_length, or give more text"
+            f"{asked_by} asks for {num_samples} x {sequence_length} = {num_samples * sequence_length} tokens but the text holds "
+            f"{stream.numel()} ({available} whole windows); lower {asked_by}.num_samples to {available} or {asked_by}.sequence_length, or give more text"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     ids = stream[: available * sequence_length].view(available, sequence_length)[order].contiguous()

@@ -19,8 +19,8 @@ def load_records(root: Path | str = "results") -> pandas.DataFrame:
     Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
     removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
     ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
-    which is also what a dense run scores; ``retention_<task>``), what it cost (``seconds seconds_<stage>
-    peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
+    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>``), what it cost
+    (``seconds seconds_<stage> peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
 
     Raises:
         UserError: the root is not a directory, or a record in it is broken or was changed.
@@ -35,7 +35,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
     model, config = record["model"], record["config"] if record["compression"] else {}
     calibration, compression, cost = record["calibration"] or {}, record["compression"] or {}, record["cost"]
     decomposition = config.get("decomposition") or {}
-    stages, peaks = cost["stages"], cost["peak_memory_bytes"]
+    stages, peaks, recovery = cost["stages"], cost["peak_memory_bytes"], compression.get("recovery") or {}
     return {
         "experiment": record["experiment"],
         "name": record["name"],
@@ -46,6 +46,8 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "method": compression.get("method", "dense"),
         **{module: choice(decomposition.get(module)) for module in ("mlp", "query_key", "value_output")},
         "allocation": choice(config.get("allocation")),
+        "recovery": recovery.get("name", "none"),
+        "recovery_targets": recovery.get("targets"),
         "calibration": calibration.get("source"),
         **{f"calibration_{key}": calibration.get(key) for key in ("seed", "num_samples", "sequence_length", "num_tokens")},
         **{f"seed_{name}": seed for name, seed in record["seeds"].items()},
@@ -77,6 +79,8 @@ def choice(node: Any) -> str | None:
 
 def _columns(score: Score) -> dict[str, Any]:
     columns = {score.name: score.final, f"dense_{score.name}": score.dense}
+    if score.before is not None:
+        columns |= {f"before_{score.name}": score.before}
     if score.metric != "perplexity":
         columns |= {f"{score.name}_stderr": score.final_stderr, f"dense_{score.name}_stderr": score.dense_stderr}
         columns |= {f"{score.name}_metric": score.metric}

@@ -13,7 +13,7 @@ class Score:
     """One figure of merit. Accuracies are shares in [0, 1]; ``retention`` is compressed / dense accuracy.
 
     ``name`` is unique in a record: ``ppl_<text>_<window>`` for a perplexity, ``zeroshot_<task>`` for a task's metric.
-    ``compressed`` is None in the record of a dense model.
+    ``compressed`` is None in the record of a dense model; where training followed, ``before`` is what it started from.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Score:
     dense_stderr: float | None = None
     compressed_stderr: float | None = None
     retention: float | None = None
+    before: float | None = None
 
     @property
     def final(self) -> float:
@@ -34,7 +35,6 @@ class Score:
     def final_stderr(self) -> float | None:
         """The standard error of ``final``."""
         return self.dense_stderr if self.compressed is None else self.compressed_stderr
-
 
     @property
     def is_accuracy(self) -> bool:
@@ -54,7 +54,7 @@ def accuracies(record: Mapping[str, Any]) -> list[Score]:
 
 def perplexities(record: Mapping[str, Any]) -> list[Score]:
     """Every perplexity of the record, its window in the label."""
-    dense, compressed = _both(record, "perplexity")
+    dense, compressed, before = _all(record, "perplexity")
     return [
         Score(
             name=name,
@@ -62,13 +62,14 @@ def perplexities(record: Mapping[str, Any]) -> list[Score]:
             metric="perplexity",
             dense=entry["value"],
             compressed=_of(compressed.get(name), "value"),
+            before=_of(before.get(name), "value"),
         )
         for name, entry in dense.items()
     ]
 
 
 def _tasks(record: Mapping[str, Any]) -> list[Score]:
-    dense, compressed = _both(record, "zeroshot")
+    dense, compressed, before = _all(record, "zeroshot")
     retention = record["metrics"]["retention"]
     tasks = [task for task in sorted(dense, key=MEAN.__eq__) if _of(dense[task], "value") is not None]
     return [
@@ -81,14 +82,15 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
             dense_stderr=_of(dense[task], "stderr"),
             compressed_stderr=_of(compressed.get(task), "stderr"),
             retention=retention.get(task),
+            before=_of(before.get(task), "value"),
         )
         for task in tasks
     ]
 
 
-def _both(record: Mapping[str, Any], kind: str) -> tuple[dict, dict]:
-    metrics = record["metrics"]
-    return metrics["dense"][kind], (metrics["compressed"] or {}).get(kind, {})
+def _all(record: Mapping[str, Any], kind: str) -> tuple[dict, dict, dict]:
+    metrics, recovery = record["metrics"], (record["compression"] or {}).get("recovery") or {}
+    return metrics["dense"][kind], (metrics["compressed"] or {}).get(kind, {}), recovery.get("before", {}).get(kind, {})
 
 
 def _of(entry: Any, key: str) -> Any:

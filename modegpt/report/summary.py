@@ -24,6 +24,8 @@ def summary(record: Mapping[str, Any], *, record_path: Path | str | None = None,
     ]
     measured = [("compression", floor_line(cost)), ("machine", machine_line(cost))]
     facts += [(name, line, "") for name, line in measured if line]
+    if recovery := (compression or {}).get("recovery"):
+        facts.append(("recovery", f"{recovery['name']} on {recovery['targets']}, {recovery['num_steps']} steps", _before(all_scores(record))))
     places = [("record", record_path)] if record_path else []
     places += [("picture", picture) for picture in pictures]
     width = max(len(name) for name, *_ in facts) + 2
@@ -92,6 +94,12 @@ def _size_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         kept = None if compression is None else 1 - compression[sparsity]
         rows.append((label, f"{dense:,}", ABSENT if kept is None else f"{round(kept * dense):,}", percent(kept)))
     return rows
+
+
+def _before(scores: Iterable[Score]) -> str:
+    """What training started from: perplexities, and the mean accuracy."""
+    shown = [score for score in scores if score.before is not None and score.metric in ("perplexity", MEAN)]
+    return "from " + ", ".join(f"{score.name} {percent(score.before) if score.is_accuracy else number(score.before)}" for score in shown) if shown else ""
 
 
 def _stages(stages: Iterable[Mapping[str, Any]]) -> str:

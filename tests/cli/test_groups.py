@@ -13,12 +13,14 @@ from modegpt.cli.schema import config_directory, config_groups
 from modegpt.compression.methods import METHODS, make_method
 from modegpt.config import TEXT_SOURCES, RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from modegpt.recovery.job import RECOVERIES
 
 REGISTRIES: dict[str, Mapping[str, type]] = {
     "decomposition/mlp": MLP_VARIANTS,
     "decomposition/query_key": QUERY_KEY_VARIANTS,
     "decomposition/value_output": VALUE_OUTPUT_VARIANTS,
     "allocation": POLICIES,
+    "recovery": RECOVERIES,
 }
 FILES = {
     "local": ["model.path=x"],
@@ -69,7 +71,7 @@ def test_every_option_composes(job: Callable, number: int) -> None:
 
 @pytest.mark.parametrize("group", REGISTRIES)
 def test_every_implementation_has_its_option(group: str) -> None:
-    dense = {"none"} if group.startswith("decomposition/") else set()
+    dense = {"none"} if group.startswith("decomposition/") or group == "recovery" else set()
     assert set(options(group)) == set(REGISTRIES[group]) | dense
 
 
