@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 
 MANIFEST = "modegpt_manifest.json"
@@ -105,7 +106,7 @@ def check_finite(model: nn.Module) -> None:
 
 def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises UserError naming the weight when it holds NaN or inf."""
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise UserError(f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow (try model.dtype=float32)")
 
 

@@ -51,18 +51,18 @@ STATISTIC_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
 
 
 def _nystrom(s: Sizes) -> int:
-    """Scores: C + lambda I, its equilibrated form, its factor. Refit: rows of C, and four k x k (block, equilibrated, jittered, factor)."""
-    return max(3 * s.n**2, s.k * s.n + 4 * s.k**2 + 2 * s.n * s.d_h)
+    """Scores: C + lambda I, its equilibrated form, its factor twice. Refit: rows of C and five of k x k (block, equilibrated, jittered, factor)."""
+    return max(4 * s.n**2, s.k * s.n + 5 * s.k**2) + 2 * s.n * s.d_h
 
 
 SOLVER_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
     "MLPNystrom": _nystrom,
-    "MLPNystromBias": lambda s: max(3 * s.n**2, s.n**2 + _nystrom(s)),
+    "MLPNystromBias": lambda s: s.n**2 + _nystrom(s),
     "MLPColumns": _nystrom,
     "MLPElimination": lambda s: 8 * s.n**2 + 2 * s.n * s.d_h,
-    "MLPSVD": lambda s: 6 * s.n * s.d_h + 4 * min(s.n, s.d_h) ** 2,
-    "MLPMagnitude": lambda s: 4 * s.n * s.d_h,
-    "MLPRandom": lambda s: 4 * s.n * s.d_h,
+    "MLPSVD": lambda s: 14 * s.n * s.d_h,
+    "MLPMagnitude": lambda s: 6 * s.n * s.d_h,
+    "MLPRandom": lambda s: 6 * s.n * s.d_h,
 }
 """Float64 elements that a decomposition holds beside the layer and its statistics."""
 ATTENTION_COPIES = 6

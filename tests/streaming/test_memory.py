@@ -1,0 +1,127 @@
+"""The predicted peak of memory against the measured one, and the refusal that says what would fit."""
+
+import multiprocessing
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modegpt.allocation.policies import Uniform
+from modegpt.architectures import read_value_output
+from modegpt.compression.modegpt import MoDeGPT
+from modegpt.decompositions import MLP_VARIANTS, MLPNystrom, QueryKeyCR, ValueOutputSVD
+from modegpt.decompositions.modules import MLPStatistics, MLPWeights
+from modegpt.errors import UserError
+from modegpt.streaming import memory
+from modegpt.streaming.memory import FLOAT64, STATISTIC_ELEMENTS, Prediction, Sizes, check_fits, predict, resident_bytes, solver_elements
+from modegpt.streaming.hidden import embedded
+from modegpt.streaming.model import StreamedModel
+from tests.architectures.family_table import CONFIGS
+from tests.streaming.streamed_task import save_dense, task_on
+
+CLEAR = Path("/proc/self/clear_refs")
+NOT_SCORED = SimpleNamespace(text=None)
+linux = pytest.mark.skipif(not CLEAR.exists(), reason="resets the peak of memory through /proc")
+
+
+def paper(allocation=Uniform()) -> MoDeGPT:
+    return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=allocation)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes that ``work`` adds to this process at its fullest, measured in a child of it."""
+
+    def measured(results) -> None:
+        before = resident_bytes()
+        CLEAR.write_text("5")
+        work()
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        results.put(int(peak[1]) * 1024 - before)
+
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=measured, args=(results,))
+    process.start()
+    peak = results.get(timeout=120)
+    process.join()
+    return peak
+
+
+@linux
+@pytest.mark.parametrize("name", MLP_VARIANTS)
+def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
+    """n x n matrices of 32 MiB; at most what is predicted, and no less than half of it."""
+    n, d_h, rank = 2048, 256, 1434
+    variant = MLP_VARIANTS[name](**({"block": 256} if name == "elimination" else {}))
+    X = torch.randn(3 * n, n, dtype=torch.float64)
+    statistics = MLPStatistics(C=X.mT @ X, mean=X.mean(0), C_x=None, num_tokens=3 * n)
+    weights = MLPWeights(W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None)
+    sizes = Sizes(d_h=d_h, n=n, H=4, H_kv=4, d=64, k=rank)
+    predicted = FLOAT64 * solver_elements(variant, sizes)
+    measured = peak_of(lambda: variant(weights, statistics, rank, torch.Generator().manual_seed(0)))
+    assert 0.5 * predicted < measured < 1.05 * predicted + 2**24, (name, measured / 2**20, predicted / 2**20)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_statistics_have_the_sizes_that_are_counted(name: str, tmp_path: Path) -> None:
+    streamed = StreamedModel.open(str(save_dense(name, tmp_path / "dense")))
+    task = task_on(streamed.model)
+    hidden = embedded(streamed, task.calibration.tokens.ids, batch_size=3, directory=None)
+    with streamed.layer(0) as layer:
+        statistics = task.calibration.observe(hidden, 0, frozenset(STATISTIC_ELEMENTS))
+        W_V = read_value_output(task.family, layer).W_V
+    sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2], k=1)
+    assert {key: value.numel() for key, value in statistics.items()} == {key: count(sizes) for key, count in STATISTIC_ELEMENTS.items()}
+
+
+def read_width(name: str) -> int:
+    return CONFIGS[name].ffn_dim if name == "opt" else CONFIGS[name].intermediate_size
+
+
+def test_the_prediction_counts_what_grows(tmp_path: Path) -> None:
+    streamed = StreamedModel.open(str(save_dense("llama", tmp_path / "dense", torch.bfloat16)))
+    task = task_on(streamed.model)
+    host = predict(paper(), task, streamed, NOT_SCORED, on_disk=False).host
+    assert host["statistics"] == FLOAT64 * (40**2 + (4 + 2 + 2) * 8**2)
+    assert host["hidden states"] == 2 * 32 * (8 * 20 + 3 * 20)
+    assert predict(paper(), task, streamed, NOT_SCORED, on_disk=True).host["hidden states"] < host["hidden states"]
+    streamed.device = torch.device("cuda")
+    elsewhere = predict(paper(), task, streamed, NOT_SCORED, on_disk=False)
+    assert elsewhere.device == {part: size for part, size in host.items() if part != "process"} and elsewhere.host_bytes < elsewhere.host["process"] + 2**20
+
+
+def test_an_allocation_by_influence_may_leave_a_layer_whole() -> None:
+    whole, reduced = (Sizes(d_h=64, n=400, H=4, H_kv=4, d=16, k=k) for k in (400, 280))
+    assert solver_elements(MLPNystrom(), whole) == 6 * 400**2 + 2 * 400 * 64 > solver_elements(MLPNystrom(), reduced) >= 4 * 400**2
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    streamed = StreamedModel.open(str(save_dense("llama", tmp_path / "dense")))
+    task = task_on(streamed.model)
+
+    def refusal(states: int, solver: int, limit: int, *, on_disk: bool = False) -> str:
+        prediction = Prediction(host={"process": 100, "hidden states": states, "solver": solver}, device={})
+        with pytest.raises(UserError) as error:
+            check_fits(prediction, task, streamed, on_disk=on_disk, max_host_bytes=limit)
+        return str(error.value)
+
+    assert "calibration.num_samples=4 would fit, or out_of_core.hidden_states=disk" in refusal(1000, 100, 700)
+    assert "no number of samples would fit" in refusal(1000, 1000, 700)
+    assert "calibration.num_samples" not in refusal(1000, 100, 700, on_disk=True)
+    assert check_fits(Prediction(host={"process": 100}, device={}), task, streamed, on_disk=False, max_host_bytes=101) == {"host": 101}
+
+
+def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:
+    membership, group = tmp_path / "cgroup", tmp_path / "fs" / "jobs" / "mine"
+    group.mkdir(parents=True)
+    membership.write_text("0::/jobs/mine\n")
+    for name, text in {"memory.max": "max", "memory.current": "5", "memory.stat": "anon 1\ninactive_file 0\n"}.items():
+        (group / name).write_text(text)
+    for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 150\n"}.items():
+        (group.parent / name).write_text(text)
+    assert memory._group_limits(tmp_path / "fs", membership) == [450]
+    assert memory._group_limits(tmp_path / "fs", tmp_path / "absent") == []
+    assert 0 < memory.available_host_bytes()
