@@ -3,19 +3,21 @@
 import importlib.util
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import modegpt.cli.main as cli
 from analysis.expected import DIRECTORY, experiment
+from analysis.ingredients import DIRECTORY as INGREDIENTS
 from analysis.ingredients import combination, combinations, title
 from analysis.runs import annotated, hashable, setting
 from modegpt.cli.schema import config_directory
 from modegpt.compression.methods import METHODS, make_method
 from modegpt.compression.plus.method import MoDeGPTPlus
-from modegpt.compression.plus.switches import CHOICES
+from modegpt.compression.plus.switches import CHOICES, Switches
 from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
 
@@ -100,8 +102,10 @@ def test_every_ingredient_is_ablated() -> None:
     missing = {key for name, switches in combinations().items() if name.startswith("with") for key in switches if switches[key] != everything[key]}
     assert alone == ingredients and missing == ingredients | {"nested"}, "nested is no ingredient, but what it costs is measured"
     assert set(combinations()) == {settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings}
+    switches = {option.name for option in fields(Switches) if option.name in CHOICES or isinstance(option.default, bool)}
+    assert switches <= set(OmegaConf.load(INGREDIENTS / "paper.yaml")), "what a new switch is in the paper is said there"
     for key, choices in CHOICES.items():
-        assert {switches[key] for switches in combinations().values()} == set(choices)
+        assert {combined[key] for combined in combinations().values()} == set(choices)
 
 
 def test_a_switch_that_a_record_does_not_know_was_off() -> None:
