@@ -125,10 +125,11 @@ COMPARISONS: dict[str, Callable[[float, float], float]] = {
 }
 """How a number is set beside that of another run of the same seed."""
 
-DERIVED: dict[str, Callable[[Run, str], float]] = {
+DERIVED: dict[str, Callable[[Run, str], float | None]] = {
     "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
     "log_increase_per_percent": lambda run, name: _nats(run, name) / (100 * run.facts["achieved_sparsity"]),
     "nats_lost": lambda run, name: _nats(run, name),
+    "perplexity_before": lambda run, name: run.facts.get(f"before_{name}"),
 }
 
 

@@ -102,6 +102,19 @@ TABLES = (
     TableSpec("calibration_choice_perplexity", "Calibration text: perplexity", ("calibration_choice",), {"calibration.text": "Calibration text"}, at_rates(PERPLEXITY, (0.2, 0.3, 0.4)), per_text=False),
     TableSpec("calibration_choice_zeroshot", "Calibration text: zero-shot mean (%)", ("calibration_choice",), {"calibration.text": "Calibration text"}, at_rates(ZERO_SHOT, (0.2, 0.3, 0.4)), per_text=False, per_perplexity=False),
     TableSpec("ridge", "Ridge of the Nyström decomposition: perplexity", ("ridge",), {"decomposition.mlp.ridge": "Relative ridge"}, at_rates(PERPLEXITY, (0.3, 0.5))),
+    TableSpec(
+        "recovery",
+        "LoRA recovery, before and after",
+        ("recovery",),
+        {"compression.sparsity": "Rate", "method": "Method", "recovery.targets": "Adapted"},
+        (
+            Column("Perplexity before", "perplexity_before"),
+            replace(PERPLEXITY, label="after"),
+            Column("Zero-shot mean before (%)", "before_zeroshot_mean", scale=100, digits=1),
+            replace(ZERO_SHOT, label="after (%)"),
+        ),
+        note="Adapters are trained on the calibration text after compression and merged into the weights.",
+    ),
     TableSpec("seeds", "Spread over calibration seeds at 30 %", ("seeds",), METHODS, (PERPLEXITY, ZERO_SHOT, KEPT)),
     TableSpec(
         "compression_cost",

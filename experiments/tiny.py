@@ -62,6 +62,7 @@ PLAN = {
     "plus_cost": On((LLAMA,), full=(OPT, STORIES, BABY), scored=False),
     "plus_ablation": On((OPT,), full=(BABY,)),
     "zeroshot": On((LLAMA, OPT)),
+    "recovery": On((LLAMA,), full=(OPT, BABY), settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3")),
     "opt_family": On((OPT,), settings=TINY),
     "llama2_70b": On((LLAMA,), settings=TINY),
 }
@@ -102,7 +103,7 @@ class Sweep:
     @property
     def weight(self) -> float:
         """What one of its jobs costs, relative to those of other sweeps."""
-        return SECONDS[self.model] * (3 if self.experiment.startswith(("methods", "plus")) else 1)
+        return SECONDS[self.model] * (5 if self.experiment == "recovery" else 3 if self.experiment.startswith(("methods", "plus")) else 1)
 
 
 def overrides(name: str, text: list[str] | None = None, *, scored: bool = True) -> list[str]:

@@ -47,11 +47,14 @@ def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: 
     for task, entry in record["metrics"]["compressed"]["zeroshot"].items():
         entry["value"] = accuracy = record["metrics"]["dense"]["zeroshot"][task]["value"] - 0.05 * sparsity * weight - 0.01 * seed
         record["metrics"]["retention"][task] = accuracy / record["metrics"]["dense"]["zeroshot"][task]["value"]
+    if "recovery.targets" in settings:  # which takes one nat off
+        before = {"perplexity": {name: {"value": math.e * entry["value"]} for name, entry in scores.items()}, "zeroshot": {"mean": {"value": 0.25}}}
+        record["compression"]["recovery"] = {"name": "lora", "targets": settings["recovery.targets"], "num_steps": 1, "before": before}
     record["model"] |= {"name": model, "weights_sha256": weights * 64}
     record["metrics"]["limited"] = limited
     record["seeds"] = {"seed": seed, "calibration": seed}
     record["experiment"] = each.folder
-    chosen = {key: record["config"][key] for key in ("method", "decomposition", "allocation", "compression", "module", "calibration") if key in record["config"]}
+    chosen = {key: record["config"][key] for key in ("method", "decomposition", "allocation", "compression", "module", "calibration", "recovery") if key in record["config"]}
     record["identity"] = {"decides": {"seed": seed, "chosen": chosen, "model": [model, weights], "calibration": [text, seed], "evaluation": {}, "limited": limited}}
     record["name"] = model
     swept = " ".join(f"'{key}={value}'" for key, value in settings.items())

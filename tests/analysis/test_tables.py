@@ -118,3 +118,15 @@ def test_formats_hold_the_same_numbers(store, tmp_path: Path) -> None:
     [line] = [line for line in rows if line["Method"] == "Random" and line["quantity"] == "10 %" and "256-token" in line["block"]]
     assert (float(line["mean"]), float(line["sample_standard_deviation"]), line["n"]) == (pytest.approx(5.1), pytest.approx(0.1), "3")
     assert len(line["records"].split()) == 3
+
+
+def test_recovery_stands_beside_what_it_started_from(store, tmp_path: Path) -> None:
+    store.write(tmp_path, "recovery")
+    built = table(tmp_path, "recovery")
+    assert [column.label for column in built.columns] == ["Perplexity before", "after", "Zero-shot mean before (%)", "after (%)"]
+    dense, *rows = built.blocks[0][1]
+    assert dense.cells[0].values == () and len(rows) == 12
+    assert {row.labels[1:] for row in rows} == {("MoDeGPT", "MLP"), ("MoDeGPT", "all"), ("SliceGPT", "MLP"), ("SliceGPT", "all")}
+    for each in rows:
+        before, after = each.cells[0].mean, each.cells[1].mean
+        assert before == pytest.approx(2.718281828 * after) and each.cells[2].mean == pytest.approx(25.0)
