@@ -57,7 +57,7 @@ def make_tracker(
 
 @dataclass(frozen=True)
 class WandbTracker:
-    """A W&B run a record: configuration, summary metrics, tables, pictures, and the record itself as an artifact.
+    """A W&B run a record: configuration, summary metrics, tables, pictures, and an artifact of the record with both.
 
     ``group`` (default: the experiment's name) gathers a sweep. Offline runs lie in ``wandb/`` beside the record, with
     everything else W&B writes, until ``wandb sync`` sends them.
@@ -107,10 +107,14 @@ class WandbTracker:
         )
         try:
             run.summary.update(headline(record))
-            run.log({name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables(record).items()})
+            logged = {name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables(record).items()}
+            run.log(logged)
             run.log({picture.stem: wandb.Image(str(picture)) for picture in pictures})
             artifact = wandb.Artifact(f"record-{short}", type="record", metadata={"identity": record["identity"]["hash"]})
-            artifact.add_file(str(record_path))
+            for file in (record_path, *pictures):
+                artifact.add_file(str(file))
+            for name, table in logged.items():
+                artifact.add(table, name)
             run.log_artifact(artifact)
         finally:
             run.finish()

@@ -41,7 +41,12 @@ def test_offline_writes_a_run_beside_the_record_and_nowhere_else(
     assert b"ppl_tiny_256" in content and b"demo" in content and b"nystrom" in content
     media = sorted(file.name.partition("_")[0] for file in (run / "files" / "media").rglob("*.*") if file.is_file())
     assert media == ["layers", "layers", "scores", "scores"]  # a table and a picture each
-    assert list((path.parent / "wandb" / "data" / "artifacts").rglob("*")) != []
+    staged = [file for file in (path.parent / "wandb" / "data" / "artifacts").rglob("*") if file.is_file()]
+    held = [file.read_bytes() for file in staged]
+    assert path.read_bytes() in held and (path.parent / "scores.png").read_bytes() in held, "the artifact holds the record and the pictures"
+    short = record["identity"]["hash"][:8]
+    for entry in (f"record-{short}", "record.json", "scores.png", "layers.png", "scores.table.json", "layers.table.json"):
+        assert entry.encode() in content, "what `wandb sync` will send names every entry of the artifact"
     assert list(home.rglob("*")) == [] and dict(os.environ) == before
 
 
