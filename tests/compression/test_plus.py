@@ -1,5 +1,6 @@
 """The improved method on every family: exact at zero, on budget, its refits those of explicit activations."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 
 from modegpt.allocation.policies import Uniform
-from modegpt.architectures import block_linear_parameters, decoder_layers, layer_shapes
+from modegpt.architectures import block_linear_parameters, decoder_layers, layer_shapes, read_query_key
 from modegpt.compression.modegpt import MoDeGPT
+from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.method import MoDeGPTPlus
+from modegpt.compression.plus.query_key import candidates
 from modegpt.compression.plus.sensitivity import expected
 from modegpt.compression.plus.streams import Split
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
@@ -19,7 +22,7 @@ from tests.architectures.family_table import CONFIGS, dense_model
 from tests.baselines.protocol_checks import achieved_sparsity, check_compression, check_saved_and_generating, check_zero_sparsity
 from tests.baselines.task_of import task_of
 
-OFF = {"sequential": False, "refit": False, "beta": 0.0, "mlp": "leverage", "query_key": "paper", "value_output": "values", "bias": "none", "allocation": "uniform"}
+OFF = {"sequential": False, "refit": False, "align": False, "beta": 0.0, "mlp": "leverage", "query_key": "paper", "value_output": "values", "bias": "none", "allocation": "uniform"}
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen3"])
@@ -93,6 +96,43 @@ def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch
     check("h", "mlp", "middle", family.down(last[1]))
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm-projected"])
+def test_aligned_inputs_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ridge, no linear map of the last layer's inputs comes nearer to the dense stream's projections than the aligned ones."""
+    monkeypatch.setattr("modegpt.compression.plus.layer.held_out_refit", unridged)
+    model, task = dense_model(name), task_of(dense_model(name), 0.1, num_samples=30)
+    own = {"mlp": 0.0, "value_output": 0.4, "query_key": 0.0}
+    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform").compress(task).model
+    family, ids = task.family, task.calibration.tokens.ids
+    last = [decoder_layers(m)[-1] for m in (model, compressed)]
+    for linear in (family.query, family.key, family.up):
+        seen: list[list[Tensor]] = []
+        hooks = [linear(layer).register_forward_hook(lambda _, args, out, seen=seen: seen.append((args[0].flatten(0, -2).double(), out.flatten(0, -2).double()))) for layer in last]
+        with torch.no_grad():
+            model(ids), compressed(ids)
+        for hook in hooks:
+            hook.remove()
+        (_, target), (x, out) = seen
+        bias = linear(last[0]).bias
+        bias = 0.0 if bias is None else bias.detach().double()
+        best = (x @ torch.linalg.lstsq(x, target - bias).solution + bias - target).square().sum()
+        assert (out - target).square().sum() <= best * (1 + 1e-5) + 1e-9
+        assert not torch.equal(linear(last[0]).weight, linear(last[1]).weight)
+
+
+def test_without_two_streams_every_module_is_reduced_on_the_dense_activations() -> None:
+    """``sequential=False``: the reduced MLP is the closed form on the dense model's own hidden states, whatever happened before it."""
+    model = dense_model("llama")
+    off = {"sequential": False, "refit": False, "align": False, "allocation": "uniform"}
+    all_modules, mlp_alone = (
+        MoDeGPTPlus(**off, module_sparsity={"mlp": 0.3, "query_key": share, "value_output": share}).compress(task_of(model, 0.3, num_samples=30)).model
+        for share in (0.5, 0.0)
+    )
+    for one, other, dense in zip(decoder_layers(all_modules), decoder_layers(mlp_alone), decoder_layers(model), strict=True):
+        assert torch.equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight)
+        assert torch.equal(other.self_attn.o_proj.weight, dense.self_attn.o_proj.weight) and one.self_attn.o_proj.weight.shape != dense.self_attn.o_proj.weight.shape
+
+
 def test_selection_is_never_worse_than_the_papers_on_held_out_windows() -> None:
     for name in ("llama", "opt", "qwen2-windows"):
         compressed = MoDeGPTPlus(allocation="uniform").compress(task_of(dense_model(name), 0.4))
@@ -100,6 +140,24 @@ def test_selection_is_never_worse_than_the_papers_on_held_out_windows() -> None:
             errors = layer["numerics"]["query_key"]["held_out"]
             assert layer["relative_error"]["query_key"] <= min(errors.values()) * (1 + 1e-9)
             assert {"paper", "logits", "output"} < set(errors)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_shift_common_to_all_keys_changes_no_centred_selection(name: str) -> None:
+    """Softmax cancels it, so neither may the logit errors see it; uncentred ones do."""
+    model = dense_model(name)
+    layer, task = decoder_layers(model)[0], task_of(model, 0.3)
+    split = Split.of(task.calibration.tokens.ids, batch_size=task.calibration.batch_size)
+    states = sample(task.family, layer, 0, task.calibration.embed(), split, num_windows=8, queries_per_window=8, precision=torch.float64, generator=task.generator())
+    shift = 3 * states.C_K.diagonal(dim1=1, dim2=2).mean().div(states.num_tokens).sqrt() * torch.arange(states.C_K.shape[-1]).double().cos().expand(len(states.C_K), -1)
+    outer = states.k_sum.unsqueeze(-1) * shift.unsqueeze(-2)
+    moved = replace(states, C_K=states.C_K + outer + outer.mT + states.num_tokens * shift.unsqueeze(-1) * shift.unsqueeze(-2), k_sum=states.k_sum + states.num_tokens * shift)
+    torch.testing.assert_close(moved.centred_C_K, states.centred_C_K)
+    weights = read_query_key(task.family, layer)
+    for centred in (True, False):
+        one, other = (next(c for c in candidates(weights, s, 4, ridges=(), improved=True, centred=centred) if c.name == "logits") for s in (states, moved))
+        same = all(torch.allclose(a @ b.repeat_interleave(len(a) // len(b), dim=0).mT, c @ d.repeat_interleave(len(c) // len(d), dim=0).mT, atol=1e-6) for a, b, c, d in [(one.T_Q, one.T_K, other.T_Q, other.T_K)])
+        assert same == centred
 
 
 def test_head_norms_keep_queries_and_keys_and_the_rest_pays() -> None:
@@ -117,9 +175,9 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
     assert all(layer["ranks"]["query_key"] == 4 and layer["ranks"]["mlp"] % 4 == 0 for layer in own.layers)
 
 
-@pytest.mark.parametrize("changes", [{"beta": 2.0}, {"mlp": "best"}, {"cap": 1.0}, {"shares": ()}, {"sequential": False}, {"query_key_windows": 0}])
+@pytest.mark.parametrize("changes", [{"beta": 2.0}, {"mlp": "best"}, {"cap": 1.0}, {"shares": ()}, {"sequential": False}, {"sequential": False, "refit": False}, {"query_key_windows": 0}])
 def test_wrong_options_are_refused(changes: dict) -> None:
-    with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.refit"):
+    with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.(refit|align)"):
         MoDeGPTPlus(**changes)
 
 
@@ -135,8 +193,8 @@ def test_modules_at_full_rank_correct_what_came_before() -> None:
     """With queries and keys reduced alone, later output matrices still move; in front of the first change nothing does."""
     own = {"mlp": 0.0, "value_output": 0.0, "query_key": 0.5}
     model = dense_model("llama")
-    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform").compress(task_of(model, 0.1, num_samples=30)).model
-    dense = MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False).compress(task_of(model, 0.1, num_samples=30)).model
+    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform", align=False).compress(task_of(model, 0.1, num_samples=30)).model
+    dense = MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False, align=False).compress(task_of(model, 0.1, num_samples=30)).model
     for m, moved in ((compressed, True), (dense, False)):
         layer, reference = decoder_layers(m)[1], decoder_layers(model)[1]
         assert torch.equal(layer.mlp.up_proj.weight, reference.mlp.up_proj.weight)

@@ -39,12 +39,15 @@ class Targets:
     attention: list[Tensor]
     mlp: list[Tensor]
     middle: list[Tensor]
+    attention_input: list[Tensor]
+    mlp_input: list[Tensor]
 
 
 @dataclass
 class LayerPass:
-    """Reduces layer ``index``; ``stream`` is the compressed stream in front of it.
+    """Reduces layer ``index``; ``stream`` is the compressed stream in front of it, ``moved`` whether it differs from the dense one.
 
+    aligned: input maps of full size, refitted to what the compressed stream makes of the layer's inputs; ``layer`` then has them.
     post_norm: the norms come after the sums (some OPT), so the MLP's own input is what enters its sum.
     """
 
@@ -57,7 +60,10 @@ class LayerPass:
     options: Switches
     precision: torch.dtype
     generator: torch.Generator
+    moved: bool
     reductions: dict[str, Reduction] = field(default_factory=dict)
+    aligned: dict[str, Tensor] = field(default_factory=dict)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def post_norm(self) -> bool:
@@ -66,31 +72,61 @@ class LayerPass:
     def result(self) -> tuple[LayerShape, dict[str, Tensor], nn.Module]:
         """Shape, changed tensors and runnable layer of the reductions made so far."""
         shape, changed = assemble_layer(self.family, self.config, self.reductions)
+        changed = self.aligned | changed
         if not changed:
             return shape, changed, self.layer
         config = compressed_config(self.config, [shape] * self.config.num_hidden_layers)
         return shape, changed, build_layer(config, self.index, merged_tensors(self.family, self.layer, changed))
 
-    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates, *, refit_whole: bool) -> tuple[LayerShape, dict[str, Tensor]]:
+    def reduce(self, ranks: Mapping[str, int], dense: HiddenStates) -> tuple[LayerShape, dict[str, Tensor]]:
         """Reduce the modules in the order of the forward pass; both streams move on. Returns the layer's shape and changed tensors.
 
-        A module at full rank is left alone, or with ``refit_whole`` has its output matrix solved like the others': it corrects what came before.
+        A module at full rank is left alone until the stream has moved, and then has its output matrix solved like the others', where
+        ``refit`` says so: it corrects what came before.
         """
+        family, options = self.family, self.options
         targets, dense_attention = self._dense_targets(dense)
+        if options.align and self.moved:
+            self._align("attention", targets.attention_input, (family.query_path, family.key_path, family.value_path))
         if ranks["query_key"] < self.read("query_key").inner_size:
             self.reduce_query_key(ranks["query_key"])
-        wanted = {module for module in ("value_output", "mlp") if refit_whole or ranks[module] < self.read(module).inner_size}
+        refitted = options.refit and self.moved
+        wanted = {module for module in ("value_output", "mlp") if refitted or ranks[module] < self.read(module).inner_size}
         attention = self.reduce_value_output(ranks["value_output"], targets) if "value_output" in wanted else None
-        if not self.options.sequential:
+        if not options.sequential:
             attention = dense_attention
         elif attention is None:
             attention = self._attention_outputs()
+        if options.align and (self.moved or self.reductions):
+            self._align("mlp", targets.mlp_input, (family.up_path, *([family.gate_path] if family.gate_path else [])), attention)
         if "mlp" in wanted:
             self.reduce_mlp(ranks["mlp"], targets, attention)
         shape, changed, reduced = self.result()
-        if self.options.sequential:
+        if options.sequential:
             self._advance(reduced, attention)
         return shape, changed
+
+    def _align(self, name: str, dense_inputs: list[Tensor], paths: tuple[str, ...], attention: Sequence[Tensor] | None = None) -> None:
+        """Refit the input maps ``paths`` of ``layer`` to the dense ones' outputs: ``W <- A W``, ``A = argmin ||x~ A - x||^2`` near the identity.
+
+        x~ and x are the compressed and the dense stream after the norm, so one A (d_h, d_h) serves all maps that read them.
+        """
+        layer = self.layer
+        taps = {"x": (layer.get_submodule(paths[0]), "input")}
+        size = dense_inputs[0].shape[-1]
+        parts = self._moments(size, size)
+        given = None if attention is None else (self.family.attention(layer), attention)
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
+            self._update(parts, seen.batch, seen.seen["x"], dense_inputs[seen.batch], 0)
+        identity = torch.eye(size, dtype=torch.float64, device=dense_inputs[0].device)
+        refit = held_out_refit(parts[False], parts[True], (identity, identity))
+        self.alignment[name] = _report(refit)
+        for path in paths:
+            linear = layer.get_submodule(path)
+            self.aligned[f"{path}.weight"] = (linear.weight.double() @ refit.W.mT).to(linear.weight.dtype)
+            if linear.bias is not None:
+                self.aligned[f"{path}.bias"] = linear.bias
+        self.layer = build_layer(compressed_config(self.config), self.index, merged_tensors(self.family, layer, self.aligned))
 
     def read(self, module: str) -> Weights:
         return READ[module](self.family, self.layer)
@@ -99,13 +135,18 @@ class LayerPass:
         """Run the dense layer on the dense stream, which moves on; also returns what its attention adds."""
         family, layer, beta = self.family, self.layer, self.options.beta
         taps = {"attention": (family.output(layer), "output"), "mlp": (family.down(layer), "output"), **self._middle_tap(layer)}
-        targets, attention = Targets([], [], []), []
+        if self.options.align:
+            taps |= {"attention_input": (family.query(layer), "input"), "mlp_input": (family.up(layer), "input")}
+        targets, attention = Targets([], [], [], [], []), []
         for seen in observe(layer, self.index, dense, taps, stop=False):
             added = seen.seen["attention"]
             attention.append(added)
             targets.attention.append(added + beta * (seen.x - self.stream.batches[seen.batch]))
             targets.mlp.append(seen.seen["mlp"])
             targets.middle.append(self._middle(seen, added))
+            if self.options.align:
+                targets.attention_input.append(seen.seen["attention_input"])
+                targets.mlp_input.append(seen.seen["mlp_input"])
             dense.batches[seen.batch] = seen.output
         return targets, attention
 

@@ -78,9 +78,10 @@ class MoDeGPTPlus(Switches, Method):
         shapes, tensors, reports, changed_so_far = [], [], [], False
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
             stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
-            work = LayerPass(task.family, task.model.config, layer, index, stream, split, self, calibration.precision, generator)
+            moved = changed_so_far and index not in self.skip_layers
+            work = LayerPass(task.family, task.model.config, layer, index, stream, split, self, calibration.precision, generator, moved)
             with calibration.meter.stage("layers") as metered:
-                shape, changed = work.reduce(plan.ranks[index], dense, refit_whole=bool(self.refit and changed_so_far and index not in self.skip_layers))
+                shape, changed = work.reduce(plan.ranks[index], dense)
                 changed_so_far = changed_so_far or bool(changed)
                 ids = calibration.tokens.ids
                 cost = layer_work(task.model, task.family, layer, ids, shape, self, sampled_windows=split.batches_with(self.query_key_windows) * calibration.batch_size)
@@ -89,6 +90,7 @@ class MoDeGPTPlus(Switches, Method):
             shapes.append(shape)
             tensors.append(changed)
             reports.append(report(index, work.reductions, plan.ranks[index], task))
+            reports[-1]["numerics"] |= {f"{name}_input": facts for name, facts in work.alignment.items()}
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         return self._finished(task, plan, shapes, tensors, reports, influence)
 

@@ -21,6 +21,7 @@ class Switches:
         sequential: statistics from the stream of the model compressed so far rather than the dense one.
         refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same inputs.
         beta: share of the residual stream's error made so far that each refit corrects.
+        align: solve the input matrices for what the dense ones make of the dense stream, from the compressed stream.
         mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
         query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by the attention
             output's first-order error compete on held-out windows for each key head; ``rescaled``: with kept queries turned and scaled as well.
@@ -30,7 +31,7 @@ class Switches:
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
-        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False, refit=False``.
+        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False``.
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on; those held out among the same batches check it.
     """
@@ -38,6 +39,7 @@ class Switches:
     sequential: bool = True
     refit: bool = True
     beta: float = 1.0
+    align: bool = True
     mlp: str = "elimination"
     query_key: str = "rescaled"
     centred: bool = True
@@ -63,7 +65,8 @@ class Switches:
         for name in ("queries_per_window", "query_key_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
-        if self.refit and not self.sequential:
-            raise UserError("method.refit=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")
-        if self.nested and (self.sequential or self.refit or self.allocation == "entropic"):
-            raise UserError("method.nested=true needs method.sequential=false, method.refit=false and method.allocation=loss or uniform: its orders serve every rate")
+        for name in ("refit", "align"):
+            if getattr(self, name) and not self.sequential:
+                raise UserError(f"method.{name}=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")
+        if self.nested and (self.sequential or self.allocation == "entropic"):
+            raise UserError("method.nested=true needs method.sequential=false (with refit=false, align=false) and method.allocation=loss or uniform: its orders serve every rate")
