@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test tiny-models experiments paper install clean
+.PHONY: demo test test-slow tiny-models experiments paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -18,6 +18,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+
+# The tests that take minutes and gigabytes: a 1.3B-shaped model compressed out of core.
+test-slow: $(INSTALLED)
+	@$(PY) -m pytest -q -m large
 
 # A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
 slurm-test: $(INSTALLED)
