@@ -50,7 +50,7 @@ class On:
 
 
 PLAN = {
-    "methods": On((LLAMA, OPT, STORIES, BABY)),
+    "methods": On((LLAMA, OPT, BABY), full=(STORIES,)),
     "methods_seeds": On((LLAMA,), full=(OPT, STORIES, BABY)),
     **dict.fromkeys(("variants_mlp", "variants_value_output"), On((LLAMA, OPT), full=(BABY,))),
     "variants_query_key": On((LLAMA,), full=(BABY,)),
