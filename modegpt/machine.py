@@ -39,13 +39,13 @@ class Ceiling:
 
 
 @functools.cache
-def measure_ceiling(device: str, dtype: torch.dtype, size: int | None = None, budget_seconds: float = BUDGET_SECONDS) -> Ceiling:
+def measure_ceiling(device: str, dtype: torch.dtype, size: int | None = None, budget_seconds: float = BUDGET_SECONDS, clock: Callable[[], float] = time.perf_counter) -> Ceiling:
     """Measure ``device`` with PyTorch's present number of threads, once a process, in about ``BUDGET_SECONDS``.
 
     Products in ``dtype``, float32 and float64, of square matrices of ``size`` (default: by device). The best run
     counts: what else the machine does can only slow it down. ``budget_seconds`` buys more runs, and larger matrices.
     """
-    deadline = time.perf_counter() + budget_seconds
+    deadline = clock() + budget_seconds
     kind = torch.device(device).type
     size = size or SIZE.get(kind, 1024)
     generator = torch.Generator(device).manual_seed(0)
@@ -54,27 +54,27 @@ def measure_ceiling(device: str, dtype: torch.dtype, size: int | None = None, bu
     for product_dtype in {dtype, torch.float32, torch.float64}:
         A = square.to(product_dtype)
         out = torch.empty_like(A)
-        gemm[str(product_dtype).removeprefix("torch.")] = 2.0 * size**3 / _seconds(lambda: torch.mm(A, A, out=out), device, deadline)
+        gemm[str(product_dtype).removeprefix("torch.")] = 2.0 * size**3 / _seconds(lambda: torch.mm(A, A, out=out), device, deadline, clock)
     definite = square.double()
     definite = definite + definite.T
     definite.diagonal().add_(4.0 * size)
     factor = torch.empty_like(definite), torch.empty((), dtype=torch.int32, device=device)
-    cholesky = _seconds(lambda: torch.linalg.cholesky_ex(definite, out=factor), device, deadline)
+    cholesky = _seconds(lambda: torch.linalg.cholesky_ex(definite, out=factor), device, deadline, clock)
     source = torch.ones(COPY_BYTES.get(kind, 2**26) // 4, device=device)
     target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device, deadline)
+    copy = _seconds(lambda: target.copy_(source), device, deadline, clock)
     return Ceiling(device=kind, gemm=gemm, factorisation=size**3 / 3 / cholesky, copy=2.0 * source.nbytes / copy, size=size)
 
 
-def _seconds(operation: Callable[[], object], device: str, deadline: float) -> float:
+def _seconds(operation: Callable[[], object], device: str, deadline: float, clock: Callable[[], float]) -> float:
     """The shortest of ``REPEATS`` runs, the first of which warms up, or as many as end before the ``deadline``."""
     best = float("inf")
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = clock()
         operation()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
-        stop = time.perf_counter()
+        stop = clock()
         best = min(best, stop - start)
         if stop > deadline:
             break

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -45,7 +45,7 @@ class Stage:
 class CostMeter:
     """Accumulates the cost of a run; methods add what they know, ``stage`` measures time.
 
-    ``ceiling`` is the machine's speed, where it was measured.
+    ``ceiling`` is the machine's speed, where it was measured. ``clock`` gives seconds.
     """
 
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -53,6 +53,7 @@ class CostMeter:
     backward_passes: float = 0.0
     calibration_tokens: int = 0
     ceiling: Ceiling | None = None
+    clock: Callable[[], float] = time.perf_counter
     _open: list[Stage] = field(default_factory=list)
 
     @contextmanager
@@ -66,14 +67,14 @@ class CostMeter:
         outer = self._open[-1] if self._open else None
         stage = self.stages.setdefault(name, Stage(name, within=outer and outer.name))
         self._open.append(stage)
-        start = time.perf_counter()
+        start = self.clock()
         try:
             with WorkCounter(stage.add) if counted else nullcontext():
                 yield stage
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed = self.clock() - start
             self._open.pop()
             stage.seconds += elapsed
             if outer is not None:

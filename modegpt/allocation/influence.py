@@ -6,6 +6,10 @@ from torch import Tensor
 from modegpt.errors import UserError
 
 
+CACHED_ROWS = 128
+"""Tokens at a time on a CPU, whose float64 copies then stay in its cache."""
+
+
 class BlockInfluence:
     """Streaming ``s = 1 - mean cos(x_in, x_out)`` over the tokens of one layer.
 
@@ -19,7 +23,10 @@ class BlockInfluence:
     def update(self, x_in: Tensor, x_out: Tensor) -> None:
         """Add a batch: x_in, x_out (..., d_h), the residual stream entering and leaving the layer."""
         assert x_in.shape == x_out.shape, (x_in.shape, x_out.shape)
-        cosines = torch.nn.functional.cosine_similarity(x_in.double(), x_out.double(), dim=-1, eps=1e-300)
+        size = x_in.shape[-1]
+        num_rows = CACHED_ROWS if x_in.device.type == "cpu" else x_in.numel() // size
+        pairs = zip(x_in.reshape(-1, size).split(num_rows), x_out.reshape(-1, size).split(num_rows), strict=True)
+        cosines = torch.cat([torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300) for a, b in pairs])
         self.total += float(cosines.sum())
         self.num_tokens += cosines.numel()
 

@@ -136,7 +136,7 @@ class LayerObserver:
             ("attention.C_x",): lambda: on_input(family.query(layer), lambda x: self._second("attention.C_x", x.unsqueeze(-2))),
             ("query_key.C_Q",): lambda: on_output(family.query(layer), query_states),
             ("query_key.C_K",): lambda: on_output(family.key(layer), key_states),
-            ("value_output.G",): lambda: on_output(value, lambda out: self._second("value_output.G", heads(out) - b_V)),
+            ("value_output.G",): lambda: on_output(value, lambda out: self._second("value_output.G", heads(out) - b_V if b_V.ndim else heads(out))),
             ("value_output.A", "value_output.mean", "value_output.C_o"): lambda: on_input(output, attention_output),
             ("mlp.C_x",): lambda: on_input(family.up(layer), lambda x: self._second("mlp.C_x", x.unsqueeze(-2))),
             ("mlp.C", "mlp.mean"): lambda: on_input(family.down(layer), mlp_hidden),
