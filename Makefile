@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test test-slow tiny-models experiments paper install clean
+.PHONY: demo test test-slow tiny-models experiments bench paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -33,6 +33,10 @@ tiny-models: $(INSTALLED)
 # The tiny version of every experiment; interrupt it and start it again as you like.
 experiments: $(INSTALLED)
 	@$(PY) experiments/tiny.py --jobs $(JOBS)
+
+# What compression, the compressed model and scoring cost, as ratios to what the machine allows; run it on an idle machine.
+bench: $(INSTALLED)
+	@for each in experiments/bench_*.py; do echo "$$each"; OMP_NUM_THREADS=1 $(PY) $$each || exit 1; done
 
 # Every table, figure and the report, from the records under results/.
 paper: $(INSTALLED)

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     config._attn_implementation = "sdpa"
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
-    workloads = [parsed(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
+    workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
     configs: dict[str, PreTrainedConfig] = {DENSE: config}
     for sparsity in arguments.sparsity:
         for name in arguments.multiples:
@@ -115,14 +115,6 @@ def run(arguments: argparse.Namespace) -> None:
     path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(ceiling), "models": about, "measurements": results})
     reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
     print(f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}")
-
-
-def parsed(phase: str, text: str) -> Workload:
-    """``"8x128"`` as a workload. Raises UserError for anything else."""
-    batch_size, _, length = text.partition("x")
-    if not (batch_size.isdigit() and length.isdigit()):
-        raise UserError(f"--{phase} takes BATCHxLENGTH, for example 8x128, got {text!r}")
-    return Workload(phase, int(batch_size), int(length))
 
 
 if __name__ == "__main__":

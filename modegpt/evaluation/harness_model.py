@@ -79,7 +79,12 @@ class HarnessModel(HFLM):
         bos = self.tokenizer.bos_token
         if bos and any(text.startswith(bos) for text in texts):
             return [self.tok_encode(text) for text in texts]  # which adds no second BOS
-        return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        backend.no_truncation()  # what an earlier caller may have left behind
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]  # without offsets into the text, which nobody reads
 
     def _encode_alone(self, continuation: str) -> Encoded:
         """Without a context the first token is predicted from BOS (EOS where there is none)."""

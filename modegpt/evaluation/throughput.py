@@ -1,5 +1,6 @@
 """How fast causal language models run side by side, and how fast their sizes say they could."""
 
+import ctypes
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,14 @@ class Workload:
             raise UserError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
         if min(self.batch_size, self.length) < 1:
             raise UserError(f"batch size and length must be at least 1, got {self.batch_size} and {self.length}")
+
+    @classmethod
+    def parse(cls, phase: str, text: str) -> "Workload":
+        """``"8x128"``: batch size 8, length 128. Raises UserError for anything else."""
+        batch_size, _, length = text.partition("x")
+        if not (batch_size.isdigit() and length.isdigit()):
+            raise UserError(f"a workload is BATCHxLENGTH, for example 8x128, got {text!r}")
+        return cls(phase, int(batch_size), int(length))
 
     @property
     def num_tokens(self) -> int:
@@ -235,8 +244,9 @@ def _resident(name: str, *, reset: bool = False) -> int | None:
     """Resident bytes of this process on Linux, now or at their highest since the last reset; None elsewhere."""
     try:
         if reset:
+            ctypes.CDLL(None).malloc_trim(0)  # else the step may find what it needs in memory that was freed but kept
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-    except OSError:
+    except (OSError, AttributeError):  # another system, or another C library
         return None
     return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])

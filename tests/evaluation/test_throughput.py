@@ -1,0 +1,81 @@
+"""What a benchmark counts is right by hand, and its scripts run and record."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from modegpt.errors import UserError
+from modegpt.evaluation.throughput import Ceiling, Work, Workload, cache_bytes_per_token, measure, work_of
+from modegpt.modeling.checkpoints import save_checkpoint
+from tests.architectures.family_table import CONFIGS, dense_model, sliced_model
+from tests.modeling.saved import tiny_tokenizer
+
+
+def script(repository: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, repository / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_work_by_hand() -> None:
+    """Llama of width 32, 4 query and 2 key/value heads of 8, MLP 40, 3 layers, vocabulary 61."""
+    model = dense_model("llama")
+    block, head = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 40), 61 * 32
+    assert work_of(model, Workload("prefill", 2, 5)) == Work(flops=2 * 2 * (5 * block + head + 3 * 4 * 16 * 15), bytes=4 * (block + head))
+    cache = 3 * 2 * 16 * 4
+    assert cache_bytes_per_token(model.config, torch.float32) == cache
+    assert work_of(model, Workload("decode", 2, 5)) == Work(flops=2 * 2 * (block + head + 3 * 4 * 16 * 5), bytes=4 * (block + head) + 2 * 5 * cache)
+    assert Ceiling(10.0, 100.0).seconds(Work(20.0, 100.0)) == 2.0 and Ceiling(10.0, 100.0).seconds(Work(1.0, 300.0)) == 3.0
+
+
+def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
+    dense = dense_model("llama")
+    models = {"dense": dense, "smaller": sliced_model(dense)[0]}
+    order: list[str] = []
+    for label, model in models.items():
+        model.register_forward_pre_hook(lambda *_, label=label: order.append(label))
+    lines: list[str] = []
+    results = measure(models, [Workload("prefill", 1, 6), Workload("decode", 2, 6)], repeats=2, decode_tokens=3, ceiling=Ceiling(1e9, 1e9), say=lines.append)
+    assert order[:6] == ["dense", "smaller", "smaller", "dense", "dense", "smaller"], "a rotating order"
+    assert [(each["phase"], each["model"], len(each["samples_seconds"])) for each in results] == [(phase, label, 2) for phase in ("prefill", "decode") for label in models]
+    assert all(each["seconds"] > 0 and each["tokens_per_second"] > 0 for each in results)
+    assert results[0]["speedup"] == results[0]["ideal_speedup"] == 1.0 < results[1]["ideal_speedup"]
+    assert len(lines) == 4 and "of an ideal" in lines[1]
+
+
+@pytest.mark.parametrize("text", ["8", "x8", "8xa", "0x8"])
+def test_a_wrong_workload_is_explained(text: str) -> None:
+    with pytest.raises(UserError):
+        Workload.parse("decode", text)
+
+
+def test_shapes_are_those_the_method_would_plan(repository: Path) -> None:
+    bench = script(repository, "bench_inference")
+    config = CONFIGS["llama"]
+    config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "intermediate_size": 128})
+    shapes = bench.planned_shapes(config, 0.3, {"mlp": 8, "query_key": 2, "value_output": 2})
+    assert len(shapes) == 8 and len({shape.intermediate_size for shape in shapes}) > 2
+    assert all(shape.intermediate_size % 8 == 0 and shape.qk_head_dim % 2 == 0 for shape in shapes)
+
+
+def test_the_scripts_record(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    model = dense_model("llama")
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole", {})
+    save_checkpoint(sliced_model(model)[0], tiny_tokenizer(), tmp_path / "part", {})
+    output = tmp_path / "bench" / "throughput.json"
+    options = ["--prefill", "1x4", "--decode", "2x4", "--repeats", "1", "--decode-tokens", "1", "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["experiments/throughput.py", *options])
+    throughput = script(repository, "throughput")
+    monkeypatch.setattr(throughput, "measure_ceiling", lambda *_, **__: Ceiling(1e9, 1e9))
+    assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "part"), *options]) == 0
+    record = json.loads(output.read_text())
+    assert record["kind"] == "throughput" and record["models"]["part"]["cache_share"] < 1 and record["provenance"]["packages"]["torch"]
+    assert str(tmp_path) not in output.read_text() and [path.name for path in output.parent.iterdir()] == ["throughput.json"]
+    assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "nothing"), *options]) == 2
+    assert "no model directory" in capsys.readouterr().err
