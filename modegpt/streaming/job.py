@@ -42,16 +42,20 @@ class OutOfCore:
         assert isinstance(method, MoDeGPT)
         on_disk, progress = self.options.hidden_states == "disk", task.calibration.progress
         self.prediction = predict(method, task, self.streamed, evaluation, on_disk=on_disk)
-        self.available = check_fits(self.prediction, task, self.streamed, on_disk=on_disk, max_host_bytes=self.options.max_host_bytes)
+        limit = self.options.max_host_bytes
+        self.available = check_fits(self.prediction, task, self.streamed, on_disk=on_disk, max_host_bytes=limit)
         for place, parts in self.prediction.record().items():
             spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "total")
-            progress.say(f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); {gib(self.available[place])} are available")
+            available = gib(self.available[place])
+            progress.say(f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); {available} are available")
 
     def score(self, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
         """``evaluate`` of the dense model, layer by layer."""
         return _score(self.streamed, evaluation, label=label, progress=progress)
 
-    def compress(self, method: Method, task: CompressionTask, *, destination: Path, decides: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Compressed:
+    def compress(
+        self, method: Method, task: CompressionTask, *, destination: Path, decides: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> Compressed:
         """Compress into a workspace beside ``destination``, going on where an earlier process of the same run was stopped."""
         assert isinstance(method, MoDeGPT)
         chosen = {name: value for name, value in decides.items() if name != "evaluation"}
@@ -104,7 +108,7 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, z
     if save_model is None:
         raise UserError("out of core the compressed model exists only on disk: say where with output.save_model=DIRECTORY (or auto)")
     if zeroshot_tasks:
-        raise UserError("zero-shot tasks need the whole model in memory: evaluation.zeroshot.tasks=null (or evaluation=none) with out_of_core.enabled=true")
+        raise UserError("zero-shot tasks need the whole model in memory: with out_of_core.enabled=true set evaluation.zeroshot.tasks=null")
 
 
 def _score(streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:

@@ -51,7 +51,7 @@ STATISTIC_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
 
 
 def _nystrom(s: Sizes) -> int:
-    """Scores: C + lambda I, its equilibrated form, its factor twice. Refit: rows of C and five of k x k (block, equilibrated, jittered, factor)."""
+    """Scores: C + lambda I, its equilibrated form, its factor twice. Refit: rows of C, and of k x k a block, its forms, its factor twice."""
     return max(4 * s.n**2, s.k * s.n + 5 * s.k**2) + 2 * s.n * s.d_h
 
 
@@ -98,7 +98,8 @@ def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, eva
     sizes = Sizes(config.hidden_size, n, config.num_attention_heads, shape.num_kv_heads, shape.qk_head_dim, most_kept)
     state = model.state_dict()
     layer_sizes = [state[name].numel() * itemsize for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0.")]
-    outer_sizes = {head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in streamed.tied] for head in (False, True)}
+    tied = streamed.tied
+    outer_sizes = {head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in tied] for head in (False, True)}
     layer, largest = sum(layer_sizes), max(*layer_sizes, *outer_sizes[True])
 
     length = tokens.ids.shape[1]
@@ -138,7 +139,9 @@ def solver_elements(variant: Variant, sizes: Sizes) -> int:
     return ATTENTION_COPIES * sizes.d_h * sizes.H * sizes.d if needed is None else needed(sizes)
 
 
-def check_fits(prediction: Prediction, task: CompressionTask, streamed: StreamedModel, *, on_disk: bool, max_host_bytes: int | None) -> dict[str, int]:
+def check_fits(
+    prediction: Prediction, task: CompressionTask, streamed: StreamedModel, *, on_disk: bool, max_host_bytes: int | None
+) -> dict[str, int]:
     """What is available, by place. Raises UserError when it is less than what ``prediction`` needs, saying what would fit."""
     available = {"host": resident_bytes() + available_host_bytes()}
     if max_host_bytes is not None:
@@ -150,7 +153,10 @@ def check_fits(prediction: Prediction, task: CompressionTask, streamed: Streamed
         excess = sum(parts.values()) - available[place]
         if excess > 0:
             spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-            raise UserError(f"out of core this needs about {gib(sum(parts.values()))} of {place} memory ({spelled}) and {gib(available[place])} are available; {_remedy(parts, excess, task, on_disk)}")
+            raise UserError(
+                f"out of core this needs about {gib(sum(parts.values()))} of {place} memory ({spelled}) and {gib(available[place])} are "
+                f"available; {_remedy(parts, excess, task, on_disk)}"
+            )
     return available
 
 
@@ -187,14 +193,14 @@ def _group_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     for _, controllers, path in groups:
         if controllers not in ("", "memory"):
             continue
-        top, (limit, usage) = (root, ("memory.max", "memory.current")) if not controllers else (root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+        top, limit, usage = (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else (root, "memory.max", "memory.current")
         folder = top / path.lstrip("/")
         for place in (folder, *folder.parents):
             try:
                 text = (place / limit).read_text().strip()
-                droppable = next((int(line.split()[1]) for line in (place / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")), 0)
+                counts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
                 if text != "max":
-                    left.append(max(0, int(text) - int((place / usage).read_text()) + droppable))
+                    left.append(max(0, int(text) - int((place / usage).read_text()) + int(counts.get("inactive_file", 0))))
             except (OSError, ValueError):
                 pass
             if place == top:

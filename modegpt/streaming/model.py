@@ -160,7 +160,9 @@ def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) ->
     for name, original in tied.items():
         if sources[name] is not None and sources[original] is not None:
             if not torch.equal(shards.read(sources[name][0]), shards.read(sources[original][0])):
-                raise UserError(f"{shards.directory} ties {name} to {original} but stores different values; set tie_word_embeddings to false in its config.json")
+                raise UserError(
+                    f"{shards.directory} ties {name} to {original} but stores different values; set tie_word_embeddings to false in its config.json"
+                )
         sources[name] = sources[original] = sources[original] or sources[name]
     missing = sorted(name for name, found in sources.items() if found is None)
     if missing:

@@ -23,8 +23,7 @@ from tests.streaming.streamed_task import save_dense
 FAMILIES = ["llama3-rope-tied", "qwen2-windows", "opt-post-norm-projected", "gemma", "phi3"]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, dtype", [*((name, "auto") for name in FAMILIES), ("gemma", "float32")])
 def test_fingerprint_and_sizes_are_those_of_the_loaded_model(name: str, dtype: str, tmp_path: Path) -> None:
     dense = save_dense(name, tmp_path / "dense", torch.bfloat16)
     streamed, model = StreamedModel.open(str(dense), dtype=dtype), load_model(str(dense), dtype=dtype, device="cpu")

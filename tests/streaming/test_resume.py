@@ -77,8 +77,9 @@ def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compress_out_of_core(METHOD, dense, tmp_path_factory.mktemp("uninterrupted") / "model")[1]
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment, on_disk", [(moment, False) for moment in MOMENTS] + [(moment, True) for moment in ("in the influence walk", "inside a layer", "between layers")]
+)
 def test_a_killed_run_goes_on_from_the_last_finished_layer(moment: str, on_disk: bool, dense: Path, expected: Path, tmp_path: Path) -> None:
     finished, prepare = MOMENTS[moment]
     process = FORK.Process(target=die, args=(prepare, dense, tmp_path / "model", on_disk))
