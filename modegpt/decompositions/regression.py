@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modegpt.decompositions.linalg import equilibrate, psd_cholesky, relative
 
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Relative ridges that ``choose_ridge`` tries beside the start itself (an infinite ridge)."""
 
 

@@ -7,8 +7,11 @@ from transformers import PreTrainedModel
 
 from modegpt.architectures import Family, LayerShape, dense_shape
 from modegpt.calibration.calibration import layer_flops
+from modegpt.compression.plus.layer import LOCAL_RIDGES
 from modegpt.compression.plus.switches import Switches
 from modegpt.decompositions.regression import RIDGES
+
+NUM_RIDGES = len(RIDGES) + len(LOCAL_RIDGES)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ def layer_work(model: PreTrainedModel, family: Family, layer: nn.Module, ids: Te
     """Of a layer that came out in ``shape``, all of its modules reduced or refitted.
 
     The dense layer once; the compressed one's projections on ``sampled_windows``, its attention, its MLP up to the down projection and,
-    reduced, whole; then Gram and cross moments, the elimination, and 2 x (number of ridges + 1) solves a module.
+    reduced, whole; then Gram and cross moments, the elimination, and the solves of each module for the local and the dense target.
     """
     (num_samples, length), T = ids.shape, ids.numel()
     d_h, H, dense = model.config.hidden_size, model.config.num_attention_heads, dense_shape(model.config)
@@ -41,6 +44,8 @@ def layer_work(model: PreTrainedModel, family: Family, layer: nn.Module, ids: Te
         algebra += 2.0 * sampled * H * d * d * length * (1 + options.queries_per_window)
     for features, kept in ((H * d, H * shape.v_head_dim), (n, shape.intermediate_size)):
         algebra += 2.0 * T * features * (features + d_h) + 4.0 * features**2 * d_h
-        algebra += 2 * (len(RIDGES) + 1) * (kept**3 / 3 + 4.0 * kept**2 * d_h)
+        algebra += (NUM_RIDGES + 2) * (kept**3 / 3 + 4.0 * kept**2 * d_h)
+    if options.align:
+        algebra += 2 * (4.0 * T * d_h**2 + (len(RIDGES) + 1) * (d_h**3 / 3 + 4.0 * d_h**3))
     algebra += 2.0 * n**3 + 2.0 * n**2 * d_h + 6.0 * n**2 * (n - shape.intermediate_size)
     return LayerWork(forward=forward, algebra=algebra)

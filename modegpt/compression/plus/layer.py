@@ -24,6 +24,9 @@ from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_
 from modegpt.decompositions.svd import balance, product_svd
 
 
+LOCAL_RIDGES = (0.0, 1e-3, 1e-1)
+"""Ridges for the dense map on the compressed stream's own features, a target without noise."""
+
 RESCALING_RIDGES = (1e-2, 1e-1)
 """Ridges towards unscaled queries that compete on the held-out windows."""
 
@@ -46,6 +49,7 @@ class Targets:
 @dataclass
 class LayerPass:
     """Reduces layer ``index``; ``stream`` is the compressed stream in front of it, ``moved`` whether it differs from the dense one.
+    ``dense_config`` is ``compressed_config`` of the model's ``config`` at full sizes.
 
     aligned: input maps of full size, refitted to what the compressed stream makes of the layer's inputs; ``layer`` then has them.
     post_norm: the norms come after the sums (some OPT), so the MLP's own input is what enters its sum.
@@ -53,6 +57,7 @@ class LayerPass:
 
     family: Family
     config: PreTrainedConfig
+    dense_config: PreTrainedConfig
     layer: nn.Module
     index: int
     stream: HiddenStates
@@ -125,8 +130,8 @@ class LayerPass:
             linear = layer.get_submodule(path)
             self.aligned[f"{path}.weight"] = (linear.weight.double() @ refit.W.mT).to(linear.weight.dtype)
             if linear.bias is not None:
-                self.aligned[f"{path}.bias"] = linear.bias
-        self.layer = build_layer(compressed_config(self.config), self.index, merged_tensors(self.family, layer, self.aligned))
+                self.aligned[f"{path}.bias"] = linear.bias.detach()
+        self.layer = build_layer(self.dense_config, self.index, merged_tensors(self.family, layer, self.aligned))
 
     def read(self, module: str) -> Weights:
         return READ[module](self.family, self.layer)
@@ -290,7 +295,7 @@ class LayerPass:
         refit = Refit(start, float("inf"), (0.0, 0.0), {})
         if local:
             aim = [reduce(part.aimed(W_dense)) for part in (fit, held)]
-            refit = held_out_refit(*aim, starts)
+            refit = held_out_refit(*aim, starts, LOCAL_RIDGES)
             ridge = refit.ridge
             starts = (start if ridge == float("inf") else ridge_towards(aim[0], start, ridge)[0], refit.W)
         return held_out_refit(reduce(fit), reduce(held), starts) if self.options.refit else refit

@@ -6,7 +6,7 @@ from functools import partial
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
-from modegpt.architectures import build_compressed, decoder_layers, dense_shape
+from modegpt.architectures import build_compressed, compressed_config, decoder_layers, dense_shape
 from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, assemble_layer, module_budgets, report
@@ -25,19 +25,20 @@ from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, Value
 class MoDeGPTPlus(Switches, Method):
     """Sequential, error-correcting MoDeGPT; the ingredients are the fields of ``Switches``.
 
-    Two streams walk the layers: dense X and compressed X~. In each layer the query-key dims are chosen on X~; then the value-output
-    subspace, on the attention output Z~ that the reduced queries and keys leave, and W_O refitted; then the MLP channels, on the
-    hidden states h~ behind the reduced attention, and W_D refitted. A refit solves, in float64, from sums over calibration tokens,
+    Two streams walk the layers: dense X and compressed X~. In each layer the input maps are aligned, ``W <- A W`` with
+    ``A = argmin ||N(X~) A - N(X)||^2`` over the normed streams N; then the query-key dims are chosen on X~; then the value-output
+    subspace, on the attention output Z~ that the reduced queries and keys leave, and W_O refitted; then, aligned likewise, the MLP channels, on
+    the hidden states h~ behind the reduced attention, and W_D refitted. A refit solves, in float64, from sums over calibration tokens,
 
         min_W ||Z~ W - (Z W_O + beta (X - X~))||^2 + lambda ||D^1/2 (W - W_0)||^2,   D = diag(Z~^T Z~),
 
-    all heads jointly (h and X' for the MLP), W_0 the map of the dense weights on the compressed stream's own features. lambda is the one of
-    ``regression.RIDGES``, or infinity, that errs least on every fourth calibration window, solved again on all of them.
+    all heads jointly (h and X' for the MLP), W_0 the map of the aligned weights on the compressed stream's own features, for A the identity.
+    lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every fourth calibration window, solved again on all of them.
 
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention and its MLP once and the
-    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, up to 8 n^3 for the elimination
-    and 14 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 8 n^3, and about three quarters of a
-    pass over all windows for the perturbed forwards. Memory beside the layer's: both residual streams and four tensors of their size.
+    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 8 T d_h^2 for the alignment, up to 8 n^3
+    for the elimination and 10 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 8 n^3, and about
+    half a pass over all windows for the perturbed forwards. Memory beside the layer's: both residual streams and six tensors of their size.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
 
     Args:
@@ -74,12 +75,12 @@ class MoDeGPTPlus(Switches, Method):
             return self._nested(task, plan, costs, influence)
         dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         compressed = HiddenStates(list(dense.batches), dense.arguments)
-        generator = task.generator()
+        generator, dense_config = task.generator(), compressed_config(task.model.config)
         shapes, tensors, reports, changed_so_far = [], [], [], False
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
             stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
             moved = changed_so_far and index not in self.skip_layers
-            work = LayerPass(task.family, task.model.config, layer, index, stream, split, self, calibration.precision, generator, moved)
+            work = LayerPass(task.family, task.model.config, dense_config, layer, index, stream, split, self, calibration.precision, generator, moved)
             with calibration.meter.stage("layers") as metered:
                 shape, changed = work.reduce(plan.ranks[index], dense)
                 changed_so_far = changed_so_far or bool(changed)

@@ -23,7 +23,7 @@ from modegpt.decompositions.selection import group_heads
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
 
-LEAST_TOKENS = 2048
+LEAST_TOKENS = 1024
 """Divergences are measured on at least about this many calibration tokens."""
 
 TOKENS_PER_CHANNEL = 8
@@ -111,7 +111,7 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
     measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
     hidden = embed(model, measured, batch_size=calibration.batch_size)
     batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
-    dense = [_log_probabilities(model, batch, {}) for batch in batches]
+    dense = [_predictions(model, batch) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
@@ -128,9 +128,9 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
-    """The first calibration windows: so many that all measurements together cost about three quarters of a pass over all of them."""
+    """The first calibration windows: so many that all measurements together cost about half a pass over all of them."""
     num_samples, length = ids.shape
-    return ids[: max(num_samples // (2 * num_layers * num_shares), -(-LEAST_TOKENS // length))]
+    return ids[: max(num_samples // (4 * num_layers * num_shares), -(-LEAST_TOKENS // length))]
 
 
 def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: int) -> float:
@@ -187,14 +187,21 @@ def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterat
 
 
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
-    """Log-probabilities with the forward of layer i replaced by ``replaced[i]``."""
+def _logits(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
+    """Logits with the forward of layer i replaced by ``replaced[i]``."""
     layers = decoder_layers(model)
     with layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index]))) if replaced else nullcontext():
-        return model(batch, use_cache=False).logits.float().log_softmax(dim=-1)
+        return model(batch, use_cache=False).logits.float()
 
 
-def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[Tensor]) -> float:
+def _predictions(model: PreTrainedModel, batch: Tensor) -> tuple[Tensor, float]:
+    """Probabilities of the dense model, and the sum of their ``p log p``."""
+    log_p = _logits(model, batch, {}).log_softmax(dim=-1)
+    p = log_p.exp()
+    return p, float(torch.linalg.vecdot(p, log_p).sum(dtype=torch.float64))
+
+
+def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[tuple[Tensor, float]]) -> float:
     """Mean KL divergence a token of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
@@ -202,10 +209,11 @@ def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batche
 
     total, count = 0.0, 0
     layer = decoder_layers(model)[index]
-    for x, batch, reference in zip(hidden.batches, batches, dense, strict=True):
+    for x, batch, (p, negative_entropy) in zip(hidden.batches, batches, dense, strict=True):
         replaced: dict[int, Callable] = {earlier: skip for earlier in range(index)}
         replaced[index] = lambda _, x=x, **arguments: type(layer).forward(layer, x, **arguments)
-        changed = _log_probabilities(model, batch, replaced)
-        total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64))
+        logits = _logits(model, batch, replaced)
+        # log q = logits - logsumexp, and each p sums to one
+        total += negative_entropy + float((logits.logsumexp(dim=-1) - torch.linalg.vecdot(p, logits)).sum(dtype=torch.float64))
         count += batch.numel()
-    return total / count
+    return max(total / count, 0.0)
