@@ -59,6 +59,7 @@ class StreamedCompression:
                 del statistics
                 with calibration.meter.stage("saving"):
                     self._write_layer(index, merged_tensors(task.family, layer, changed))
+                    del changed  # or it would live through the next layer
                     position.shapes.append(shape)
                     position.reports.append(report)
                     position.next_layer = index + 1
