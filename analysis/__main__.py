@@ -16,6 +16,7 @@ from analysis.published import Beside, beside
 from analysis.runs import load_runs, screen
 from analysis.specs import COMPARED, FIGURES, TABLES, folders
 from analysis.tables import build
+from analysis.throughput import throughput
 from modegpt.errors import UserError
 
 
@@ -25,7 +26,7 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     What an earlier build left there goes. Raises UserError for a broken record.
     """
     runs, refused = screen(load_runs(results))
-    tables = [table for spec in TABLES for table in build(spec, runs)]
+    tables = [table for spec in TABLES for table in build(spec, runs)] + throughput(results)
     compared = [(name, title, beside(folders(experiments, runs), wanted)) for name, title, experiments, wanted in COMPARED]
     for folder in ("tables", "figures"):
         shutil.rmtree(output / folder, ignore_errors=True)

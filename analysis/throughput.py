@@ -1,0 +1,54 @@
+"""Throughput and latency of dense and compressed models, from what ``experiments/bench_inference.py`` measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from analysis.cells import Cell, Column
+from analysis.tables import Row, Table
+
+FILE = "bench/inference.json"
+HEADINGS = {"phase": "Phase", "batch_size": "Batch", "length": "Tokens", "model": "Model"}
+COLUMNS = (
+    Column("Tokens/s", "tokens_per_second"),
+    Column("Latency (ms)", "latency_milliseconds", digits=1),
+    Column("Speed-up", "speedup"),
+    Column("Speed-up its sizes allow", "ideal_speedup"),
+    Column("Share of that (%)", "share_of_ideal", scale=100, digits=0),
+)
+
+
+def throughput(results: Path) -> list[Table]:
+    """The table of ``results/bench/inference.json``; none where nothing was measured."""
+    path = results / FILE
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    rows = tuple(_row(each) for each in measured["measurements"])
+    return [
+        Table(
+            name="throughput",
+            title="Throughput and latency against rate",
+            headings=tuple(HEADINGS.values()),
+            columns=COLUMNS,
+            blocks=((_heading(measured), rows),),
+            notes=("Latency: of a prefill, or of one more token of every sequence. The last columns set the speed-up beside what the sizes allow on that machine.",),
+            missing=(),
+        )
+    ]
+
+
+def _row(measured: Mapping[str, Any]) -> Row:
+    # a decoding step makes one token for every sequence of the batch, a prefill reads all of them at once
+    tokens = measured["batch_size"] * (measured["length"] if measured["phase"] == "prefill" else 1)
+    values = measured | {"latency_milliseconds": 1000 * tokens / measured["tokens_per_second"]}
+    cells = tuple(Cell(values=(column.scale * values[column.metric],), records=(FILE,)) for column in COLUMNS)
+    return Row(labels=tuple(str(measured[key]) for key in HEADINGS), cells=cells, marks=("",) * len(cells))
+
+
+def _heading(measured: Mapping[str, Any]) -> str:
+    settings, hardware = measured["settings"], measured["provenance"]["hardware"]
+    size = measured["models"]["dense"]["num_parameters"] / 1e6
+    where = hardware["gpus"][0]["name"] if settings["device"] != "cpu" and hardware["gpus"] else f"{hardware['cpu']}, {settings['threads']} thread(s)"
+    return f"random Llama of {size:.0f}M parameters, {settings['dtype']}, {where}"

@@ -1,0 +1,33 @@
+"""The throughput table holds what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.throughput import FILE, throughput
+
+
+def test_the_table_is_the_measurement(tmp_path: Path) -> None:
+    assert throughput(tmp_path) == []
+    shared = {"speedup": 1.5, "ideal_speedup": 2.0, "share_of_ideal": 0.75, "tokens_per_second": 64.0, "model": "30% exact"}
+    measured = {
+        "settings": {"device": "cpu", "threads": 1, "dtype": "float32"},
+        "provenance": {"hardware": {"cpu": "a processor", "gpus": []}},
+        "models": {"dense": {"num_parameters": 374_000_000}},
+        "measurements": [shared | {"phase": "prefill", "batch_size": 4, "length": 32}, shared | {"phase": "decode", "batch_size": 8, "length": 512}],
+    }
+    path = tmp_path / FILE
+    path.parent.mkdir()
+    path.write_text(json.dumps(measured), encoding="utf-8")
+    [table] = throughput(tmp_path)
+    [(heading, (prefill, decode))] = table.blocks
+    assert heading == "random Llama of 374M parameters, float32, a processor, 1 thread(s)"
+    assert prefill.labels == ("prefill", "4", "32", "30% exact")
+    assert [cell.mean for cell in prefill.cells] == pytest.approx([64, 2000, 1.5, 2, 75])
+    assert decode.cells[1].mean == pytest.approx(125)
+
+
+def test_the_committed_measurement_is_read(repository: Path) -> None:
+    [table] = throughput(repository / "results")
+    assert len(table.blocks[0][1]) >= 3 and all(cell.values for row in table.blocks[0][1] for cell in row.cells)
