@@ -2,14 +2,18 @@
 
 A Llama-shaped model of at least 300M parameters, and what MoDeGPT makes of it: real ranks from its own allocation, on an influence
 profile like that of trained models (low in the middle of the upper half), weights at random, since time does not
-depend on them. Prints each speed-up and its share of the ideal, and writes ``results/bench/inference.json``.
+depend on them. Prints each speed-up and its share of the ideal, writes ``results/bench/inference.json`` and draws it beside.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modegpt.allocation.allocate import entropic_cap
@@ -57,6 +61,25 @@ def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, s
     return model.eval()
 
 
+def draw(record: Mapping[str, Any]) -> Figure:
+    """Speed-up over the removed share, a panel for each phase, each workload beside its own ideal (dashed)."""
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    for axis, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        mine = [entry for entry in record["measurements"] if entry["phase"] == phase]
+        for colour, workload in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), dict.fromkeys((entry["batch_size"], entry["length"]) for entry in mine), strict=False):
+            entries = [entry for entry in mine if (entry["batch_size"], entry["length"]) == workload]
+            points = sorted((100 * record["models"][entry["model"]]["sparsity"], entry["speedup"], entry["ideal_speedup"]) for entry in entries)
+            removed, speedups, ideals = zip(*points, strict=True)
+            axis.plot(removed, speedups, "o-", color=colour, label=f"{workload[0]} x {workload[1]} tokens")
+            axis.plot(removed, ideals, "--", color=colour, linewidth=0.9)
+        axis.set_title(phase, fontsize=10)
+        axis.set_xlabel("block-linear weights removed (%)", fontsize=9)
+        axis.set_ylabel("speed-up over dense (dashed: ideal)", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> int:
     """Measure and record; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -76,10 +99,13 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=FOLDER / "inference.json")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the record that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
-        run(arguments)
+        if not arguments.draw:
+            run(arguments)
+        draw(json.loads(arguments.output.read_text(encoding="utf-8"))).savefig(arguments.output.with_suffix(".png"), dpi=150, metadata={"Software": None})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
     ceiling = measure_ceiling(device, dtype)
     print(f"ceiling: {ceiling.flops_per_second / 1e9:.0f} GFLOP/s, {ceiling.bytes_per_second / 1e9:.1f} GB/s")
     results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=lambda line: print(line, flush=True))
-    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
     path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(ceiling), "models": about, "measurements": results})
     reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
     print(f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}")
