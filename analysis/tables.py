@@ -61,11 +61,13 @@ class Table:
 
 
 def build(spec: TableSpec, runs: Sequence[Run]) -> list[Table]:
-    """Fill ``spec``; none if it has no runs at all."""
+    """Fill ``spec``; none if it has no runs at all, and no table or block that would be empty."""
     found = groups(runs, spec.experiments, per_perplexity=spec.per_perplexity, per_text=spec.per_text, where=spec.where)
     if spec.one_per_group:
-        return [_table(spec, [group], suffix=f"_{group.model}" + (f"_{group.text}" if group.text else "")) for group in found]
-    return [_table(spec, found)] if found else []
+        tables = [_table(spec, [group], suffix=f"_{group.model}" + (f"_{group.text}" if group.text else "")) for group in found]
+    else:
+        tables = [_table(spec, found)] if found else []
+    return [table for table in tables if table.blocks]
 
 
 def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
@@ -85,7 +87,7 @@ def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
         title=spec.title + (f": {found[0].label}" if spec.one_per_group else ""),
         headings=tuple(spec.rows.values()),
         columns=columns,
-        blocks=blocks,
+        blocks=tuple((heading, rows) for heading, rows in blocks if rows),
         notes=tuple(filter(None, notes)),
         missing=tuple(missing),
     )
