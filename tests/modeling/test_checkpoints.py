@@ -180,7 +180,7 @@ def _save_and_die(point: str, directory: Path) -> None:
     save_checkpoint(compressed("llama"), tiny_tokenizer(), directory, RECORD)
 
 
-@pytest.mark.parametrize("point", ["model_card", "describe_files", "_sync", "os.rename"])
+@pytest.mark.parametrize("point", ["model_card", "describe_files", "sync", "os.rename"])
 def test_a_kill_leaves_the_old_checkpoint_or_none(tmp_path: Path, point: str) -> None:
     process = multiprocessing.get_context("fork").Process(target=_save_and_die, args=(point, tmp_path / "model"))
     process.start()
