@@ -25,7 +25,8 @@ from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD
 from modegpt.errors import UserError
-from modegpt.machine import Ceiling, measure_ceiling
+from modegpt.ceiling import Ceiling
+from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
 from modegpt.progress import Progress
 from modegpt.records.benchmark import write_benchmark

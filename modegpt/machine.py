@@ -3,9 +3,10 @@
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+
+from modegpt.ceiling import Ceiling
 
 SIZE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices timed: large enough for nearly the full rate, small enough for a fraction of a second."""
@@ -13,29 +14,6 @@ COPY_BYTES = {"cpu": 2**26, "cuda": 2**32}
 BUDGET_SECONDS = 0.25
 """For everything together; on a busy machine each operation still runs once."""
 REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """Measured rates of one device; a roofline's two kinds of roof.
-
-    Args:
-        gemm: FLOP/s of a matrix product, by dtype.
-        factorisation: FLOP/s of a float64 Cholesky factorisation.
-        copy: bytes/s, read and written, of a copy.
-        size: of the matrices timed.
-    """
-
-    device: str
-    gemm: dict[str, float]
-    factorisation: float
-    copy: float
-    size: int
-
-    def seconds(self, work: str, flops: float) -> float:
-        """The time ``flops`` take at the rate that limits ``work``, such as ``"gram float64"``."""
-        kind, dtype = work.split()
-        return flops / (self.factorisation if kind == "factorisation" else self.gemm[dtype])
 
 
 @functools.cache

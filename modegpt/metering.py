@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modegpt.machine import Ceiling
+from modegpt.ceiling import Ceiling
 from modegpt.work import WorkCounter
 
 

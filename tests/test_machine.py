@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from modegpt.machine import Ceiling, measure_ceiling
+from modegpt.ceiling import Ceiling
+from modegpt.machine import measure_ceiling
 
 
 def test_rates_are_measured_once() -> None:

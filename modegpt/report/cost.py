@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modegpt.machine import Ceiling
+from modegpt.ceiling import Ceiling
 
 COMPRESSION = "compression"
 FLOOR_KINDS = ("forward", "gram", "factorisation")

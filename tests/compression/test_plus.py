@@ -193,8 +193,8 @@ def test_modules_at_full_rank_correct_what_came_before() -> None:
     """With queries and keys reduced alone, later output matrices still move; in front of the first change nothing does."""
     own = {"mlp": 0.0, "value_output": 0.0, "query_key": 0.5}
     model = dense_model("llama")
-    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform", align=False).compress(task_of(model, 0.1, num_samples=30)).model
-    dense = MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False, align=False).compress(task_of(model, 0.1, num_samples=30)).model
+    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform", align=False).compress(task_of(model, 0.1, num_samples=60)).model
+    dense = MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False, align=False).compress(task_of(model, 0.1, num_samples=60)).model
     for m, moved in ((compressed, True), (dense, False)):
         layer, reference = decoder_layers(m)[1], decoder_layers(model)[1]
         assert torch.equal(layer.mlp.up_proj.weight, reference.mlp.up_proj.weight)
