@@ -18,6 +18,8 @@ from analysis.tables import RATE
 
 NO_DATES = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
 """Metadata that would differ between two builds of the same figure."""
+DECADES_WITH_STEPS = 1e5
+"""Range up to which a logarithmic axis is labelled at 1, 2 and 5 of each decade."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,10 @@ def _panel(axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], st
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_locator(NullLocator())
     low = min(y for line in drawn for y in line.ys)
-    if spec.log_y and max(y for line in drawn for y in line.ys) > 3 * low:
+    high = max(y for line in drawn for y in line.ys)
+    if spec.log_y and high > 3 * low:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < DECADES_WITH_STEPS * low else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     if spec.x_scale == 100:
