@@ -23,7 +23,7 @@ from modegpt.compression.task import CompressionTask
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD
-from modegpt.errors import UserError
+from modegpt.errors import exit_status
 from modegpt.ceiling import Ceiling
 from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
@@ -80,12 +80,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.clock == "processor" and (arguments.threads > 1 or arguments.device != "cpu"):
         parser.error("--clock processor is for one thread on the CPU")
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from modegpt.errors import UserError
+from modegpt.errors import exit_status
 from modegpt.evaluation.tasks import load_tasks
 from modegpt.evaluation.zeroshot import zeroshot
 from modegpt.modeling.checkpoints import load_model, load_tokenizer
@@ -72,16 +72,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "evaluation.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    try:
-        results = [bench(name, batch_size=arguments.batch_size, repeats=arguments.repeats, limit=arguments.limit) for name in arguments.models]
-        settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-        path = write_benchmark(arguments.output, {"kind": "evaluation", "settings": settings, "goal": GOAL, "measurements": results})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The measurement that ``arguments`` describe."""
+    results = [bench(name, batch_size=arguments.batch_size, repeats=arguments.repeats, limit=arguments.limit) for name in arguments.models]
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    path = write_benchmark(arguments.output, {"kind": "evaluation", "settings": settings, "goal": GOAL, "measurements": results})
     worst = max(each["first_overhead"] for each in results)
     print(f"largest overhead {worst:.1%}, goal {GOAL:.0%}: {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from modegpt.architectures import LayerShape, compressed_config, dense_shape, fa
 from modegpt.architectures.families import is_ours
 from modegpt.architectures.shapes import compressed_class
 from modegpt.compression.modegpt import MODULES, module_budgets
-from modegpt.errors import UserError
+from modegpt.errors import exit_status
 from modegpt.evaluation.throughput import DENSE, Workload, describe_model, measure, measure_ceiling
 from modegpt.records.benchmark import FOLDER, write_benchmark
 
@@ -102,17 +102,17 @@ def main() -> int:
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw the record that is there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    try:
-        if not arguments.draw:
-            run(arguments)
-        draw(json.loads(arguments.output.read_text(encoding="utf-8"))).savefig(arguments.output.with_suffix(".png"), dpi=150, metadata={"Software": None})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Make and draw the record that ``arguments`` describe."""
+    if not arguments.draw:
+        record(arguments)
+    draw(json.loads(arguments.output.read_text(encoding="utf-8"))).savefig(arguments.output.with_suffix(".png"), dpi=150, metadata={"Software": None})
+
+
+def record(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
     config = LlamaConfig(
         vocab_size=arguments.vocabulary,

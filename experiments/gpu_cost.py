@@ -24,7 +24,7 @@ from modegpt.compression.task import CompressionTask
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD
-from modegpt.errors import UserError
+from modegpt.errors import exit_status
 from modegpt.ceiling import Ceiling
 from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
@@ -119,7 +119,7 @@ def measured(arguments: argparse.Namespace) -> None:
         entry = measure_layers(shape, num_layers=shape.layers, arguments=arguments, dtype=torch.bfloat16, allocation=arguments.allocation, ceiling=ceiling)
         results.append({"model": name, "target_seconds": shape.target_seconds} | entry)
         print(f"{name}: {entry['seconds']:.1f} s, {entry['seconds'] / sum(entry['floor_seconds'].values()):.2f} x its floor; goal {shape.target_seconds:.0f} s")
-    path = write_benchmark(FOLDER / "measured.json", {"kind": "gpu_cost measured", "settings": settings(arguments), "ceiling": vars(ceiling), "measurements": results})
+    path = write_benchmark(FOLDER / "measured.json", {"kind": "gpu_cost measured", "settings": vars(arguments), "ceiling": vars(ceiling), "measurements": results})
     print(path)
 
 
@@ -141,7 +141,7 @@ def predicted(arguments: argparse.Namespace) -> None:
                 flops = work(SHAPES[name], num_samples=128, length=2048, sparsity=arguments.sparsity, allocation=arguments.allocation)
                 least = floor(flops, rates)
                 predictions.append({"gpu": gpu, "gram_precision": gram, "model": name, "flops": flops, "floor_seconds": least, "predicted_seconds": slowdown * sum(least.values()), "target_seconds": SHAPES[name].target_seconds})
-    content = {"kind": "gpu_cost prediction", "settings": settings(arguments), "ceiling": vars(ceiling), "nominal": NOMINAL, "slowdown": slowdown, "factorisation_over_product": triangular, "scaled_runs": seen, "predictions": predictions}
+    content = {"kind": "gpu_cost prediction", "settings": vars(arguments), "ceiling": vars(ceiling), "nominal": NOMINAL, "slowdown": slowdown, "factorisation_over_product": triangular, "scaled_runs": seen, "predictions": predictions}
     path = write_benchmark(FOLDER / "prediction.json", content)
     table = markdown(predictions, slowdown, triangular, arguments)
     (FOLDER / "prediction.md").write_text(table, encoding="utf-8")
@@ -168,10 +168,6 @@ def markdown(predictions: list[dict[str, Any]], slowdown: float, triangular: flo
     return "\n".join(lines) + "\n"
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return dict(vars(arguments))
-
-
 def main() -> int:
     """Measure where there is a GPU, predict elsewhere; 2 for a mistake of the user."""
     gpu = torch.cuda.is_available()
@@ -189,12 +185,7 @@ def main() -> int:
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="processor: for one thread on a busy CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    try:
-        (measured if torch.device(arguments.device).type == "cuda" else predicted)(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: (measured if torch.device(arguments.device).type == "cuda" else predicted)(arguments))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modegpt.errors import UserError
+from modegpt.errors import UserError, exit_status
 from modegpt.evaluation.throughput import DENSE, Workload, describe_model, measure, measure_ceiling
 from modegpt.modeling.checkpoints import load_model
 from modegpt.records.benchmark import FOLDER, write_benchmark
@@ -34,21 +34,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "throughput.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    try:
-        workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
-        labels = dict(zip([DENSE, *(Path(path).name for path in arguments.compressed)], [arguments.dense, *arguments.compressed], strict=True))
-        if len(labels) != 1 + len(arguments.compressed):
-            raise UserError(f"the compressed models need different names, got {', '.join(Path(path).name for path in arguments.compressed)}")
-        models = {label: load_model(path, arguments.dtype, arguments.device) for label, path in labels.items()}
-        about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
-        ceiling = measure_ceiling(models[DENSE].device, models[DENSE].dtype)
-        results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=print)
-        settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-        print(write_benchmark(arguments.output, {"kind": "throughput", "settings": settings, "ceiling": vars(ceiling), "models": about, "measurements": results}))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The measurement that ``arguments`` describe."""
+    workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
+    labels = dict(zip([DENSE, *(Path(path).name for path in arguments.compressed)], [arguments.dense, *arguments.compressed], strict=True))
+    if len(labels) != 1 + len(arguments.compressed):
+        raise UserError(f"the compressed models need different names, got {', '.join(Path(path).name for path in arguments.compressed)}")
+    models = {label: load_model(path, arguments.dtype, arguments.device) for label, path in labels.items()}
+    about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
+    ceiling = measure_ceiling(models[DENSE].device, models[DENSE].dtype)
+    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=print)
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    print(write_benchmark(arguments.output, {"kind": "throughput", "settings": settings, "ceiling": vars(ceiling), "models": about, "measurements": results}))
 
 
 if __name__ == "__main__":

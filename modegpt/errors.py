@@ -1,5 +1,18 @@
-"""The one exception that is the user's to fix."""
+"""The one exception that is the user's to fix, and how a small command ends by it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
     """A bad input: one line that says what was wrong, where, and what would be right."""
+
+
+def exit_status(command: Callable[[], object], *, program: str = "") -> int:
+    """Run ``command``: 0, or 2 after one line on stderr (led by the name of the ``program``) for a mistake of the user."""
+    try:
+        command()
+    except UserError as error:
+        print(f"{program}: error: {error}" if program else f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

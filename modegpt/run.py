@@ -56,6 +56,7 @@ class Run:
     progress: Progress
     meter: CostMeter
     world: World
+    device: str
     out_of_core: OutOfCore | None = None
     recovery: Recovery | None = None
 
@@ -134,8 +135,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     method, training = make_method(config), make_recovery(config)
     store = RecordStore(config.output.root)
     store.check_writable()
-    path = config.model.path
-    if path is None:
+    if (path := config.model.path) is None:
         raise UserError("model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY")
     tokenizer = load_tokenizer(path, config.model.revision)
     progress.say(f"loading {model_name(config)}")
@@ -150,8 +150,6 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             model = load_model(path, dtype=config.model.dtype, device=device, revision=config.model.revision)
         check_finite(model)
         weights_sha256 = fingerprint_weights(model)
-    with meter.stage("machine ceiling"):
-        meter.ceiling = measure_ceiling(device, model.dtype)
     family, task = family_of(model.config), None
     if method is not None:
         if is_compressed(model.config):
@@ -195,6 +193,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         progress=progress,
         meter=meter,
         world=world,
+        device=device,
         out_of_core=out_of_core,
         recovery=recovery,
     )
@@ -213,6 +212,8 @@ def execute(run: Run, stage: Stage) -> Path:
         with at("compression"):
             compress(run)
         return run.directory / "record.json"
+    with meter.stage("machine ceiling"):
+        meter.ceiling = measure_ceiling(run.device, run.model.dtype)
     with at("dense evaluation"), meter.stage("dense evaluation") as metered, metered_forwards(run.model, metered.add):
         dense = dense_scores(run)
     compressed, scores = None, None
@@ -253,7 +254,7 @@ def dense_scores(run: Run) -> dict[str, dict]:
         weights_sha256=run.weights_sha256,
         tokenizer_sha256=run.tokenizer_sha256,
         dtype=str(run.model.dtype),
-        device=run.model.device.type if run.out_of_core is None else run.out_of_core.streamed.device.type,
+        device=torch.device(run.device).type,
     )
     score = partial(evaluate, run.model) if run.out_of_core is None else run.out_of_core.score
     scores, reused = cached_scores(key, lambda: score(run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config))

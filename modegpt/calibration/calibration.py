@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
 from modegpt.calibration.tokens import CalibrationTokens
 from modegpt.calibration.world import World
-from modegpt.metering import CostMeter
+from modegpt.metering import CostMeter, Stage
 from modegpt.progress import Progress
 from modegpt.work import forward_cost
 
@@ -72,7 +72,7 @@ class Calibration:
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run.
         """
-        layers, cost = decoder_layers(self.model), forward_cost(self.model)
+        layers = decoder_layers(self.model)
         batches = self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches")
         hidden: HiddenStates | None = None
         position = 0
@@ -90,12 +90,7 @@ class Calibration:
                     if self.cache is not None:
                         self.cache.store(index, observed)
                     statistics |= observed
-                    share = (index + 1 - position) / self.num_layers
-                    for batch in batches:
-                        metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
-                    num_tokens = sum(batch.numel() for batch in batches)
-                    metered.add("gram", self.precision, flops=gram_flops(observed, num_tokens), bytes=gram_bytes(observed, num_tokens))
-                    self.meter.forward_passes += share
+                    self.account(metered, batches, observed, share=(index + 1 - position) / self.num_layers)
                     position = index + 1
             yield statistics
         self.meter.calibration_tokens = self.tokens.num_tokens
@@ -109,15 +104,23 @@ class Calibration:
         observer.pool(world)
         return observer.result()
 
+    def account(self, metered: Stage, batches: Sequence[Tensor], observed: Statistics, *, share: float) -> None:
+        """Count what it took to run ``share`` of the layers on ``batches`` of tokens and to sum the Gram matrices in ``observed``."""
+        cost, num_tokens = forward_cost(self.model), sum(batch.numel() for batch in batches)
+        for batch in batches:
+            metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
+        metered.add("gram", self.precision, flops=gram_flops(observed, num_tokens), bytes=gram_bytes(observed, num_tokens, self.precision))
+        self.meter.forward_passes += share
+
 
 def gram_flops(statistics: Statistics, num_tokens: int) -> float:
     """Multiply-adds, twice, of the Gram matrices in ``statistics``, as if each entry were computed (by symmetry half of them need be)."""
     return sum(2.0 * num_tokens * value.numel() for value in _grams(statistics))
 
 
-def gram_bytes(statistics: Statistics, num_tokens: int) -> float:
+def gram_bytes(statistics: Statistics, num_tokens: int, precision: torch.dtype) -> float:
     """Least traffic of the Gram matrices: rows read once in float32, half the float64 sum read and written a chunk."""
-    num_chunks = -(-num_tokens // CHUNK_ROWS)
+    num_chunks = -(-num_tokens // CHUNK_ROWS[precision])
     return sum(4.0 * num_tokens * value.shape[:-1].numel() + 8.0 * num_chunks * value.numel() for value in _grams(statistics))
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 2048
-"""Rows per product: bounds the float32 rounding of one chunk before it meets the float64 sum."""
+CHUNK_ROWS = {torch.float64: 2048, torch.float32: 1024}
+"""Rows per product, by its precision: bounds the float32 rounding of one chunk before it meets the float64 sum."""
 BLOCK = {"cpu": 384, "cuda": 2048}
 """Columns of one block of a symmetric product: wide enough for the product's full rate, narrow enough to skip nearly half of it."""
 
@@ -40,7 +40,7 @@ class SecondMoment:
 
     def update(self, rows: Tensor) -> None:
         """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: num_rows * num_groups * size^2 and the diagonal blocks."""
-        for chunk in rows.split(CHUNK_ROWS):
+        for chunk in rows.split(CHUNK_ROWS[self.precision]):
             x = chunk.transpose(0, 1)
             # half-precision products are exact in float32, in which a GPU's matrix units sum them
             exact = x.is_cuda and x.itemsize == 2 and self.precision == torch.float32

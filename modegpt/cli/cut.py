@@ -1,11 +1,10 @@
 """``modegpt-cut``: cut a checkpoint with nested ranks to any rate, without calibration."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modegpt.errors import UserError
+from modegpt.errors import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,10 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from modegpt.compression.plus.cutting import cut_checkpoint  # imports PyTorch, which --help should not wait for
 
-    try:
+    def cut() -> None:
         achieved = cut_checkpoint(arguments.checkpoint, arguments.sparsity, arguments.destination)
-    except UserError as error:
-        print(f"modegpt-cut: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.destination}: {100 * achieved:.2f} % of the block-linear weights removed")
-    return 0
+        print(f"{arguments.destination}: {100 * achieved:.2f} % of the block-linear weights removed")
+
+    return exit_status(cut, program="modegpt-cut")

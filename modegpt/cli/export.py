@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from modegpt.errors import UserError
+from modegpt.errors import UserError, exit_status
 from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
 from modegpt.modeling.export import ExportReport, stock_model
 
@@ -25,12 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("destination", type=Path, help="where the stock checkpoint goes")
     parser.add_argument("--width-multiple", type=int, default=1, metavar="N", help="round the MLP width up to a multiple of this (default: 1)")
     arguments = parser.parse_args(argv)
-    try:
-        print(f"{export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)}: {arguments.destination}")
-    except UserError as error:
-        print(f"modegpt-export: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(
+        lambda: print(f"{export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)}: {arguments.destination}"),
+        program="modegpt-export",
+    )
 
 
 def export(checkpoint: str, destination: Path, *, width_multiple: int) -> ExportReport:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.architectures import empty_compressed, merged_tensors
-from modegpt.calibration.calibration import gram_bytes, gram_flops
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import MoDeGPT
@@ -20,7 +19,6 @@ from modegpt.streaming.hidden import arguments_alone, embedded
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.shards import SINGLE, Shards, write_index
 from modegpt.streaming.workspace import Position, Workspace
-from modegpt.work import forward_cost
 
 INFLUENCE = frozenset({"layer.influence"})
 
@@ -107,11 +105,7 @@ class StreamedCompression:
         self.workspace.begin_layer(hidden, index)
         with calibration.meter.stage(stage) as metered:
             statistics = calibration.observe(hidden, index, names)
-            cost, share, num_tokens = forward_cost(calibration.model), 1 / calibration.num_layers, calibration.tokens.num_tokens
-            for batch in calibration.tokens.ids.split(calibration.batch_size):
-                metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
-            metered.add("gram", calibration.precision, flops=gram_flops(statistics, num_tokens), bytes=gram_bytes(statistics, num_tokens))
-        calibration.meter.forward_passes += share
+            calibration.account(metered, calibration.tokens.ids.split(calibration.batch_size), statistics, share=1 / calibration.num_layers)
         return statistics
 
     @contextmanager

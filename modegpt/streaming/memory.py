@@ -111,7 +111,7 @@ def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, eva
     activations = batch_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
     names = method.required_statistics(family)
     statistics = FLOAT64 * sum(STATISTIC_ELEMENTS[name](sizes) for name in names)
-    chunk = FLOAT64 * min(CHUNK_ROWS, batch_tokens) * max(n, sizes.H * sizes.d) * 2 if names else 0
+    chunk = FLOAT64 * min(CHUNK_ROWS[task.calibration.precision], batch_tokens) * max(n, sizes.H * sizes.d) * 2 if names else 0
     solver = FLOAT64 * max((solver_elements(variant, sizes) for variant in method.variants(family).values() if variant is not None), default=0)
 
     moments = {
