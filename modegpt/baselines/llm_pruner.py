@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modegpt.architectures import Family, block_linear_parameters, decoder_layers, dense_shape
-from modegpt.baselines.gradients import weight_gradients
+from modegpt.calibration.gradients import weight_gradients
 from modegpt.baselines.low_rank import block_linears
 from modegpt.baselines.structures import Kept, StructureSizes, pruned_model
 from modegpt.compression.task import Compressed, CompressionTask, Method

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modegpt.architectures import Family, LayerShape, decoder_layers, dense_shape
-from modegpt.baselines.gradients import differentiable, micro_batches, summed_loss
+from modegpt.calibration.gradients import differentiable, micro_batches, summed_loss
 from modegpt.baselines.kronecker import Curvature, damped, inverse, observed_curvature, removal_costs, without_rows
 from modegpt.baselines.low_rank import INPUT_GRAM, block_linears
 from modegpt.baselines.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget

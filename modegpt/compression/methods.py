@@ -101,7 +101,8 @@ def decides(config: RunConfig) -> dict[str, Any]:
     name = config.method["name"]
     if name == "dense":
         return {"method": {"name": "dense"}}
-    chosen: dict[str, Any] = {"method": dict(config.method), "seed": config.seed}
+    # absent, not empty: runs without it keep their identity
+    chosen: dict[str, Any] = {"method": {key: value for key, value in config.method.items() if (key, value) != ("fisher", [])}, "seed": config.seed}
     if name in BASELINES:
         return chosen | {"compression": {"sparsity": config.compression.sparsity}}
     chosen["compression"] = {

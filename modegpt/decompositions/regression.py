@@ -42,6 +42,10 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.G + other.G, self.X + other.X, self.energy + other.energy, self.num_rows + other.num_rows)
 
+    def scaled(self, factor: float) -> "Moments":
+        """The moments with every row counting ``factor`` times."""
+        return replace(self, G=factor * self.G, X=factor * self.X, energy=factor * self.energy)
+
     def mapped(self, P: Tensor) -> "Moments":
         """The moments of the features ``z P``, P (m, k)."""
         return replace(self, G=P.mT @ (self.G @ P), X=P.mT @ self.X)
@@ -74,12 +78,18 @@ def ridge_towards(moments: Moments, W_0: Tensor, ridge: float) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Refit:
-    """W (m, p) solved on all rows; ridge chosen (inf: W is the start); held_out: relative errors of start and choice on the held-out rows."""
+    """W (m, p) solved on all rows, ``fitted`` on those to fit on; ridge chosen (inf: the start); held_out: relative errors of start and choice on the held-out rows."""
 
     W: Tensor
+    fitted: Tensor
     ridge: float
     held_out: tuple[float, float]
     numerics: dict
+
+    def report(self) -> dict:
+        """For the record."""
+        ridge = "kept the start" if self.ridge == float("inf") else self.ridge
+        return {"ridge": ridge, "held_out": list(self.held_out), **self.numerics}
 
 
 def held_out_refit(fit: Moments, held: Moments, start: tuple[Tensor, Tensor], ridges: Sequence[float] = RIDGES) -> Refit:
@@ -90,13 +100,14 @@ def held_out_refit(fit: Moments, held: Moments, start: tuple[Tensor, Tensor], ri
     """
     W_fit, W_all = start
     before = best = held.error(W_fit)
-    chosen = float("inf")
+    chosen, fitted = float("inf"), W_fit
     for ridge in sorted(ridges, reverse=True):
-        error = held.error(ridge_towards(fit, W_fit, ridge)[0])
+        W = ridge_towards(fit, W_fit, ridge)[0]
+        error = held.error(W)
         if error < best:
-            best, chosen = error, ridge
+            best, chosen, fitted = error, ridge, W
     errors = (relative(before, held.energy), relative(best, held.energy))
     if chosen == float("inf"):
-        return Refit(W_all, chosen, errors, {})
+        return Refit(W_all, fitted, chosen, errors, {})
     W, numerics = ridge_towards(fit + held, W_all, chosen)
-    return Refit(W, chosen, errors, numerics)
+    return Refit(W, fitted, chosen, errors, numerics)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modegpt.architectures import decoder_layers, family_of
 from modegpt.architectures.families import Family
-from modegpt.baselines.gradients import summed_loss
+from modegpt.calibration.gradients import summed_loss
 from modegpt.errors import UserError
 from modegpt.progress import Progress
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modegpt.architectures import block_linear_parameters, decoder_layers
-from modegpt.baselines.gradients import summed_loss, weight_gradients
+from modegpt.calibration.gradients import summed_loss, weight_gradients
 from modegpt.baselines.llm_pruner import ATTENTION, LLMPruner, by_structure, keep_best, structure_scores, taylor
 from modegpt.baselines.low_rank import block_linears
 from modegpt.baselines.structures import Kept, StructureSizes, pruned_model

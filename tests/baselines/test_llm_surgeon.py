@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt.architectures import decoder_layers
-from modegpt.baselines.gradients import summed_loss
+from modegpt.calibration.gradients import summed_loss
 from modegpt.baselines.kronecker import damped, inverse, observed_curvature, removal_costs, without_rows
 from modegpt.baselines.llm_surgeon import LLMSurgeon
 from modegpt.errors import UserError

@@ -44,7 +44,7 @@ def test_compressed_models_save_and_generate(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-@pytest.mark.parametrize("switch", [{"allocation": "entropic"}, {"query_key": "checked", "allocation": "uniform"}, {"bias": "none"}, {"bias": "added"}])
+@pytest.mark.parametrize("switch", [{"fisher": (0.0, 0.5, 0.75)}, {"allocation": "entropic"}, {"query_key": "checked", "allocation": "uniform"}, {"bias": "none"}, {"bias": "added"}])
 def test_every_switch_runs(name: str, switch: dict) -> None:
     check_compression(MoDeGPTPlus(**switch), name, 0.3, tolerance=0.02)
 
@@ -60,7 +60,8 @@ def test_all_off_is_the_paper_but_for_the_ridge() -> None:
 
 
 def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor], ridges: tuple[float, ...] = ()) -> Refit:
-    return Refit(ridge_towards(fit + held, start[1], 0.0)[0], 0.0, (0.0, 0.0), {})
+    W = ridge_towards(fit + held, start[1], 0.0)[0]
+    return Refit(W, W, 0.0, (0.0, 0.0), {})
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-multihead-biased", "opt", "opt-post-norm-projected"])

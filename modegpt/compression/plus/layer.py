@@ -14,12 +14,13 @@ from modegpt.compression.modegpt import READ, assemble_layer
 from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.query_key import QueryKeyChoice, candidates, choose
 from modegpt.compression.plus.streams import Observation, Split, Tap, observe
+from modegpt.compression.plus.sums import Parts, Solution, Sums, best
 from modegpt.compression.plus.switches import Switches
 from modegpt.decompositions.elimination import eliminate, surviving
-from modegpt.decompositions.linalg import relative
+from modegpt.decompositions.linalg import PSDFactor, relative
 from modegpt.decompositions.modules import Reduction, Weights
 from modegpt.decompositions.nystrom import ridge_leverage
-from modegpt.decompositions.regression import Moments, Refit, held_out_refit, ridge_towards
+from modegpt.decompositions.regression import Moments, Refit, held_out_refit
 from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_mlp, largest
 from modegpt.decompositions.svd import balance, product_svd
 
@@ -51,6 +52,7 @@ class LayerPass:
     """Reduces layer ``index``; ``stream`` is the compressed stream in front of it, ``moved`` whether it differs from the dense one.
     ``dense_config`` is ``compressed_config`` of the model's ``config`` at full sizes.
 
+    fisher: for the output solves of ``value_output`` and ``mlp``, what a change of each token's output does to the loss, (batch, sequence) a batch.
     aligned: input maps of full size, refitted to what the compressed stream makes of the layer's inputs; ``layer`` then has them.
     post_norm: the norms come after the sums (some OPT), so the MLP's own input is what enters its sum.
     """
@@ -66,6 +68,7 @@ class LayerPass:
     precision: torch.dtype
     generator: torch.Generator
     moved: bool
+    fisher: Mapping[str, Sequence[Tensor]] | None = None
     reductions: dict[str, Reduction] = field(default_factory=dict)
     aligned: dict[str, Tensor] = field(default_factory=dict)
     alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -119,13 +122,13 @@ class LayerPass:
         layer = self.layer
         taps = {"x": (layer.get_submodule(paths[0]), "input")}
         size = dense_inputs[0].shape[-1]
-        parts = self._moments(size, size)
+        sums = self._sums(size, size)
         given = None if attention is None else (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
-            self._update(parts, seen.batch, seen.seen["x"], dense_inputs[seen.batch], 0)
+            sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
         identity = torch.eye(size, dtype=torch.float64, device=dense_inputs[0].device)
-        refit = held_out_refit(parts[False], parts[True], (identity, identity))
-        self.alignment[name] = _report(refit)
+        refit = held_out_refit(sums.plain[False], sums.plain[True], (identity, identity))
+        self.alignment[name] = refit.report()
         for path in paths:
             linear = layer.get_submodule(path)
             self.aligned[f"{path}.weight"] = (linear.weight.double() @ refit.W.mT).to(linear.weight.dtype)
@@ -211,32 +214,40 @@ class LayerPass:
         G = None
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
-        parts, read = self._moments(num_heads * d + constant, weights.W_O.shape[-1]), []
+        sums, read = self._sums(num_heads * d + constant, weights.W_O.shape[-1], "value_output"), []
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
             t = targets.attention[seen.batch]
-            self._update(parts, seen.batch, z, t if folded is None else t - folded, constant)
+            sums.update(seen.batch, z, t if folded is None else t - folded, constant=bool(constant))
             read.append(z)
             if "values" in taps:
                 v = seen.seen["values"].unflatten(-1, (-1, d)).to(self.precision)
                 v = v if weights.b_V is None else v - weights.b_V
                 of_batch = torch.einsum("bthi,bthj->hij", v, v).double()
                 G = of_batch if G is None else G + of_batch
-        whole = parts[False] + parts[True]
         W_O = weights.W_O.double()
-        if G is None:
-            blocks = whole.G[: num_heads * d, : num_heads * d].reshape(num_heads, d, num_heads, d)
-            G = group_heads(blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1), num_groups).sum(dim=1)
-        P, B, _, factor = product_svd(G, group_heads(W_O, num_groups), rank)
-        P_all = torch.block_diag(*P.repeat_interleave(group_size, dim=0), *([torch.ones(1, 1, dtype=P.dtype, device=P.device)] * constant))
         W_dense = torch.cat([W_O.flatten(0, 1), W_O.new_zeros(constant, W_O.shape[-1])])
-        start = torch.cat([B.flatten(0, 2), B.new_zeros(constant, B.shape[-1])])
-        refit = self._solve(parts, W_dense, start, lambda moments: moments.mapped(P_all), local=self.options.value_output == "attention")
+
+        def solve(parts: Parts) -> tuple[tuple[Tensor, Tensor, PSDFactor], Callable[[Moments], Moments], Refit]:
+            C = G
+            if C is None:
+                blocks = (parts[False] + parts[True]).G[: num_heads * d, : num_heads * d].reshape(num_heads, d, num_heads, d)
+                C = group_heads(blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1), num_groups).sum(dim=1)
+            P, B, _, factor = product_svd(C, group_heads(W_O, num_groups), rank)
+            P_all = torch.block_diag(*P.repeat_interleave(group_size, dim=0), *([torch.ones(1, 1, dtype=P.dtype, device=P.device)] * constant))
+            start = torch.cat([B.flatten(0, 2), B.new_zeros(constant, B.shape[-1])])
+
+            def reduce(moments: Moments) -> Moments:
+                return moments.mapped(P_all)
+
+            return (P, P_all, factor), reduce, self._solve(parts, W_dense, start, reduce, local=self.options.value_output == "attention")
+
+        solution = best(sums, self.options.gammas, solve)
+        (P, P_all, factor), refit = solution.kept, solution.refit
         W_V, B = balance(weights.W_V.double() @ P, refit.W[: num_heads * rank].unflatten(0, (num_groups, group_size, rank)))
         b_O = self._with_constant(folded, refit.W, constant, weights.W_O.dtype)
         reduced = type(weights)(W_V=W_V.to(weights.W_V.dtype), W_O=B.flatten(0, 1).to(weights.W_O.dtype), b_V=None, b_O=b_O)
-        error = relative(torch.tensor(whole.mapped(P_all).error(refit.W)), whole.energy)
-        self.reductions["value_output"] = Reduction(reduced, relative_error=error, numerics=factor.numerics | _report(refit))
+        self.reductions["value_output"] = Reduction(reduced, relative_error=self._error(sums, solution), numerics=factor.numerics | solution.numerics)
         whole_map = (P_all @ refit.W)[: num_heads * d].to(weights.W_O.dtype)
         return [z @ whole_map if b_O is None else z @ whole_map + b_O for z in read]
 
@@ -249,22 +260,31 @@ class LayerPass:
         constant = self._constant(weights.b_D)
         layer = self.layer
         taps = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
-        parts = self._moments(n + constant, d_h)
+        sums = self._sums(n + constant, d_h, "mlp")
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=(self.family.attention(layer), attention)):
             t = targets.mlp[seen.batch] + self.options.beta * (targets.middle[seen.batch] - self._middle(seen, attention[seen.batch]))
-            self._update(parts, seen.batch, seen.seen["h"], t if weights.b_D is None else t - weights.b_D, constant)
-        whole = parts[False] + parts[True]
+            sums.update(seen.batch, seen.seen["h"], t if weights.b_D is None else t - weights.b_D, constant=bool(constant))
         W_D = torch.cat([weights.W_D.double(), weights.W_D.new_zeros(constant, d_h).double()])
-        if self.options.mlp == "elimination":
-            removed, _ = eliminate(whole.G[:n, :n], weights.W_D, rank, ridge=1e-6, block=128)
-            kept = surviving(removed, n)
-        else:
-            kept = largest(ridge_leverage(whole.G[:n, :n], 1e-2), rank)
-        S = torch.cat([kept, torch.arange(n, n + constant, device=kept.device)])
-        refit = self._solve(parts, W_D, W_D[S], lambda moments: moments.kept(S), local=True)
+
+        def solve(parts: Parts) -> tuple[Tensor, Callable[[Moments], Moments], Refit]:
+            C = (parts[False] + parts[True]).G[:n, :n]
+            if self.options.mlp == "elimination":
+                removed, _ = eliminate(C, weights.W_D, rank, ridge=1e-6, block=128)
+                kept = surviving(removed, n)
+            else:
+                kept = largest(ridge_leverage(C, 1e-2), rank)
+            S = torch.cat([kept, torch.arange(n, n + constant, device=kept.device)])
+
+            def reduce(moments: Moments) -> Moments:
+                return moments.kept(S)
+
+            return kept, reduce, self._solve(parts, W_D, W_D[S], reduce, local=True)
+
+        solution = best(sums, self.options.gammas, solve)
+        kept, refit = solution.kept, solution.refit
         b_D = self._with_constant(weights.b_D, refit.W, constant, weights.W_D.dtype)
-        error = relative(torch.tensor(whole.kept(S).error(refit.W)), whole.energy)
-        self.reductions["mlp"] = Reduction(keep_mlp(weights, kept, W_D=refit.W[:rank], b_D=b_D), relative_error=error, kept=kept, numerics=_report(refit))
+        reduced = keep_mlp(weights, kept, W_D=refit.W[:rank], b_D=b_D)
+        self.reductions["mlp"] = Reduction(reduced, relative_error=self._error(sums, solution), kept=kept, numerics=solution.numerics)
 
     # both
 
@@ -278,29 +298,22 @@ class LayerPass:
             return bias
         return (W[-1] if bias is None else W[-1] + bias.double()).to(dtype)
 
-    def _moments(self, num_features: int, num_targets: int) -> dict[bool, Moments]:
-        device = self.stream.batches[0].device
-        return {held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)}
+    def _sums(self, num_features: int, num_targets: int, module: str | None = None) -> Sums:
+        """For the output solve of ``module``, weighted by the loss where that is asked for, or for another regression."""
+        fisher = None if module is None or self.fisher is None else self.fisher[module]
+        return Sums.zeros(self.split, num_features, num_targets, device=self.stream.batches[0].device, precision=self.precision, fisher=fisher)
 
-    def _update(self, parts: dict[bool, Moments], batch: int, z: Tensor, t: Tensor, constant: int) -> None:
-        if constant:
-            z = torch.cat([z, z.new_ones(*z.shape[:2], 1)], dim=-1)
-        for held, rows in self.split.parts(batch, z, t):
-            parts[held] = parts[held].updated(*rows, precision=self.precision)
+    @staticmethod
+    def _error(sums: Sums, solution: Solution) -> float:
+        """Relative to the target's energy, over all tokens alike."""
+        whole = sums.plain[False] + sums.plain[True]
+        return relative(torch.tensor(solution.reduce(whole).error(solution.refit.W)), whole.energy)
 
-    def _solve(self, parts: dict[bool, Moments], W_dense: Tensor, start: Tensor, reduce: Callable[[Moments], Moments], *, local: bool) -> Refit:
+    def _solve(self, parts: Parts, W_dense: Tensor, start: Tensor, reduce: Callable[[Moments], Moments], *, local: bool) -> Refit:
         """First the dense map on the compressed stream's own features (with ``local``), then, from there, the dense stream's target."""
-        fit, held = parts[False], parts[True]
-        starts = (start, start)
-        refit = Refit(start, float("inf"), (0.0, 0.0), {})
+        refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
         if local:
-            aim = [reduce(part.aimed(W_dense)) for part in (fit, held)]
-            refit = held_out_refit(*aim, starts, LOCAL_RIDGES)
-            ridge = refit.ridge
-            starts = (start if ridge == float("inf") else ridge_towards(aim[0], start, ridge)[0], refit.W)
-        return held_out_refit(reduce(fit), reduce(held), starts) if self.options.refit else refit
-
-
-def _report(refit: Refit) -> dict[str, Any]:
-    ridge = "kept the start" if refit.ridge == float("inf") else refit.ridge
-    return {"ridge": ridge, "held_out": list(refit.held_out), **refit.numerics}
+            refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start), LOCAL_RIDGES)
+        if not self.options.refit:
+            return refit
+        return held_out_refit(reduce(parts[False]), reduce(parts[True]), (refit.fitted, refit.W))

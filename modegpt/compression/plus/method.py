@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
+from torch import Tensor
+
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
 from modegpt.architectures import build_compressed, compressed_config, decoder_layers, dense_shape
 from modegpt.calibration.calibration import layer_flops
+from modegpt.calibration.gradients import output_sensitivity
 from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, assemble_layer, module_budgets, report
 from modegpt.compression.plus.attention_states import sample
@@ -73,6 +76,7 @@ class MoDeGPTPlus(Switches, Method):
         plan = self.plan(task, costs=costs, influence=influence)
         if self.nested:
             return self._nested(task, plan, costs, influence)
+        fisher = self._token_weights(task) if self.fisher else None
         dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         compressed = HiddenStates(list(dense.batches), dense.arguments)
         generator, dense_config = task.generator(), compressed_config(task.model.config)
@@ -80,7 +84,7 @@ class MoDeGPTPlus(Switches, Method):
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
             stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
             moved = changed_so_far and index not in self.skip_layers
-            work = LayerPass(task.family, task.model.config, dense_config, layer, index, stream, split, self, calibration.precision, generator, moved)
+            work = LayerPass(task.family, task.model.config, dense_config, layer, index, stream, split, self, calibration.precision, generator, moved, fisher and fisher[index])
             with calibration.meter.stage("layers") as metered:
                 shape, changed = work.reduce(plan.ranks[index], dense)
                 changed_so_far = changed_so_far or bool(changed)
@@ -110,6 +114,13 @@ class MoDeGPTPlus(Switches, Method):
         """The modules that may be reduced, and the statistics that their decompositions read."""
         variants = self.faithful().variants(task.family)
         return {module: frozenset(STATISTIC[module][key] for key in variant.required) for module, variant in variants.items() if variant is not None}
+
+    def _token_weights(self, task: CompressionTask) -> list[dict[str, tuple[Tensor, ...]]]:
+        """For each layer and module with an output solve, the weight of every token, (batch, sequence) a batch. One backward pass."""
+        calibration, family, layers = task.calibration, task.family, decoder_layers(task.model)
+        linears = [linear for layer in layers for linear in (family.output(layer), family.down(layer))]
+        weights = iter(output_sensitivity(calibration, linears, batch_size=calibration.batch_size))
+        return [{module: next(weights).split(calibration.batch_size) for module in ("value_output", "mlp")} for _ in layers]
 
     def _costs(self, task: CompressionTask) -> Costs:
         calibration, modules = task.calibration, self._modules(task)

@@ -31,6 +31,8 @@ class Switches:
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
+        fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several the best on held-out
+            windows for each module. Empty: none. The weights take one backward pass, the only gradient here.
         nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False``.
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on; those held out among the same batches check it.
@@ -48,6 +50,7 @@ class Switches:
     allocation: str = "loss"
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
+    fisher: tuple[float, ...] = ()
     nested: bool = False
     queries_per_window: int = 32
     query_key_windows: int = 32
@@ -62,11 +65,20 @@ class Switches:
             raise UserError(f"method.cap={self.cap} must lie between 0 and 1: it is a share of a module's dims")
         if not self.shares or any(not 0 < share < 1 for share in self.shares):
             raise UserError(f"method.shares={list(self.shares)} must be numbers between 0 and 1: shares of a module's dims")
+        if any(not 0 <= gamma <= 1 for gamma in self.fisher):
+            raise UserError(f"method.fisher={list(self.fisher)} must be numbers from 0 to 1: shares of the Fisher-weighted moments")
         for name in ("queries_per_window", "query_key_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
         for name in ("refit", "align"):
             if getattr(self, name) and not self.sequential:
                 raise UserError(f"method.{name}=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")
+        if self.nested and self.fisher:
+            raise UserError("method.fisher has no effect with method.nested=true; leave it out")
         if self.nested and (self.sequential or self.allocation == "entropic"):
             raise UserError("method.nested=true needs method.sequential=false (with refit=false, align=false) and method.allocation=loss or uniform: its orders serve every rate")
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Shares of the Fisher-weighted moments to try; 0 alone where there is none."""
+        return tuple(self.fisher) or (0.0,)

@@ -1,6 +1,6 @@
-"""Gradients of the calibration loss, in micro-batches, with their passes counted. Shared by the gradient baselines."""
+"""Gradients of the calibration loss, in micro-batches, with their passes counted, for the methods that need them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,16 +33,16 @@ def summed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
 
 
-def micro_batches(calibration: Calibration, stage: str, batch_size: int) -> Iterator[Tensor]:
+def micro_batches(calibration: Calibration, stage: str, batch_size: int, *, of_weights: bool = True) -> Iterator[Tensor]:
     """The calibration windows, ``batch_size`` at a time, each metered as one forward and one backward pass over it.
 
-    A backward pass that needs the gradients of all weights costs twice a forward.
+    A backward pass that needs the gradients of all weights costs twice a forward, one that needs those of activations alone as much as one.
     """
     ids, meter = calibration.tokens.ids, calibration.meter
     for batch in calibration.progress.track(ids.split(batch_size), stage, unit="batch"):
         with meter.stage(stage) as metered:
             yield batch.to(calibration.model.device)
-            metered.flops += 3.0 * calibration.num_layers * layer_flops(calibration.model, batch)
+            metered.flops += (3.0 if of_weights else 2.0) * calibration.num_layers * layer_flops(calibration.model, batch)
             meter.forward_passes += len(batch) / len(ids)
             meter.backward_passes += len(batch) / len(ids)
     meter.calibration_tokens = calibration.tokens.num_tokens
@@ -62,3 +62,32 @@ def weight_gradients(calibration: Calibration, weights: list[nn.Parameter], *, b
             for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
                 total += gradient
     return totals
+
+
+def output_sensitivity(calibration: Calibration, linears: Sequence[nn.Linear], *, batch_size: int) -> list[Tensor]:
+    """``||dL/dy_t||^2`` of what each of ``linears`` gives each token t, for the summed negative log-likelihood L of its window.
+
+    Returns one tensor (num_samples, sequence_length), float32, a linear: the trace of the empirical Fisher information of y_t.
+    """
+    seen: dict[int, Tensor] = {}
+    squares: list[list[Tensor]] = [[] for _ in linears]
+
+    def tap(index: int):
+        def keep(_: nn.Module, __: object, y: Tensor) -> Tensor:
+            seen[index] = y if y.requires_grad else y.detach().requires_grad_()
+            return seen[index]
+
+        return keep
+
+    handles = [linear.register_forward_hook(tap(index)) for index, linear in enumerate(linears)]
+    try:
+        with differentiable(calibration.model, ()):
+            for batch in micro_batches(calibration, "token weights", batch_size, of_weights=False):
+                loss = summed_loss(calibration.model, batch)
+                gradients = torch.autograd.grad(loss, [seen[index] for index in range(len(linears))])
+                for kept, gradient in zip(squares, gradients, strict=True):
+                    kept.append(gradient.float().square().sum(dim=-1).view_as(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(kept) for kept in squares]
