@@ -20,6 +20,7 @@ Built = TypeVar("Built")
 
 TEXT_SOURCES = ("tiny", "wikitext2", "alpaca", "c4", "jsonl", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKING_MODES = ("offline", "online", "disabled")
 BUDGETS = ("exact", "nearest")
 
@@ -160,11 +161,30 @@ class ModelConfig:
     """``auto`` keeps the checkpoint's."""
     device: str = "auto"
     """``auto``: the first GPU if there is one, else the CPU."""
+    device_map: str | None = None
+    """How accelerate spreads a model to be scored over all GPUs, memory and disk (``method=dense``); null: ``device`` holds it whole."""
+    max_memory: list[str] = field(default_factory=list)
+    """What the map may use of each place: ``[0:70GiB,1:70GiB,cpu:100GiB]``; empty: what is free."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, DTYPES)
+        if self.device_map is not None:
+            _one_of("model.device_map", self.device_map, DEVICE_MAPS)
+            if self.device != "auto":
+                raise UserError(f"model.device={self.device} has no effect with model.device_map={self.device_map}; leave it out")
+        elif self.max_memory:
+            raise UserError("model.max_memory has no effect without model.device_map")
+        for limit in self.max_memory:
+            if not re.fullmatch(r"(cpu|\d+):\d+(\.\d+)?[KMGT]i?B", limit):
+                raise UserError(f"model.max_memory=[{limit}] is not understood: give the number of a GPU, or cpu, and a size, for example 0:70GiB")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"model.device={self.device} is not known; choose from auto, cpu, cuda, cuda:0, cuda:1, ..., mps")
+
+    @property
+    def memory_limits(self) -> dict[int | str, str]:
+        """``max_memory`` by place, a GPU by its number."""
+        pairs = (limit.split(":") for limit in self.max_memory)
+        return {int(place) if place.isdigit() else place: size for place, size in pairs}
 
 
 @dataclass
@@ -220,11 +240,11 @@ class ModuleSparsity:
 
 @dataclass
 class RankMultiple:
-    """Kept ranks are multiples of this (hardware likes 8 or 64)."""
+    """Kept ranks are multiples of this; null: what the model's device likes (``compression/multiples.py``)."""
 
-    mlp: int = 1
-    query_key: int = 1
-    value_output: int = 1
+    mlp: int | None = None
+    query_key: int | None = None
+    value_output: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

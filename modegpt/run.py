@@ -8,30 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.architectures import block_linear_parameters, decoder_layers, dense_shape, family_of, is_compressed
+from modegpt.architectures import family_of, is_compressed
 from modegpt.calibration.cache import StatisticsCache, statistics_key
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.texts import load_documents, tokenize_stream
 from modegpt.calibration.tokens import CalibrationTokens, draw_windows, resolve_sequence_length
 from modegpt.calibration.world import World, device_of, join_world
-from modegpt.compression.methods import SHARED, decides, make_method
+from modegpt.compression.methods import SHARED, decides, make_method, settled
 from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.config import RunConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory, dense_key
-from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation, retention
+from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation
 from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
 from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
 from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fingerprint_weights
 from modegpt.progress import Progress
+from modegpt.recording import make_record, model_name
 from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
-from modegpt.records.paths import portable
-from modegpt.records.provenance import provenance
-from modegpt.records.store import RecordStore, identity, load_record, timestamp
+from modegpt.records.store import RecordStore, identity, load_record
 from modegpt.report.pictures import save_pictures
 from modegpt.report.summary import summary
 from modegpt.streaming.job import OutOfCore, check_streams, open_dense
@@ -132,7 +130,9 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     device = device_of(config.model.device)
     world = join_world(device, what=f"method={config.method['name']}", shared=config.method["name"] in SHARED and not config.out_of_core.enabled)
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()
-    method, training = make_method(config), make_recovery(config)
+    method, training = make_method(config), make_recovery(config)  # which refuse before anything is loaded
+    if config.model.device_map is not None and method is not None:
+        raise UserError("model.device_map spreads a model to be scored: set method=dense; out_of_core.enabled=true compresses one that is larger than the device")
     store = RecordStore(config.output.root)
     store.check_writable()
     if (path := config.model.path) is None:
@@ -147,10 +147,12 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             model, weights_sha256 = out_of_core.streamed.model, out_of_core.streamed.fingerprint()
     else:
         with meter.stage("loading"):
-            model = load_model(path, dtype=config.model.dtype, device=device, revision=config.model.revision)
-        check_finite(model)
-        weights_sha256 = fingerprint_weights(model)
+            wanted = config.model
+            model = load_model(path, wanted.dtype, device, wanted.revision, device_map=wanted.device_map, max_memory=wanted.memory_limits)
+            weights_sha256 = fingerprint_weights(model)
     family, task = family_of(model.config), None
+    config = settled(config, device=device, model_config=model.config)
+    method = make_method(config)
     if method is not None:
         if is_compressed(model.config):
             raise UserError(f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of")
@@ -307,93 +309,6 @@ def calibration_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, mo
     length = resolve_sequence_length(wanted.sequence_length, int(model.config.max_position_embeddings))
     stream = tokenize_stream(load_documents(wanted.source, path=wanted.path, split="calibration"), tokenizer)
     return draw_windows(stream, num_samples=wanted.num_samples, sequence_length=length, seed=wanted.seed)
-
-
-def make_record(run: Run, compressed: Compressed | None, dense: dict[str, dict], scores: dict[str, dict] | None) -> dict[str, Any]:
-    """The run as a record (see ``records/schema.py``)."""
-    config = run.config
-    limited = config.evaluation.zeroshot is not None and config.evaluation.zeroshot.limit is not None
-    kept = {"zeroshot": {}, "perplexity_increase": {}} if scores is None else retention(dense, scores)
-    return {
-        "identity": {"decides": run.decides},
-        "name": run.name,
-        "experiment": config.output.experiment,
-        "created": timestamp(),
-        "command": portable(run.command),
-        "config": portable(asdict(config)),
-        "seeds": {"seed": config.seed, "calibration": config.calibration.seed},
-        "provenance": provenance(),
-        "model": {
-            "name": model_name(config),
-            "path": portable(config.model.path),
-            "family": family_of(run.model.config).model_type,
-            "weights_sha256": run.weights_sha256,
-            "tokenizer_sha256": run.tokenizer_sha256,
-            "num_parameters": run.model.num_parameters(),
-            "block_linear_parameters": block_linear_parameters(run.model),
-            "dtype": str(run.model.dtype).removeprefix("torch."),
-        },
-        "calibration": run.task and calibration_record(config, run.task.calibration.tokens),
-        "compression": compressed and compression_record(run, compressed),
-        "metrics": {
-            "dense": dense,
-            "compressed": scores,
-            "retention": kept["zeroshot"],
-            "perplexity_increase": kept["perplexity_increase"],
-            "limited": limited,
-        },
-        "cost": run.meter.summary(),
-    }
-
-
-def calibration_record(config: RunConfig, tokens: CalibrationTokens) -> dict[str, Any]:
-    """Which tokens the method saw."""
-    return {
-        "source": config.calibration.source,
-        "num_samples": tokens.ids.shape[0],
-        "sequence_length": tokens.ids.shape[1],
-        "seed": config.calibration.seed,
-        "num_tokens": tokens.num_tokens,
-        "tokens_sha256": tokens.sha256,
-        "stream_tokens": tokens.stream_tokens,
-    }
-
-
-def compression_record(run: Run, compressed: Compressed) -> dict[str, Any]:
-    """What was removed: shares of the block-linear weights and of the whole model, layer by layer."""
-    shape = dense_shape(run.model.config)
-    sparsities = layer_sparsities(run.model, compressed.model)
-    reports = {report["index"]: report for report in compressed.layers}
-    layers = [
-        {"index": index, "sparsity": sparsity, "ranks": {}, "relative_error": {}, "numerics": {}} | reports.get(index, {})
-        for index, sparsity in enumerate(sparsities)
-    ]
-    return {
-        "method": run.config.method["name"],
-        "target_sparsity": run.config.compression.sparsity,
-        "achieved_sparsity": 1 - block_linear_parameters(compressed.model) / block_linear_parameters(run.model),
-        "whole_model_sparsity": 1 - compressed.model.num_parameters() / run.model.num_parameters(),
-        "num_parameters": compressed.model.num_parameters(),
-        "full_ranks": {"mlp": shape.intermediate_size, "query_key": shape.qk_head_dim, "value_output": shape.v_head_dim},
-        "influence": compressed.influence,
-        "layers": layers,
-        "details": compressed.details,
-    } | ({} if compressed.recovery is None else {"recovery": compressed.recovery})
-
-
-def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> list[float]:
-    """Share of each dense layer's linear weights that is gone; 1 for a dropped layer."""
-    def weights(layer: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim >= 2)
-
-    left = dict(zip(getattr(compressed.config, "kept_layers", range(len(decoder_layers(dense)))), map(weights, decoder_layers(compressed)), strict=True))
-    return [1 - left.get(index, 0) / weights(layer) for index, layer in enumerate(decoder_layers(dense))]
-
-
-def model_name(config: RunConfig) -> str:
-    """The model's short name: as configured, else the last part of its path."""
-    name = config.model.name or config.model.path or "model"
-    return name.rstrip("/").rpartition("/")[2]
 
 
 def cache_directory(config: RunConfig) -> Path:

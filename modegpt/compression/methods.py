@@ -1,7 +1,10 @@
 """Every compression method by name, made from the configuration."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
 
 from modegpt.allocation.policies import POLICIES, Uniform
 from modegpt.baselines.asvd import ASVD
@@ -14,9 +17,10 @@ from modegpt.baselines.slicegpt import SliceGPT
 from modegpt.baselines.svd import SVD
 from modegpt.baselines.svd_llm import SVDLLM
 from modegpt.compression.modegpt import MODULES, MoDeGPT
+from modegpt.compression.multiples import preferred_multiples
 from modegpt.compression.plus.method import MoDeGPTPlus
 from modegpt.compression.task import Method
-from modegpt.config import CompressionConfig, RunConfig, build, unknown
+from modegpt.config import CompressionConfig, RankMultiple, RunConfig, build, unknown
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
 from modegpt.decompositions.modules import Variant
 from modegpt.errors import UserError
@@ -77,6 +81,15 @@ def make_method(config: RunConfig) -> Method | None:
     elif config.compression.layer_sparsity is not None:
         raise UserError(f"compression.layer_sparsity has no effect with allocation={allocation.get('name')}; use allocation=explicit")
     return MoDeGPT(**{module: _variant(config, module) for module in MODULES}, allocation=build(POLICIES, allocation, "allocation"), **common)
+
+
+def settled(config: RunConfig, *, device: str | torch.device, model_config: PreTrainedConfig) -> RunConfig:
+    """``config`` with what it leaves to the device and the model decided; the same where the method asks for no ranks."""
+    if config.method["name"] in ("dense", *BASELINES):
+        return config
+    given = {module: multiple for module, multiple in vars(config.compression.rank_multiple).items() if multiple is not None}
+    multiples = RankMultiple(**preferred_multiples(device, model_config) | given)
+    return replace(config, compression=replace(config.compression, rank_multiple=multiples))
 
 
 def _variant(config: RunConfig, module: str) -> Variant | None:

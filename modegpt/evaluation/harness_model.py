@@ -8,7 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.evaluation.likelihood import token_log_likelihoods
+from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
 
 Encoded = tuple[list[int], list[int]]  # context tokens, continuation tokens
 
@@ -38,6 +38,7 @@ class HarnessModel(HFLM):
         bar: Any,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length)
+        self._device = input_device(model)
         self.num_truncated: Counter[str] = Counter()
         self.encodings = encodings
         self.bar = bar

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from modegpt.errors import UserError
 
@@ -27,3 +28,8 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor, *, what: str) -> Tens
             f"the model's logits are NaN or infinite while scoring {what}; look at its weights, or try another dtype than {logits.dtype}"
         )
     return scores
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a batch for ``model`` is put: on its device, or in memory where a device map keeps its first weights elsewhere and moves inputs itself."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.errors import UserError
-from modegpt.evaluation.likelihood import token_log_likelihoods
+from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
 from modegpt.progress import Progress
 
 STANDARD_WINDOW = 2048  # most papers
@@ -65,10 +65,10 @@ def perplexity(model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_
     num_windows = token_ids.numel() // window
     assert num_windows > 0, (token_ids.shape, window)
     batches = token_ids[: num_windows * window].view(num_windows, window).split(max(1, batch_tokens // window))
-    total = 0.0
+    total, device = 0.0, input_device(model)
     with progress.bar(total=num_windows, description=f"perplexity, windows of {window}", unit="window") as bar:
         for batch in batches:
-            batch = batch.to(model.device)
+            batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
             scores = token_log_likelihoods(logits.flatten(0, 1), batch[:, 1:].flatten(), what=f"perplexity on windows of {window}")
             total -= scores.double().sum().item()

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.architectures import family_of, unfused
+from modegpt.architectures import family_of, is_compressed, unfused
 from modegpt.architectures.families import check_supported
 from modegpt.calibration.texts import hub_access
 from modegpt.errors import UserError
@@ -125,7 +125,13 @@ def _umask() -> int:
 
 
 def load_model(
-    path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", revision: str | None = None
+    path: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    *,
+    device_map: str | None = None,
+    max_memory: Mapping[int | str, str] | None = None,
 ) -> PreTrainedModel:
     """Load a dense or compressed causal language model, in eval mode.
 
@@ -133,6 +139,7 @@ def load_model(
         path: a local directory, a name on the hub, or ``embedded:NAME`` for a model that ships with the package.
         dtype: ``"auto"`` keeps the checkpoint's.
         device: ``"auto"`` is the first CUDA device, or else the CPU.
+        device_map, max_memory: spread it over devices, memory and disk, by accelerate's strategy of this name, instead; to be run, not changed.
 
     A family with fused projections comes back with them taken apart (views of the same tensors).
 
@@ -143,15 +150,19 @@ def load_model(
     with located(path) as source:
         check_supported(str(PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")))
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        family_of(config)
+        if family_of(config).fused and device_map is not None and not is_compressed(config):
+            raise UserError(f"model.device_map cannot spread a dense {config.model_type} model: its fused projections are taken apart when it is loaded")
+        spread = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory or None}
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+                source, config=config, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True, **spread
             )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model")
     check_finite(model)
+    if device_map is not None:
+        return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return unfused(model).to(device).eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -100,8 +101,9 @@ def read_json(path: Path) -> Any:
 
 def check_finite(model: nn.Module) -> None:
     """Raises UserError naming the first weight that holds NaN or inf."""
-    for name, tensor in model.named_parameters():
-        check_tensor_finite(name, tensor)
+    for name, tensor in weight_tensors(model):
+        if tensor.is_floating_point():
+            check_tensor_finite(name, tensor)
 
 
 def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
@@ -112,7 +114,19 @@ def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
 
 def fingerprint_weights(model: nn.Module) -> str:
     """``fingerprint_tensors`` of the state dict."""
-    return fingerprint_tensors(sorted(model.state_dict().items()))
+    return fingerprint_tensors(weight_tensors(model))
+
+
+def weight_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state dict in order of names; what a device map keeps off the devices is read for as long as it is looked at."""
+    for name, tensor in sorted(model.state_dict().items()):
+        if not tensor.is_meta:
+            yield name, tensor
+            continue
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        with align_module_device(module, "cpu"):
+            yield name, getattr(module, own)
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
