@@ -57,7 +57,7 @@ def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Pr
 
     def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
         kept = order[removed:].sort().values
-        W_D = torch.zeros_like(weights.W_D).index_copy(0, kept, refit(C, weights.W_D, kept)[0].to(weights.W_D.dtype))
+        W_D = torch.zeros_like(weights.W_D, dtype=_exact(weights.W_D)).index_copy(0, kept, refit(C, weights.W_D, kept)[0].to(_exact(weights.W_D)))
         return family.down(layer), W_D.T, weights.b_D
 
     return Prospect(1, curve.tolist(), lifted)
@@ -71,10 +71,10 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
 
     def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
         rank = P.shape[-1] - removed
-        W_O = (P[..., :rank].unsqueeze(1) @ B[:, :, :rank]).flatten(0, 1).to(weights.W_O.dtype)
+        W_O = (P[..., :rank].unsqueeze(1) @ B[:, :, :rank]).flatten(0, 1).to(_exact(weights.W_O))
         b_O = weights.b_O
         if weights.b_V is not None:  # the value bias passes whole, see fold_value_bias
-            lost = torch.einsum("hd,hdm->m", weights.b_V.repeat_interleave(len(W_O) // len(weights.b_V), dim=0), weights.W_O - W_O)
+            lost = torch.einsum("hd,hdm->m", weights.b_V.to(W_O.dtype).repeat_interleave(len(W_O) // len(weights.b_V), dim=0), weights.W_O - W_O)
             b_O = lost if b_O is None else b_O + lost
         return family.output(layer), W_O.flatten(0, 1).T, b_O
 
@@ -95,6 +95,11 @@ def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics)
     return Prospect(unit, [curve[-(-k // unit)].item() for k in range(weights.inner_size + 1)], lifted)
 
 
+def _exact(tensor: Tensor) -> torch.dtype:
+    """Float32, or the dtype of ``tensor`` where that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 PROSPECTS = {"mlp": mlp_prospect, "query_key": query_key_prospect, "value_output": value_output_prospect}
 
 
@@ -103,15 +108,16 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
 
     Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form, statistics of the dense
     stream), the rest of the model runs dense on a few calibration windows, and the divergence from the dense model's predictions
-    is measured; ``expected`` carries it to all ranks. One statistics pass over a quarter of the windows (more where they are short of
+    is measured, in float32 whatever the model's dtype; ``expected`` carries it to all ranks. One statistics pass over a quarter of the windows (more where they are short of
     ``TOKENS_PER_CHANNEL``), and ``3 L^2 / 2`` layer passes a share over ``measured_windows``; no evaluation data, no gradient.
     """
     model, ids = calibration.model, calibration.tokens.ids
     layers = decoder_layers(model)
     measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
-    hidden = embed(model, measured, batch_size=calibration.batch_size)
     batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
-    dense = [_predictions(model, batch) for batch in batches]
+    with float32_forward(model):
+        hidden = embed(model, measured, batch_size=calibration.batch_size)
+        dense = [_predictions(model, batch) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
@@ -120,10 +126,11 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
             for module in modules:
                 prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
                 for removed in sorted({prospect.removed(share) for share in shares}):
-                    with _acting_as(*prospect.map(removed)):
+                    with float32_forward(model), _acting_as(*prospect.map(removed)):
                         points[removed] = _divergence(model, hidden, index, batches, dense)
                 costs[-1][module] = expected(prospect.curve, points)
-        advance(hidden, index, layer)
+        with float32_forward(model):
+            advance(hidden, index, layer)
     return costs
 
 
@@ -178,7 +185,38 @@ SMALLEST = 1e-12
 
 
 @contextmanager
+def float32_forward(model: nn.Module) -> Iterator[None]:
+    """Inside, a half-precision ``model`` computes in float32: each module's own weights are widened for as long as it runs.
+
+    Rounding to 8 or 11 bits moves the predictions by more than the removal of a few dims does. Nothing changes for a wider model.
+    """
+    leaves = [module for module in model.modules() if any(parameter.itemsize < 4 for parameter in module.parameters(recurse=False))]
+    handles = []
+    for module in leaves:
+        narrow = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+        handles.append(module.register_forward_pre_hook(partial(_widen, narrow)))
+        handles.append(module.register_forward_hook(partial(_narrow, narrow), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widen(narrow: dict[str, Tensor], module: nn.Module, _: object) -> None:
+    for name, tensor in narrow.items():
+        getattr(module, name).data = tensor.float()
+
+
+def _narrow(narrow: dict[str, Tensor], module: nn.Module, *_: object) -> None:
+    for name, tensor in narrow.items():
+        getattr(module, name).data = tensor
+
+
+@contextmanager
 def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """``linear`` with another weight (out, in) and bias, which are widened to float32 where they are not."""
+    weight, bias = weight.to(_exact(weight)), None if bias is None else bias.to(_exact(bias))
     linear.forward = lambda x: nn.functional.linear(x, weight, bias)
     try:
         yield
