@@ -3,7 +3,7 @@
 The two embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
 checkout). Two processes at most, one thread each. Interrupt it and start it again: finished runs are skipped.
 Every experiment runs in it, but not on every model: ``PLAN``, which ends within 90 minutes on two cores. ``--full`` adds
-what that leaves out, about as much again.
+what that leaves out, some four times as much.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("results"), help="where records go (default: results)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these experiments")
-    parser.add_argument("--full", action="store_true", help="every experiment on more models: about three times the work")
+    parser.add_argument("--full", action="store_true", help="every experiment on more models: some five times the work")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     arguments = parser.parse_args()
