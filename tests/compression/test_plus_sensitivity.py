@@ -6,14 +6,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modegpt.compression.plus.method import MoDeGPTPlus
-from modegpt.compression.plus.sensitivity import Costs, float32_forward
+from modegpt.compression.plus.sensitivity import Costs, float32_forward, rank_costs
 from modegpt.modeling.checkpoints import load_model
 from tests.baselines.task_of import task_of
 
 
+STATISTICS = {"mlp": frozenset({"mlp.C"}), "query_key": frozenset({"query_key.C_Q", "query_key.C_K"}), "value_output": frozenset({"value_output.A"})}
+SHARES = (0.25, 0.5)
+
+
 def costs(model: PreTrainedModel) -> Costs:
-    return MoDeGPTPlus()._costs(task_of(model, 0.3, num_samples=48))
+    return rank_costs(task_of(model, 0.3, num_samples=48).calibration, STATISTICS, SHARES, ())
 
 
 @pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama"])
@@ -23,7 +26,7 @@ def test_half_precision_does_not_drown_small_divergences(name: str) -> None:
     single = copy.deepcopy(half).float()
     for of_half, of_single in zip(costs(half), costs(single), strict=True):
         for module, curve in of_single.items():
-            for share in (0.25, 0.5):
+            for share in SHARES:
                 k = round(share * (len(curve) - 1))
                 assert of_half[module][k] == pytest.approx(curve[k], rel=0.2), (module, share)
     after = half.state_dict()
