@@ -37,7 +37,6 @@ LABELS = {
     "query_key": "Query-key",
     "value_output": "Value-output",
     "tiny": "tiny corpus",
-    "test.jsonl": "the test text itself (bound)",
     "calib_800.jsonl": "TinyStories",
     "eval_200.jsonl": "TinyStories",
     "wikitext2": "WikiText-2",

@@ -69,12 +69,9 @@ PLAN = {
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 OTHER_TEXTS = [
-    ["calibration=jsonl", "calibration.path=modegpt/tiny/data/test.jsonl"],  # the test text itself: a bound, not a result
-    *(
-        [f"calibration={source}", f"calibration.path={SHARED}/data/{path}"]
-        for source, path in (("wikitext2", "wikitext2/wiki.train.part.raw"), ("alpaca", "alpaca/alpaca_5000.json"), ("jsonl", "tinystories/calib_800.jsonl"))
-        if (SHARED / "data" / path).is_file()
-    ),
+    [f"calibration={source}", f"calibration.path={SHARED}/data/{path}"]
+    for source, path in (("wikitext2", "wikitext2/wiki.train.part.raw"), ("alpaca", "alpaca/alpaca_5000.json"), ("jsonl", "tinystories/calib_800.jsonl"))
+    if (SHARED / "data" / path).is_file()
 ]
 OTHER_DOMAIN = [text for text in OTHER_TEXTS if text[0] == "calibration=wikitext2"]
 POLL_SECONDS = 5.0
