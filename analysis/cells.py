@@ -16,7 +16,8 @@ from analysis.style import label
 class Column:
     """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one of `DERIVED`.
 
-    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``.
+    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
+    ``floor`` is not compared with, because a share of rounding says nothing.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Column:
     where: Mapping[str, Any] = field(default_factory=dict)
     compared: str | None = None
     against: Mapping[str, Any] = field(default_factory=dict)
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Group:
         if column.compared is None:
             return _cell(column, sides[0])
         own, other = sides
-        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other}
+        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
         pairs = [(compare(value, references[seed][0]), run) for value, run in own if (seed := run.facts["seed_seed"]) in references]
         return _cell(column, pairs, beside=[run for _, run in references.values()])
 

@@ -13,7 +13,7 @@ from analysis.figures import FigureSpec
 from analysis.tables import RATE, TableSpec
 
 INGREDIENTS = "experiments/ingredients"
-EXCESS = Column("Excess", "nats_lost", digits=4)
+EXCESS = Column("Excess", "nats_lost", digits=4, floor=1e-4)
 ENTROPIC = {"method": "modegpt", "allocation": "entropic"}
 UNIFORM = {"method": "modegpt", "allocation": "uniform"}
 PLUS = {"method": "modegpt_plus"}

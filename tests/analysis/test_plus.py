@@ -1,5 +1,6 @@
 """Comparisons with another run of the same seed, and the tables of modegpt_plus, on invented records."""
 
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_comparisons_pair_seeds(store, tmp_path: Path) -> None:
     difference = Column("x", "compression_seconds", compared="difference", against={"method": "modegpt"}, scale=2)
     assert group.cell(difference, {"method": "modegpt_plus"}).values == pytest.approx([2 * 4.0 * (weight["modegpt_plus"] - weight["modegpt"])] * 3)
     assert group.cell(column, {"method": "modegpt"}).values == (1, 1, 1)
+    assert group.cell(replace(column, floor=4.0 * weight["modegpt"]), {"method": "modegpt_plus"}).values
+    assert not group.cell(replace(column, floor=4.1 * weight["modegpt"]), {"method": "modegpt_plus"}).values, "next to nothing is not compared with"
 
 
 def test_ablation(store, tmp_path: Path) -> None:
