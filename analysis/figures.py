@@ -84,7 +84,8 @@ def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
     if len(wanted) > 1:
         figure.legend([handles[text] for text in wanted], wanted, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False, fontsize=8)
     spreads = any(any(line.spreads) for _, drawn in panels for line in drawn)
-    figure.suptitle(spec.title + (" (bars: sample standard deviation over seeds)" if spreads else ""), fontsize=10)
+    between = " " if columns > 1 else "\n"  # one panel is too narrow for both on a line
+    figure.suptitle(spec.title + (f"{between}(bars: sample standard deviation over seeds)" if spreads else ""), fontsize=10)
     return figure
 
 
