@@ -180,6 +180,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=model.config)
     recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     if out_of_core is not None:
+        measure_ceiling(device, model.dtype)  # libraries keep memory from their first products on, which the plan is to count
         out_of_core.plan(method, task, evaluation)
     return Run(
         config=config,
