@@ -1,10 +1,12 @@
 """The cost meter: stages add up to wall time."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 
-from modegpt.metering import CostMeter
+from modegpt.metering import CostMeter, peak_memory_bytes
 
 
 def test_nested_stages_do_not_count_twice() -> None:
@@ -31,3 +33,11 @@ def test_a_failing_stage_is_still_timed() -> None:
         pass
     assert meter.stages["next"].seconds >= 0
     assert meter._open == []
+
+
+def test_peak_memory_is_not_that_of_the_parent() -> None:
+    held = bytearray(1536 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])  # resident
+    program = "from modegpt.metering import peak_memory_bytes; print(peak_memory_bytes()['host'])"
+    child = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(child.stdout) < len(held) < peak_memory_bytes()["host"]

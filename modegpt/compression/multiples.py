@@ -16,7 +16,7 @@ def preferred_multiples(device: str | torch.device, config: PreTrainedConfig) ->
     """By module, the multiple that kept ranks of a dense model of ``config`` should be of on ``device``.
 
     A GPU's are those of ``CUDA``, or the largest power of two that leaves ``LEAST_STEPS`` ranks. 1 elsewhere: a CPU's products and its attention
-    kernel take any size (``experiments/SPEED.md``: odd ranks reach over 90 % of the ideal in prefill), and 1 meets the budget exactly.
+    kernel take any size (``experiments/SPEED.md``: odd ranks reach about 90 % of the ideal in prefill), and 1 meets the budget exactly.
     """
     shape = dense_shape(config)
     sizes = {"mlp": shape.intermediate_size, "query_key": shape.qk_head_dim, "value_output": shape.v_head_dim}
