@@ -31,8 +31,10 @@ class Sums:
     def zeros(
         cls, split: Split, num_features: int, num_targets: int, *, device: torch.device, precision: torch.dtype, fisher: Sequence[Tensor] | None = None
     ) -> "Sums":
-        plain, weighted = ({held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)} for _ in range(2))
-        return cls(split, plain, precision, fisher, {} if fisher is None else weighted)
+        def parts() -> Parts:
+            return {held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)}
+
+        return cls(split, parts(), precision, fisher, {} if fisher is None else parts())
 
     def update(self, batch: int, z: Tensor, t: Tensor, *, constant: bool = False) -> None:
         """Add a batch; with a ``constant`` feature of ones behind those of z."""
