@@ -1,6 +1,7 @@
 """What every test shares: one thread, no network, and the optional folder of real models and data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,6 +33,8 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Every test starts from the same global random state, whatever ran before it."""
+def _alone() -> Iterator[None]:
+    """Every test starts from the same global random state, whatever ran before it, and leaves one thread to the next."""
     torch.manual_seed(0)
+    yield
+    assert torch.get_num_threads() == 1, "the test changed the number of threads of this process"

@@ -1,15 +1,16 @@
 """The statistics cache: exact, checked, bounded."""
 
-import multiprocessing
 import os
 import time
 import warnings
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import torch
 
 from modegpt.calibration.cache import STALE_SECONDS, StatisticsCache, statistics_key
+from tests.processes import CLEAN
 
 STATISTICS = {"mlp.C": torch.eye(8, dtype=torch.float64) * 3, "layer.influence": torch.tensor(0.25, dtype=torch.float64)}
 NAMES = frozenset(STATISTICS)
@@ -70,7 +71,7 @@ def test_the_key_depends_on_everything_named() -> None:
     assert statistics_key(weights="w", tokens="t") != statistics_key(weights="w", tokens="u")
 
 
-def share(barrier: multiprocessing.Barrier, root: Path, key: str, max_bytes: int, num_rounds: int) -> None:
+def share(barrier: Barrier, root: Path, key: str, max_bytes: int, num_rounds: int) -> None:
     """A worker: whatever it finds is right, whatever it misses it computes and keeps, and nothing makes it fail."""
     cache = cache_at(root, key, max_bytes)
     barrier.wait()
@@ -83,10 +84,9 @@ def share(barrier: multiprocessing.Barrier, root: Path, key: str, max_bytes: int
 
 @pytest.mark.parametrize("own_key", [False, True], ids=["one calibration", "each evicts the others"])
 def test_eight_processes_share_the_cache(tmp_path: Path, own_key: bool) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, num_rounds = context.Barrier(8), 15
+    barrier, num_rounds = CLEAN.Barrier(8), 15
     max_bytes = 5000 if own_key else 10**6
-    workers = [context.Process(target=share, args=(barrier, tmp_path, f"k{number * own_key}", max_bytes, num_rounds)) for number in range(8)]
+    workers = [CLEAN.Process(target=share, args=(barrier, tmp_path, f"k{number * own_key}", max_bytes, num_rounds)) for number in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import modegpt.cli.main as cli
 from modegpt.config import RunConfig
@@ -40,6 +41,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[tuple[
     module = type(sys)("modegpt.run")
     module.run = lambda config, *, command: calls.append((config, command))
     monkeypatch.setitem(sys.modules, "modegpt.run", module)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.delenv("MODEGPT_TRACEBACK", raising=False)
     return lambda *arguments: (cli.main(list(arguments)), calls)
 

@@ -1,7 +1,6 @@
 """A checkpoint is whole or it is refused, with the file named; saving leaves the old one or none."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from modegpt.modeling.checkpoints import check_destination, load_model, load_tok
 from modegpt.modeling.integrity import MANIFEST, fingerprint_tokenizer, fingerprint_weights
 from tests.architectures.family_table import dense_model, native_model, tokens
 from tests.modeling.saved import RECORD, compressed, tiny_tokenizer
+from tests.processes import CLEAN
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def _save_and_die(point: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("point", ["model_card", "describe_files", "sync", "os.rename"])
 def test_a_kill_leaves_the_old_checkpoint_or_none(tmp_path: Path, point: str) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_save_and_die, args=(point, tmp_path / "model"))
+    process = CLEAN.Process(target=_save_and_die, args=(point, tmp_path / "model"))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -1,12 +1,12 @@
 """The store: whole or absent, once, and never silently changed."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from modegpt.errors import UserError
 from modegpt.records import store as store_module
 from modegpt.records.frame import load_records
 from modegpt.records.store import PARTIAL, STALE_SECONDS, RecordStore, canonical, identity, load_record, slug
+from tests.processes import CLEAN
 from tests.records.sample import sample_record
 
 
@@ -122,16 +123,15 @@ def test_kill_9_in_the_middle_leaves_nothing_partial(tmp_path: Path, repository:
     assert load_record(path) and files_of(tmp_path) == [str(path.relative_to(tmp_path))]
 
 
-def _write_after(barrier: multiprocessing.Barrier, root: str, number: int) -> None:
+def _write_after(barrier: Barrier, root: str, number: int) -> None:
     record = sample_record(command=f"writer {number}")
     barrier.wait()
     RecordStore(root).write(record)
 
 
 def test_eight_concurrent_writers_leave_one_record(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(8)
-    writers = [context.Process(target=_write_after, args=(barrier, str(tmp_path), number)) for number in range(8)]
+    barrier = CLEAN.Barrier(8)
+    writers = [CLEAN.Process(target=_write_after, args=(barrier, str(tmp_path), number)) for number in range(8)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -1,8 +1,6 @@
 """The predicted peak of memory against the measured one, and the refusal that says what would fit."""
 
-import multiprocessing
-import re
-from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +11,15 @@ from modegpt.allocation.policies import Uniform
 from modegpt.architectures import read_value_output
 from modegpt.compression.modegpt import MoDeGPT
 from modegpt.decompositions import MLP_VARIANTS, MLPNystrom, QueryKeyCR, ValueOutputSVD
-from modegpt.decompositions.modules import MLPStatistics, MLPWeights
+from modegpt.decompositions.modules import MLPStatistics, MLPWeights, Variant
 from modegpt.errors import UserError
+from modegpt.metering import peak_memory_bytes
 from modegpt.streaming import memory
 from modegpt.streaming.memory import FLOAT64, STATISTIC_ELEMENTS, Prediction, Sizes, check_fits, predict, resident_bytes, solver_elements
 from modegpt.streaming.hidden import embedded
 from modegpt.streaming.model import StreamedModel
 from tests.architectures.family_table import CONFIGS
+from tests.processes import CLEAN
 from tests.streaming.streamed_task import save_dense, task_on
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -31,23 +31,20 @@ def paper(allocation=Uniform()) -> MoDeGPT:
     return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=allocation)
 
 
-def peak_of(work: Callable[[], object]) -> int:
-    """Bytes that ``work`` adds to this process at its fullest, measured in a child of it."""
+def measure(name: str, n: int, d_h: int, rank: int, results: Queue) -> None:
+    """In a process of its own: the bytes that MLP variant ``name`` adds at its fullest."""
+    X = torch.randn(n + 200, n, dtype=torch.float64)
+    statistics = MLPStatistics(C=X.mT @ X, mean=X.mean(0), C_x=None, num_tokens=n + 200)
+    weights = MLPWeights(W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None)
+    variant = mlp_variant(name)
+    before = resident_bytes()
+    CLEAR.write_text("5")
+    variant(weights, statistics, rank, torch.Generator().manual_seed(0))
+    results.put(peak_memory_bytes()["host"] - before)
 
-    def measured(results) -> None:
-        before = resident_bytes()
-        CLEAR.write_text("5")
-        work()
-        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-        results.put(int(peak[1]) * 1024 - before)
 
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    process = context.Process(target=measured, args=(results,))
-    process.start()
-    peak = results.get(timeout=120)
-    process.join()
-    return peak
+def mlp_variant(name: str) -> Variant:
+    return MLP_VARIANTS[name](**({"block": 256} if name == "elimination" else {}))
 
 
 @linux
@@ -55,13 +52,12 @@ def peak_of(work: Callable[[], object]) -> int:
 def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
     """n x n matrices of 32 MiB, which the allocator gives back at once; at most what is predicted, and at least half."""
     n, d_h, rank = 2048, 256, 1434
-    variant = MLP_VARIANTS[name](**({"block": 256} if name == "elimination" else {}))
-    X = torch.randn(n + 200, n, dtype=torch.float64)
-    statistics = MLPStatistics(C=X.mT @ X, mean=X.mean(0), C_x=None, num_tokens=n + 200)
-    weights = MLPWeights(W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None)
-    sizes = Sizes(d_h=d_h, n=n, H=4, H_kv=4, d=64, k=rank)
-    predicted = FLOAT64 * solver_elements(variant, sizes)
-    measured = peak_of(lambda: variant(weights, statistics, rank, torch.Generator().manual_seed(0)))
+    predicted = FLOAT64 * solver_elements(mlp_variant(name), Sizes(d_h=d_h, n=n, H=4, H_kv=4, d=64, k=rank))
+    results = CLEAN.Queue()
+    process = CLEAN.Process(target=measure, args=(name, n, d_h, rank, results))
+    process.start()
+    measured = results.get(timeout=120)
+    process.join()
     assert 0.5 * predicted < measured < 1.05 * predicted + 2**24, (name, measured / 2**20, predicted / 2**20)
 
 

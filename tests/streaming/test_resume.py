@@ -1,6 +1,5 @@
 """Killed with -9 at any moment and started again: the same checkpoint to the bit, and no layer done twice."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -18,11 +17,11 @@ from modegpt.errors import UserError
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.shards import Shards
 from modegpt.streaming.workspace import POSITION, Position, Workspace
+from tests.processes import CLEAN
 from tests.streaming.streamed_task import compress_out_of_core, save_dense
 
 METHOD = MoDeGPT(mlp=MLPRandom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Entropic())
 """The random choice shows whether the generator goes on where it was."""
-FORK = multiprocessing.get_context("fork")
 
 
 def kill() -> None:
@@ -62,7 +61,8 @@ MOMENTS = {
 """Where a process dies, and how many of the three layers are finished then."""
 
 
-def die(prepare: Callable[[], None], dense: Path, destination: Path, on_disk: bool) -> None:
+def die(moment: str, dense: Path, destination: Path, on_disk: bool) -> None:
+    _, prepare = MOMENTS[moment]
     prepare()
     compress_out_of_core(METHOD, dense, destination, on_disk=on_disk)
 
@@ -81,8 +81,8 @@ def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "moment, on_disk", [(moment, False) for moment in MOMENTS] + [(moment, True) for moment in ("in the influence walk", "inside a layer", "between layers")]
 )
 def test_a_killed_run_goes_on_from_the_last_finished_layer(moment: str, on_disk: bool, dense: Path, expected: Path, tmp_path: Path) -> None:
-    finished, prepare = MOMENTS[moment]
-    process = FORK.Process(target=die, args=(prepare, dense, tmp_path / "model", on_disk))
+    finished, _ = MOMENTS[moment]
+    process = CLEAN.Process(target=die, args=(moment, dense, tmp_path / "model", on_disk))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
