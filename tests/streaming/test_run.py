@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import modegpt.run
-from modegpt.config import OutOfCoreConfig, OutputConfig
+from modegpt.config import OutOfCoreConfig, OutputConfig, RunConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
 from modegpt.modeling.checkpoints import load_model
@@ -16,7 +16,8 @@ from modegpt.modeling.integrity import MANIFEST, check_files, fingerprint_weight
 from modegpt.records.store import load_record
 from modegpt.run import run
 from modegpt.streaming.job import OutOfCore
-from tests.streaming.test_resume import FORK, killed_when
+from tests.processes import CLEAN
+from tests.streaming.test_resume import killed_when
 from tests.test_run import results, small  # noqa: F401 - a fixture
 
 OUT_OF_CORE = OutOfCoreConfig(enabled=True)
@@ -31,14 +32,16 @@ def streamed(results: Path, place: str, **changes: Any) -> Any:
     return small(results, **{"evaluation": perplexity_alone(results.parent), "output": output, "out_of_core": OUT_OF_CORE, **changes})
 
 
+def run_and_die(config: RunConfig, cache: str) -> None:
+    os.environ["MODEGPT_CACHE"] = cache
+    killed_when(OutOfCore, "score_compressed", lambda *_, **__: True, after=True)
+    run(config, command="modegpt")
+
+
 def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = streamed(results, "streamed")
 
-    def die() -> None:
-        killed_when(OutOfCore, "score_compressed", lambda *_, **__: True, after=True)
-        run(config, command="modegpt")
-
-    process = FORK.Process(target=die)
+    process = CLEAN.Process(target=run_and_die, args=(config, os.environ["MODEGPT_CACHE"]))
     process.start()
     process.join(240)
     assert process.exitcode == -signal.SIGKILL and not list(results.rglob("record.json"))
