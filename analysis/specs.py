@@ -1,6 +1,7 @@
 """Every table and figure of the report, declared. What is not here is not in the report."""
 
 from dataclasses import replace
+from functools import partial
 
 from analysis import plus
 from analysis.cells import Column, Group
@@ -23,6 +24,7 @@ MODULES = {
     "value_output": ("variants_value_output",),
 }
 NAMES = {"mlp": "MLP", "query_key": "query-key", "value_output": "value-output"}
+TAKING_TURNS = "Batch x tokens; medians over rounds in which dense and compressed take turns in one process."
 DEFAULTS = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
 
 
@@ -36,6 +38,26 @@ def tasks(group: Group) -> tuple[Column, ...]:
     scored = group.runs[0].record["metrics"]["dense"]["zeroshot"]
     columns = [Column(f"{task} ({score['metric']}, %)", f"zeroshot_{task}", "higher", scale=100, digits=1) for task, score in scored.items() if task != "mean"]
     return (*columns, replace(ZERO_SHOT, label="Mean (%)"), replace(KEPT, label="Mean kept (%)"))
+
+
+def workloads(group: Group) -> dict[str, str]:
+    """What was timed, by the name of its columns."""
+    measured = group.runs[0].record["metrics"]["throughput"]["measurements"]
+    return {f"{each['phase']}_{each['batch_size']}x{each['length']}": f"{each['phase']} {each['batch_size']} x {each['length']}" for each in measured}
+
+
+def beside_dense(group: Group, quantity: str, digits: int) -> tuple[Column, ...]:
+    """``quantity`` of every workload, and the dense model's in the same process."""
+    columns = [
+        (Column(text, f"{name}_{quantity}", digits=digits), Column("dense", f"dense_{name}_{quantity}", digits=digits)) for name, text in workloads(group).items()
+    ]
+    return tuple(column for pair in columns for column in pair)
+
+
+def speedups(group: Group) -> tuple[Column, ...]:
+    """Speed-up of every workload, what the sizes would allow, and the cache."""
+    columns = [(Column(text, f"{name}_speedup", "higher"), Column("of", f"{name}_ideal_speedup")) for name, text in workloads(group).items()]
+    return (*(column for pair in columns for column in pair), Column("Cache (bytes/token)", "cache_bytes_per_token", "lower", digits=0), replace(REMOVED, label="Removed (%)"))
 
 
 def others(module: str) -> dict[str, str]:
@@ -133,6 +155,14 @@ TABLES = (
         dense=False,
         note="Nothing cached, nothing scored. FLOPs are those that the run counts; host memory is the whole process's.",
     ),
+    *(
+        TableSpec(f"throughput_{name}", f"{title} against rate", ("throughput",), METHODS_AND_RATES, columns, per_perplexity=False, one_per_group=True, dense=False, note=note)
+        for name, title, columns, note in (
+            ("tokens", "Throughput (tokens/s)", partial(beside_dense, quantity="tokens_per_second", digits=0), TAKING_TURNS),
+            ("latency", "Latency (ms)", partial(beside_dense, quantity="milliseconds", digits=2), f"Of a prefill, or of one more token of every sequence. {TAKING_TURNS}"),
+            ("speedup", "Speed-up over the dense model", speedups, "Batch x tokens; median over rounds of the ratio in the same round. Of: what the sizes allow on that machine, by the FLOPs or bytes that bind."),
+        )
+    ),
     *plus.TABLES,
 )
 
@@ -165,6 +195,10 @@ FIGURES = (
     FigureSpec("calibration_size", "Size of the calibration set, 30 % removed", ("calibration_size",), "method", PERPLEXITY, point="calibration.num_samples", x_label="Calibration windows", y_label="Perplexity", log_x=True),
     FigureSpec("ridge", "Ridge of the Nyström decomposition", ("ridge",), "compression.sparsity", PERPLEXITY, point="decomposition.mlp.ridge", x_label="Ridge relative to the mean diagonal", y_label="Perplexity", log_x=True),
     FigureSpec("layer_sparsity", "What the entropic allocation removes", ("layer_sparsity",), "compression.sparsity", Column("Removed", "layers", scale=100), point="layer", x_label="Layer", y_label="Block-linear weights removed (%)", per_perplexity=False),
+    *(
+        FigureSpec(f"throughput_{phase}", f"Speed-up of {what}", ("throughput",), "method", Column("Speed-up", f"speedup_{phase}"), y_label=f"Speed-up of {what} over dense", per_perplexity=False, **ACHIEVED)
+        for phase, what in (("prefill", "prefill"), ("decode", "decoding"))
+    ),
     *plus.FIGURES,
 )
 

@@ -23,7 +23,8 @@ from modegpt.architectures.families import is_ours
 from modegpt.architectures.shapes import compressed_class
 from modegpt.compression.modegpt import MODULES, module_budgets
 from modegpt.errors import exit_status
-from modegpt.evaluation.throughput import DENSE, Workload, describe_model, measure, measure_ceiling
+from modegpt.evaluation.spec import Workload
+from modegpt.evaluation.throughput import DENSE, describe_model, measure, measure_roof
 from modegpt.records.benchmark import FOLDER, write_benchmark
 
 CAP = 0.85
@@ -134,11 +135,11 @@ def record(arguments: argparse.Namespace) -> None:
     about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
     for label, sizes in about.items():
         print(f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, {sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})")
-    ceiling = measure_ceiling(device, dtype)
-    print(f"ceiling: {ceiling.flops_per_second / 1e9:.0f} GFLOP/s, {ceiling.bytes_per_second / 1e9:.1f} GB/s")
-    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=lambda line: print(line, flush=True))
+    roof = measure_roof(device, dtype)
+    print(f"ceiling: {roof.flops_per_second / 1e9:.0f} GFLOP/s, {roof.bytes_per_second / 1e9:.1f} GB/s")
+    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, roof=roof, say=lambda line: print(line, flush=True))
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
-    path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(ceiling), "models": about, "measurements": results})
+    path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(roof), "models": about, "measurements": results})
     reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
     print(f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}")
 

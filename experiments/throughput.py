@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from modegpt.errors import UserError, exit_status
-from modegpt.evaluation.throughput import DENSE, Workload, describe_model, measure, measure_ceiling
+from modegpt.evaluation.spec import Workload
+from modegpt.evaluation.throughput import DENSE, describe_model, measure, measure_roof
 from modegpt.modeling.checkpoints import load_model
 from modegpt.records.benchmark import FOLDER, write_benchmark
 
@@ -45,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"the compressed models need different names, got {', '.join(Path(path).name for path in arguments.compressed)}")
     models = {label: load_model(path, arguments.dtype, arguments.device) for label, path in labels.items()}
     about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
-    ceiling = measure_ceiling(models[DENSE].device, models[DENSE].dtype)
-    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, ceiling=ceiling, say=print)
+    roof = measure_roof(models[DENSE].device, models[DENSE].dtype)
+    results = measure(models, workloads, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, roof=roof, say=print)
     settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-    print(write_benchmark(arguments.output, {"kind": "throughput", "settings": settings, "ceiling": vars(ceiling), "models": about, "measurements": results}))
+    print(write_benchmark(arguments.output, {"kind": "throughput", "settings": settings, "ceiling": vars(roof), "models": about, "measurements": results}))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ PLAN = {
     **dict.fromkeys(("calibration_size", "seeds"), On((LLAMA, STORIES), full=(OPT, BABY))),
     **dict.fromkeys(("plus_uniform", "plus_samples"), On((LLAMA,), full=(OPT, STORIES, BABY))),
     "plus_cost": On((LLAMA,), full=(OPT, STORIES, BABY), scored=False),
+    "throughput": On((LLAMA, OPT), full=(BABY, STORIES), scored=False),
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
     "zeroshot": On((LLAMA, OPT)),
     "recovery": On((LLAMA,), full=(OPT, BABY), settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3")),
@@ -123,7 +124,7 @@ def plan(only: list[str], full: bool = False) -> list[Sweep]:
     sweeps += [Sweep("plus_domain", name, overrides(name, text)) for name, text in itertools.product(MODELS if full else (LLAMA,), OTHER_DOMAIN)]
     chosen = [sweep for sweep in sweeps if not only or sweep.experiment in only]
     # layer_sparsity repeats runs of methods: last, when these are there; times are taken when less else runs
-    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost", "plus_cost"), -sweep.num_jobs * sweep.weight))
+    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost", "plus_cost", "throughput"), -sweep.num_jobs * sweep.weight))
 
 
 def main() -> int:

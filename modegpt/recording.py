@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modegpt.run import Run
 
 
-def make_record(run: "Run", compressed: Compressed | None, dense: dict[str, dict], scores: dict[str, dict] | None) -> dict[str, Any]:
+def make_record(run: "Run", compressed: Compressed | None, dense: dict[str, dict], scores: dict[str, dict] | None, speeds: dict[str, Any] | None) -> dict[str, Any]:
     """The run as a record (see ``records/schema.py``)."""
     config = run.config
     limited = config.evaluation.zeroshot is not None and config.evaluation.zeroshot.limit is not None
@@ -51,6 +51,7 @@ def make_record(run: "Run", compressed: Compressed | None, dense: dict[str, dict
             "retention": kept["zeroshot"],
             "perplexity_increase": kept["perplexity_increase"],
             "limited": limited,
+            **({} if speeds is None else {"throughput": speeds}),
         },
         "cost": run.meter.summary(),
     }

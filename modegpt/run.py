@@ -22,6 +22,7 @@ from modegpt.config import RunConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory, dense_key
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation
+from modegpt.evaluation.throughput import beside_dense
 from modegpt.machine import measure_ceiling
 from modegpt.metering import CostMeter
 from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
@@ -29,6 +30,7 @@ from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fing
 from modegpt.progress import Progress
 from modegpt.recording import make_record, model_name
 from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
+from modegpt.records.provenance import hardware
 from modegpt.records.store import RecordStore, identity, load_record
 from modegpt.report.pictures import save_pictures
 from modegpt.report.summary import summary
@@ -84,7 +86,14 @@ class Run:
             and {"tokens_sha256": self.task.calibration.tokens.sha256, "precision": calibration.precision}
             | ({"recovery_tokens_sha256": recovery.tokens.sha256} if recovery else {}),
             "evaluation": self.evaluation.fingerprint(),
+            **({"throughput": self.throughput_decides()} if self.config.evaluation.throughput.workloads else {}),
         }
+
+    def throughput_decides(self) -> dict[str, Any]:
+        """What speeds depend on beside the model: how they are measured, and on which machine."""
+        parts = hardware()
+        device = parts["gpus"][torch.device(self.device).index or 0]["name"] if torch.device(self.device).type == "cuda" else parts["cpu"]
+        return asdict(self.config.evaluation.throughput) | {"device": device, "num_threads": parts["num_threads"]}
 
     @property
     def directory(self) -> Path:
@@ -133,6 +142,8 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     method, training = make_method(config), make_recovery(config)  # which refuse before anything is loaded
     if config.model.device_map is not None and method is not None:
         raise UserError("model.device_map spreads a model to be scored: set method=dense; out_of_core.enabled=true compresses one that is larger than the device")
+    if config.model.device_map is not None and config.evaluation.throughput.workloads:
+        raise UserError("evaluation.throughput is measured on one device: leave out model.device_map")
     store = RecordStore(config.output.root)
     store.check_writable()
     if (path := config.model.path) is None:
@@ -141,7 +152,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     progress.say(f"loading {model_name(config)}")
     device, out_of_core = world.device(device), None
     if config.out_of_core.enabled:
-        check_streams(method, name=config.method["name"], save_model=config.output.save_model, zeroshot_tasks=config.evaluation.zeroshot and config.evaluation.zeroshot.tasks)
+        check_streams(method, name=config.method["name"], save_model=config.output.save_model, evaluation=config.evaluation)
         with meter.stage("loading"):  # every weight is read once, to be checked and identified
             out_of_core = open_dense(path, dtype=config.model.dtype, device=device, options=config.out_of_core)
             model, weights_sha256 = out_of_core.streamed.model, out_of_core.streamed.fingerprint()
@@ -178,6 +189,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     elif config.output.save_model is not None:
         raise UserError("output.save_model has no effect with method=dense: there is no compressed model")
     evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=model.config)
+    config.evaluation.throughput.check(evaluation.context)
     recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     if out_of_core is not None:
         measure_ceiling(device, model.dtype)  # libraries keep memory from their first products on, which the plan is to count
@@ -232,8 +244,12 @@ def execute(run: Run, stage: Stage) -> Path:
     if run.recovery is not None:
         with at("recovery"):
             compressed, scores = recover(run, compressed, scores)
+    speeds = None
+    if config.evaluation.throughput.workloads:
+        with at("throughput"), meter.stage("throughput"):
+            speeds = beside_dense(run.model, compressed and compressed.model, config.evaluation.throughput, say=progress.say)
     with at("record"):
-        record = make_record(run, compressed, dense, scores)
+        record = make_record(run, compressed, dense, scores, speeds)
         if run.checkpoint is not None and compressed is not None:
             with meter.stage("saving"):
                 if run.out_of_core is None:

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from modegpt.architectures import block_linear_parameters, decoder_layers
-from modegpt.architectures.families import SLICED
 from modegpt.architectures.shapes import layer_shapes
 
 aten = torch.ops.aten
@@ -52,12 +51,8 @@ class ForwardCost:
 def forward_cost(model: PreTrainedModel) -> ForwardCost:
     """The cost of all decoder layers of ``model``, dense or compressed; embeddings and head are not in it."""
     config = model.config
-    if config.model_type.startswith(SLICED):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention_columns = config.num_hidden_layers * config.num_attention_heads * 2 * head_dim
-    else:
-        group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
-        attention_columns = sum(shape.num_kv_heads * group * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config))
+    group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
+    attention_columns = sum(shape.num_kv_heads * group * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config))
     linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
     return ForwardCost(
         num_weights=block_linear_parameters(model),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import modegpt.run
 from modegpt.config import CalibrationConfig, CompressionConfig, DecompositionConfig, ModelConfig, OutputConfig, RunConfig, TrackingConfig
 from modegpt.errors import UserError
-from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
+from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
 from modegpt.records.store import load_record
 from modegpt.run import run
 from modegpt.tiny import TINY_MODELS
@@ -103,6 +103,19 @@ def test_a_saved_model_scores_the_same_later(results: Path) -> None:
         run(small(results, model=ModelConfig(name="saved", path=str(checkpoint))), command="modegpt")
 
 
+def test_speed_beside_the_dense_model_is_part_of_the_record(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = EvaluationSpec(None, None, ThroughputSpec(decode=["2x8"], repeats=1, decode_tokens=2))
+    path = run(small(results, evaluation=spec), command="modegpt")
+    record = load_record(path)
+    assert [each["model"] for each in record["metrics"]["throughput"]["measurements"]] == ["dense", "compressed"]
+    assert record["identity"]["decides"]["throughput"]["num_threads"] == 1 and record["identity"]["decides"]["throughput"]["device"]
+    assert "decode 2 x 8 (tokens/s)" in capsys.readouterr().out
+    other = run(small(results, evaluation=EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"], repeats=1, decode_tokens=2))), command="modegpt")
+    assert other != path
+    unmeasured = load_record(run(small(results, evaluation=EvaluationSpec(None, None)), command="modegpt"))
+    assert "throughput" not in unmeasured["metrics"] and "throughput" not in unmeasured["identity"]["decides"]
+
+
 def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(modegpt.run, "compress", lambda _: (_ for _ in ()).throw(RuntimeError("out of luck")))
@@ -154,6 +167,11 @@ REFUSED = {
     "hub name without network": (lambda r: {"model": ModelConfig(name=None, path="someone/some-model")}, "model=local model.path"),
     "too few tokens": (lambda r: {"calibration": CalibrationConfig(source="tiny", num_samples=10**6)}, "lower calibration.num_samples"),
     "sequence beyond the context": (lambda r: {"calibration": CalibrationConfig(source="tiny", sequence_length=4096)}, "context"),
+    "speed of a model on several devices": (
+        lambda r: {"model": ModelConfig(name="m", path="embedded:tiny-llama", device_map="auto"), "method": {"name": "dense"}, "evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"]))},
+        "measured on one device",
+    ),
+    "speed beyond the context": (lambda r: {"evaluation": EvaluationSpec(None, None, ThroughputSpec(prefill=["1x4096"]))}, "evaluation.throughput.prefill: 1x4096 needs 4096 tokens"),
     "text shorter than a window": (
         lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=short_text(r), windows=[128]), None)},
         "short.jsonl",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures.families import SLICED, family_of, is_ours
+from modegpt.architectures.families import RESIZED, SLICED, family_of, is_ours
 from modegpt.errors import UserError
 from modegpt.modeling import modeling_modegpt
 from modegpt.modeling.modeling_modegpt import CompressedFields
@@ -47,8 +47,8 @@ def empty_dense_layer(config: PreTrainedConfig) -> nn.Module:
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The shape of each layer of a dense model or one with layers of free sizes, in order."""
-    if not is_ours(config):
+    """The shape of each layer of a dense model or one with layers of free sizes, in order; a sliced model's inner sizes are its family's."""
+    if not config.model_type.startswith(RESIZED):
         config = compressed_config(config)
     columns = (config.qk_head_dims, config.v_head_dims, config.intermediate_sizes, config.kv_head_counts, config.linear_ranks)
     return [LayerShape(*sizes, tuple(biases)) for *sizes, biases in zip(*columns, config.extra_biases, strict=True)]

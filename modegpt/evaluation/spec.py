@@ -8,6 +8,8 @@ from typing import Any
 
 from modegpt.errors import UserError
 
+PHASES = ("prefill", "decode")
+
 
 @dataclass
 class PerplexitySpec:
@@ -62,12 +64,87 @@ class ZeroShotSpec:
             _at_least("evaluation.zeroshot.limit", self.limit, 1)
 
 
+@dataclass(frozen=True)
+class Workload:
+    """``prefill``: a batch of prompts of ``length`` tokens to their first token. ``decode``: one more token after ``length``."""
+
+    phase: str
+    batch_size: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise UserError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        if min(self.batch_size, self.length) < 1:
+            raise UserError(f"batch size and length must be at least 1, got {self.batch_size} and {self.length}")
+
+    @classmethod
+    def parse(cls, phase: str, text: str) -> "Workload":
+        """``"8x128"``: batch size 8, length 128. Raises UserError for anything else."""
+        batch_size, _, length = text.partition("x")
+        if not (batch_size.isdigit() and length.isdigit()):
+            raise UserError(f"a workload is BATCHxLENGTH, for example 8x128, got {text!r}")
+        return cls(phase, int(batch_size), int(length))
+
+    @property
+    def name(self) -> str:
+        """For example ``decode_8x128``."""
+        return f"{self.phase}_{self.batch_size}x{self.length}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one step processes."""
+        return self.batch_size * (self.length if self.phase == "prefill" else 1)
+
+
+@dataclass
+class ThroughputSpec:
+    """How fast the compressed model runs beside the dense one, on this machine.
+
+    Attributes:
+        prefill: batches of prompts as BATCHxLENGTH (``1x512``), timed to their first token.
+        decode: batches of sequences as BATCHxLENGTH, timed for one more token of each.
+        repeats: measured rounds, in each of which the two models take turns.
+        decode_tokens: tokens that one measurement of decoding makes.
+    """
+
+    prefill: list[str] = field(default_factory=list)
+    decode: list[str] = field(default_factory=list)
+    repeats: int = 7
+    decode_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.throughput.repeats", self.repeats, 1)
+        _at_least("evaluation.throughput.decode_tokens", self.decode_tokens, 1)
+        for phase in PHASES:
+            try:
+                self._of(phase)
+            except UserError as error:
+                raise UserError(f"evaluation.throughput.{phase}: {error}") from None
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """Everything to measure."""
+        return [each for phase in PHASES for each in self._of(phase)]
+
+    def _of(self, phase: str) -> list[Workload]:
+        return [Workload.parse(phase, text) for text in getattr(self, phase)]
+
+    def check(self, context: int) -> None:
+        """Raises UserError for a workload that does not fit in ``context`` tokens."""
+        for each in self.workloads:
+            longest = each.length + (self.decode_tokens if each.phase == "decode" else 0)
+            if longest > context:
+                raise UserError(f"evaluation.throughput.{each.phase}: {each.batch_size}x{each.length} needs {longest} tokens, the model's context is {context}")
+
+
 @dataclass
 class EvaluationSpec:
-    """The two kinds of score; a section that is None, or names nothing, is not scored."""
+    """The kinds of score; a section that is None, or names nothing, is not scored."""
 
     perplexity: PerplexitySpec | None = field(default_factory=PerplexitySpec)
     zeroshot: ZeroShotSpec | None = field(default_factory=ZeroShotSpec)
+    throughput: ThroughputSpec = field(default_factory=ThroughputSpec)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -14,40 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures import decoder_layers, layer_shapes
-from modegpt.errors import UserError
+from modegpt.architectures import block_linear_parameters, layer_shapes
+from modegpt.evaluation.spec import ThroughputSpec, Workload
 
-PHASES = ("prefill", "decode")
 DENSE = "dense"
 """The model that the others are compared with."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """``prefill``: a batch of prompts of ``length`` tokens to their first token. ``decode``: one more token after ``length``."""
-
-    phase: str
-    batch_size: int
-    length: int
-
-    def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise UserError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
-        if min(self.batch_size, self.length) < 1:
-            raise UserError(f"batch size and length must be at least 1, got {self.batch_size} and {self.length}")
-
-    @classmethod
-    def parse(cls, phase: str, text: str) -> "Workload":
-        """``"8x128"``: batch size 8, length 128. Raises UserError for anything else."""
-        batch_size, _, length = text.partition("x")
-        if not (batch_size.isdigit() and length.isdigit()):
-            raise UserError(f"a workload is BATCHxLENGTH, for example 8x128, got {text!r}")
-        return cls(phase, int(batch_size), int(length))
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that one step processes."""
-        return self.batch_size * (self.length if self.phase == "prefill" else 1)
+COMPRESSED = "compressed"
 
 
 @dataclass(frozen=True)
@@ -59,7 +31,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Roof:
     """What the machine attains: FLOP/s of a matrix product and bytes/s of reading a matrix once, measured here."""
 
     flops_per_second: float
@@ -80,7 +52,7 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
 
     Embeddings, norms and activations are left out, so the ideal is a little better than any program can be.
     """
-    block = sum(module.weight.numel() for module in decoder_layers(model).modules() if isinstance(module, nn.Linear))
+    block = block_linear_parameters(model)
     head = model.get_output_embeddings().weight.numel()
     group = model.config.num_attention_heads // getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     attended = sum(group * shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(model.config))
@@ -92,7 +64,7 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
     return Work(flops=2 * batch * (block + head + attended * length), bytes=model.dtype.itemsize * (block + head) + cache)
 
 
-def measure_ceiling(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Ceiling:
+def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Roof:
     """Time a ``size`` cubed matrix product and a product of a matrix far beyond the caches with one vector; the best of ``repeats``."""
     rows = 16 * size
     square = torch.ones(size, size, device=device, dtype=dtype)
@@ -100,11 +72,11 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype, *, size: int = 204
     with torch.inference_mode():
         product = min(_seconds(lambda: square @ square, device)[0] for _ in range(repeats))
         reading = min(_seconds(lambda: tall @ vector, device)[0] for _ in range(repeats))
-    return Ceiling(flops_per_second=2 * size**3 / product, bytes_per_second=tall.nbytes / reading)
+    return Roof(flops_per_second=2 * size**3 / product, bytes_per_second=tall.nbytes / reading)
 
 
 def measure(
-    models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int, decode_tokens: int, ceiling: Ceiling, say: Callable[[str], None]
+    models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int, decode_tokens: int, roof: Roof, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Time every workload on every model, the models taking turns within each repeat, in an order that rotates.
 
@@ -138,11 +110,23 @@ def measure(
         num_steps = decode_tokens if workload.phase == "decode" else 1
         for label, model in models.items():
             entry = _entry(workload, label, samples, num_steps)
-            ideal = ceiling.seconds(work_of(models[DENSE], workload)) / ceiling.seconds(work_of(model, workload))
+            ideal = roof.seconds(work_of(models[DENSE], workload)) / roof.seconds(work_of(model, workload))
             entry |= {"peak_memory_bytes": peaks[label], "ideal_speedup": ideal, "share_of_ideal": entry["speedup"] / ideal}
             results.append(entry)
             say(describe(entry))
     return results
+
+
+def beside_dense(dense: PreTrainedModel, compressed: PreTrainedModel | None, spec: ThroughputSpec, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """``measure`` of a dense model and what it was compressed to, as it stands in a record.
+
+    Returns ``ceiling`` (the machine's rates), ``measurements``, and by model ``cache_bytes_per_token``.
+    """
+    models = {DENSE: dense.eval()} | ({} if compressed is None else {COMPRESSED: compressed.eval()})
+    roof = measure_roof(dense.device, dense.dtype)
+    measurements = measure(models, spec.workloads, repeats=spec.repeats, decode_tokens=spec.decode_tokens, roof=roof, say=say)
+    cache = {label: cache_bytes_per_token(model.config, model.dtype) for label, model in models.items()}
+    return {"ceiling": vars(roof), "cache_bytes_per_token": cache, "measurements": measurements}
 
 
 def describe(entry: Mapping[str, Any]) -> str:
@@ -155,7 +139,7 @@ def describe(entry: Mapping[str, Any]) -> str:
 
 def describe_model(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, Any]:
     """Sizes of a model beside the dense one, JSON-able."""
-    blocks = [sum(parameter.numel() for parameter in decoder_layers(each).parameters() if parameter.ndim >= 2) for each in (model, dense)]
+    blocks = [block_linear_parameters(each) for each in (model, dense)]
     cache = cache_bytes_per_token(model.config, model.dtype)
     return {
         "num_parameters": model.num_parameters(),

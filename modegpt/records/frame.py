@@ -19,7 +19,8 @@ def load_records(root: Path | str = "results") -> pandas.DataFrame:
     Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
     removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
     ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
-    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>``), what it cost
+    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>``), how fast
+    it ran beside the dense model (``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``), what it cost
     (``seconds seconds_<stage> peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
 
     Raises:
@@ -54,6 +55,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         **{key: compression.get(key, 0.0) for key in ("target_sparsity", "achieved_sparsity", "whole_model_sparsity")},
         **{column: value for score in all_scores(record) for column, value in _columns(score).items()},
         **{f"retention_{key.replace('.', '_')}": value for key, value in flatten(record["metrics"]["retention"]).items()},
+        **_speeds(record["metrics"].get("throughput")),
         **_mean_errors(compression.get("layers", [])),
         "seconds": sum(stage["seconds"] for stage in stages),
         **{f"seconds_{stage['name']}": stage["seconds"] for stage in stages},
@@ -85,6 +87,23 @@ def _columns(score: Score) -> dict[str, Any]:
         columns |= {f"{score.name}_stderr": score.final_stderr, f"dense_{score.name}_stderr": score.dense_stderr}
         columns |= {f"{score.name}_metric": score.metric}
     return columns
+
+
+def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
+    """Speed by workload, in columns such as ``decode_8x128_speedup``; ``speedup_<phase>``: of its largest batch."""
+    if throughput is None:
+        return {}
+    cache, columns = throughput["cache_bytes_per_token"], {}
+    final = list(cache)[-1]  # the compressed model, or the dense one if there is no other
+    for each in sorted(throughput["measurements"], key=lambda each: each["batch_size"]):
+        name = f"{each['phase']}_{each['batch_size']}x{each['length']}"
+        speed = {f"{name}_tokens_per_second": each["tokens_per_second"], f"{name}_milliseconds": 1000 * each["seconds"]}
+        if each["model"] == "dense":
+            columns |= {f"dense_{column}": value for column, value in speed.items()}
+        if each["model"] == final:
+            columns |= speed | {f"{name}_{key}": each[key] for key in ("speedup", "ideal_speedup", "share_of_ideal")}
+            columns[f"speedup_{each['phase']}"] = each["speedup"]
+    return columns | {"dense_cache_bytes_per_token": cache["dense"], "cache_bytes_per_token": cache[final]}
 
 
 def _mean_errors(layers: list[dict]) -> dict[str, float]:

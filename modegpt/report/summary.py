@@ -17,6 +17,7 @@ def summary(record: Mapping[str, Any], *, record_path: Path | str | None = None,
     """
     compression, cost = record["compression"], record["cost"]
     rows = [(_label(score), *_cells(score)) for score in all_scores(record)]
+    rows += _speed_rows(record["metrics"].get("throughput"))
     rows += _size_rows(record)
     facts = [
         ("seconds", f"{sum(stage['seconds'] for stage in cost['stages']):.1f}", _stages(cost["stages"])),
@@ -81,6 +82,17 @@ def _cells(score: Score) -> tuple[str, str, str]:
         return dense, percent(score.compressed, score.compressed_stderr), percent(score.retention)
     ratio = ABSENT if score.compressed is None or not score.dense else f"x {number(score.compressed / score.dense)}"
     return number(score.dense), number(score.compressed), ratio
+
+
+def _speed_rows(throughput: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """Tokens a second by workload; ``kept`` is the speed-up, and what the sizes would allow."""
+    rows: dict[str, list[str]] = {}
+    for each in throughput["measurements"] if throughput else ():
+        label = f"{each['phase']} {each['batch_size']} x {each['length']} (tokens/s)"
+        rows.setdefault(label, []).append(number(each["tokens_per_second"], 0))
+        if each["model"] != "dense":
+            rows[label].append(f"x {number(each['speedup'])} of x {number(each['ideal_speedup'])}")
+    return [(label, cells[0], *(cells[1:] or (ABSENT, ABSENT))) for label, cells in rows.items()]
 
 
 def _size_rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

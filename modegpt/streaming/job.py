@@ -16,6 +16,7 @@ from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.config import OutOfCoreConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
+from modegpt.evaluation.spec import EvaluationSpec
 from modegpt.metering import peak_memory_bytes
 from modegpt.modeling.card import model_card
 from modegpt.modeling.checkpoints import publish
@@ -101,13 +102,15 @@ def open_dense(path: str, *, dtype: str, device: str, options: OutOfCoreConfig) 
     return OutOfCore(StreamedModel.open(path, dtype=dtype, device=device), options)
 
 
-def check_streams(method: Method | None, *, name: str, save_model: str | None, zeroshot_tasks: object) -> None:
+def check_streams(method: Method | None, *, name: str, save_model: str | None, evaluation: EvaluationSpec) -> None:
     """Raises UserError unless a run of ``method`` can be done out of core."""
     if type(method) is not MoDeGPT:
         raise UserError(f"method={name} needs the whole model in memory; out_of_core.enabled=true goes with method=modegpt, random or magnitude")
     if save_model is None:
         raise UserError("out of core the compressed model exists only on disk: say where with output.save_model=DIRECTORY (or auto)")
-    if zeroshot_tasks:
+    if evaluation.throughput.workloads:
+        raise UserError("speed is measured with the whole model in memory: out_of_core.enabled=true goes without evaluation.throughput")
+    if evaluation.zeroshot and evaluation.zeroshot.tasks:
         raise UserError("zero-shot tasks need the whole model in memory: with out_of_core.enabled=true set evaluation.zeroshot.tasks=null")
 
 

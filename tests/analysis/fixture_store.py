@@ -19,6 +19,7 @@ assert _spec is not None and _spec.loader is not None
 _sample = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sample)
 sample_record = _sample.sample_record
+sample_throughput = _sample.sample_throughput
 
 
 def write(root: Path, name: str, *, model: str = "tiny-llama", skip: Iterable[int] = (), text: str = "tiny", **changes: Any) -> list[Path]:
@@ -50,6 +51,8 @@ def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: 
     if "recovery.targets" in settings:  # which takes one nat off
         before = {"perplexity": {name: {"value": math.e * entry["value"]} for name, entry in scores.items()}, "zeroshot": {"mean": {"value": 0.25}}}
         record["compression"]["recovery"] = {"name": "lora", "targets": settings["recovery.targets"], "num_steps": 1, "before": before}
+    if each.name == "throughput":
+        record["metrics"]["throughput"] = sample_throughput(1 + sparsity)
     record["model"] |= {"name": model, "weights_sha256": weights * 64}
     record["metrics"]["limited"] = limited
     record["seeds"] = {"seed": seed, "calibration": seed}

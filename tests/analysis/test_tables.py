@@ -130,3 +130,17 @@ def test_recovery_stands_beside_what_it_started_from(store, tmp_path: Path) -> N
     for each in rows:
         before, after = each.cells[0].mean, each.cells[1].mean
         assert before == pytest.approx(2.718281828 * after) and each.cells[2].mean == pytest.approx(25.0)
+
+
+def test_speeds_stand_beside_the_dense_model_of_their_own_run(store, tmp_path: Path) -> None:
+    """Twice as fast at 100 %: a speed-up of one plus the rate, which the fixture's methods share."""
+    store.write(tmp_path, "throughput")
+    tokens, latency, speedup = (table(tmp_path, f"throughput_{name}") for name in ("tokens", "latency", "speedup"))
+    assert [column.label for column in tokens.columns] == ["decode 8 x 64", "dense", "decode 1 x 64", "dense", "prefill 1 x 64", "dense"]
+    half = [row.cells for row in tokens.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
+    assert [cell.mean for cell in half] == pytest.approx([3000, 2000, 750, 500, 1500, 1000])
+    half = [row.cells for row in latency.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
+    assert [cell.mean for cell in half] == pytest.approx([8 / 3, 4, 4 / 3, 2, 128 / 3, 64])
+    half = [row.cells for row in speedup.blocks[0][1] if row.labels == ("50 %", "SliceGPT")][0]
+    assert [cell.mean for cell in half] == pytest.approx([1.5, 2, 1.5, 2, 1.5, 2, 384, 49.9])
+    assert all(table.missing == () and not any(mark for row in table.blocks[0][1] for mark in row.marks) for table in (tokens, latency))

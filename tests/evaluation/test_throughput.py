@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from modegpt.errors import UserError
-from modegpt.evaluation.throughput import Ceiling, Work, Workload, cache_bytes_per_token, measure, work_of
+from modegpt.evaluation.spec import ThroughputSpec, Workload
+from modegpt.evaluation.throughput import Roof, Work, beside_dense, cache_bytes_per_token, measure, work_of
 from modegpt.modeling.checkpoints import save_checkpoint
+from modegpt.modeling.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from tests.architectures.family_table import CONFIGS, dense_model, sliced_model
 from tests.modeling.saved import tiny_tokenizer
 
@@ -31,7 +33,27 @@ def test_work_by_hand() -> None:
     cache = 3 * 2 * 16 * 4
     assert cache_bytes_per_token(model.config, torch.float32) == cache
     assert work_of(model, Workload("decode", 2, 5)) == Work(flops=2 * 2 * (block + head + 3 * 4 * 16 * 5), bytes=4 * (block + head) + 2 * 5 * cache)
-    assert Ceiling(10.0, 100.0).seconds(Work(20.0, 100.0)) == 2.0 and Ceiling(10.0, 100.0).seconds(Work(1.0, 300.0)) == 3.0
+    assert Roof(10.0, 100.0).seconds(Work(20.0, 100.0)) == 2.0 and Roof(10.0, 100.0).seconds(Work(1.0, 300.0)) == 3.0
+
+
+def test_work_of_a_sliced_model_by_hand() -> None:
+    """A residual stream of 24 of 32: every map that reads or writes it, two shortcuts a layer, and attention and cache as they were."""
+    config = CONFIGS["llama"].to_dict()
+    model = SlicedLlamaForCausalLM(SlicedLlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}, stream_sizes=[24] * 7))
+    block, head = 3 * (24 * (32 + 16 + 16 + 32) + 3 * 24 * 40 + 2 * 24 * 24), 61 * 24
+    assert work_of(model, Workload("decode", 2, 5)).flops == 2 * 2 * (block + head + 3 * 4 * 16 * 5)
+    assert cache_bytes_per_token(model.config, torch.float32) == cache_bytes_per_token(CONFIGS["llama"], torch.float32)
+
+
+def test_a_record_holds_both_models_and_the_machine() -> None:
+    dense, lines = dense_model("llama"), []
+    smaller = sliced_model(dense)[0]
+    found = beside_dense(dense, smaller, ThroughputSpec(prefill=["1x4"], decode=["2x4"], repeats=1, decode_tokens=1), say=lines.append)
+    assert [(each["phase"], each["model"]) for each in found["measurements"]] == [(phase, model) for phase in ("prefill", "decode") for model in ("dense", "compressed")]
+    assert found["cache_bytes_per_token"]["compressed"] < found["cache_bytes_per_token"]["dense"] and len(lines) == 4
+    assert min(found["ceiling"].values()) > 0
+    alone = beside_dense(dense, None, ThroughputSpec(decode=["1x4"], repeats=1, decode_tokens=1), say=lines.append)
+    assert list(alone["cache_bytes_per_token"]) == ["dense"] and len(alone["measurements"]) == 1
 
 
 def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
@@ -41,7 +63,7 @@ def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
     for label, model in models.items():
         model.register_forward_pre_hook(lambda *_, label=label: order.append(label))
     lines: list[str] = []
-    results = measure(models, [Workload("prefill", 1, 6), Workload("decode", 2, 6)], repeats=2, decode_tokens=3, ceiling=Ceiling(1e9, 1e9), say=lines.append)
+    results = measure(models, [Workload("prefill", 1, 6), Workload("decode", 2, 6)], repeats=2, decode_tokens=3, roof=Roof(1e9, 1e9), say=lines.append)
     assert order[:6] == ["dense", "smaller", "smaller", "dense", "dense", "smaller"], "a rotating order"
     assert [(each["phase"], each["model"], len(each["samples_seconds"])) for each in results] == [(phase, label, 2) for phase in ("prefill", "decode") for label in models]
     assert all(each["seconds"] > 0 and each["tokens_per_second"] > 0 for each in results)
@@ -53,6 +75,16 @@ def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
 def test_a_wrong_workload_is_explained(text: str) -> None:
     with pytest.raises(UserError):
         Workload.parse("decode", text)
+    with pytest.raises(UserError, match=r"evaluation.throughput.prefill: .*8x128|at least 1"):
+        ThroughputSpec(prefill=[text])
+
+
+def test_a_workload_beyond_the_context_is_refused() -> None:
+    ThroughputSpec(prefill=["1x16"], decode=["1x8"], decode_tokens=8).check(16)
+    with pytest.raises(UserError, match=r"evaluation.throughput.decode: 1x9 needs 17 tokens, the model's context is 16"):
+        ThroughputSpec(decode=["1x9"], decode_tokens=8).check(16)
+    with pytest.raises(UserError, match="evaluation.throughput.repeats=0"):
+        ThroughputSpec(repeats=0)
 
 
 def test_shapes_are_those_the_method_would_plan(repository: Path) -> None:
@@ -72,7 +104,7 @@ def test_the_scripts_record(repository: Path, tmp_path: Path, monkeypatch: pytes
     options = ["--prefill", "1x4", "--decode", "2x4", "--repeats", "1", "--decode-tokens", "1", "--device", "cpu", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["experiments/throughput.py", *options])
     throughput = script(repository, "throughput")
-    monkeypatch.setattr(throughput, "measure_ceiling", lambda *_, **__: Ceiling(1e9, 1e9))
+    monkeypatch.setattr(throughput, "measure_roof", lambda *_, **__: Roof(1e9, 1e9))
     assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "part"), *options]) == 0
     record = json.loads(output.read_text())
     assert record["kind"] == "throughput" and record["models"]["part"]["cache_share"] < 1 and record["provenance"]["packages"]["torch"]

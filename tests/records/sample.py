@@ -14,6 +14,17 @@ FULL_RANKS = {"mlp": 172, "query_key": 16, "value_output": 16}
 NUM_LAYERS = 6
 
 
+def sample_throughput(speedup: float = 1.5) -> dict:
+    """Two workloads of a dense and a compressed model, the larger batch first: ``metrics.throughput``."""
+    measurements = []
+    for phase, batch_size, milliseconds in (("decode", 8, 4.0), ("decode", 1, 2.0), ("prefill", 1, 64.0)):
+        for model, factor in (("dense", 1.0), ("compressed", speedup)):
+            seconds, tokens = milliseconds / factor / 1000, batch_size * (64 if phase == "prefill" else 1)
+            entry = {"phase": phase, "batch_size": batch_size, "length": 64, "model": model, "seconds": seconds, "tokens_per_second": tokens / seconds}
+            measurements.append(entry | {"speedup": factor, "ideal_speedup": 2.0 if model == "compressed" else 1.0, "share_of_ideal": factor / 2})
+    return {"ceiling": {"flops_per_second": 1e11, "bytes_per_second": 1e10}, "cache_bytes_per_token": {"dense": 512, "compressed": 384}, "measurements": measurements}
+
+
 def sample_record(*, seed: int = 0, sparsity: float = 0.3, method: str = "modegpt", dense: bool = False, **changes: Any) -> dict:
     """What a run hands to `RecordStore.write`, as a fresh dict.
 

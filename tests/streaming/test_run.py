@@ -10,7 +10,7 @@ import pytest
 import modegpt.run
 from modegpt.config import OutOfCoreConfig, OutputConfig, RunConfig
 from modegpt.errors import UserError
-from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
+from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
 from modegpt.modeling.checkpoints import load_model
 from modegpt.modeling.integrity import MANIFEST, check_files, fingerprint_weights
 from modegpt.records.store import load_record
@@ -73,6 +73,7 @@ def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, caps
         ({"method": {"name": "dense"}}, "needs the whole model in memory"),
         ({"output": OutputConfig(root=os.devnull + "-none")}, "output.save_model"),
         ({"evaluation": EvaluationSpec(PerplexitySpec(source=None), ZeroShotSpec(tasks=["tiny_pronoun"]))}, "zero-shot tasks"),
+        ({"evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"]))}, "goes without evaluation.throughput"),
         ({"out_of_core": OutOfCoreConfig(enabled=True, max_host_bytes=2**20)}, "GiB are available"),
     ],
 )
