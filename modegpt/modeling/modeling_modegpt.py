@@ -119,22 +119,34 @@ def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -
 def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
     """Attention with head sizes E (query, key) and Ev (value), kept off the kernels' slow unfused path.
 
-    Fused kernels want E == Ev, so the smaller is padded with zeros, which changes nothing in the result. A
-    single query gains nothing from it. Returns (batch, sequence, heads, Ev) and the weights if asked for.
+    Fused kernels want E == Ev, so the smaller is padded with zeros, which changes nothing in the result; a single
+    query is faster by the definition. Returns (batch, sequence, heads, Ev) and the weights if asked for.
     """
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     num_heads, E, num_kv_heads, Ev = query.shape[1], query.shape[-1], value.shape[1], value.shape[-1]
     size, spare = max(E, Ev), 0
     if kwargs.get("cache") is not None:  # continuous batching: the pages of every layer have the dense model's size
         size, spare = module.head_dim, module.config.dense_kv_heads - num_kv_heads
-    elif E == Ev or implementation == "eager" or (query.shape[2] == 1 and not implementation.startswith("flash")):
+    elif E == Ev or implementation == "eager":
         return attention(module, query, key, value, mask, **kwargs)
+    elif implementation == "sdpa" and query.shape[2] == 1 and not kwargs["dropout"]:
+        return _attend_once(query, key, value, mask, kwargs["scaling"]), None
     elif query.is_cuda:
         size = -(-size // 8) * 8
     added = (spare * module.num_key_value_groups, spare, spare)
     padded = (pad(states, (0, size - states.shape[-1], 0, 0, 0, heads)) for states, heads in zip((query, key, value), added, strict=True))
     out, weights = attention(module, *padded, mask, **kwargs)
     return out[:, :, :num_heads, :Ev], weights
+
+
+def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of one query a sequence: those of a key/value head are the rows of one product, so that no key is repeated."""
+    batch, num_heads, _, E = query.shape
+    scores = torch.matmul(scaling * query.reshape(batch, key.shape[1], -1, E), key.transpose(2, 3))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value).reshape(batch, 1, num_heads, -1)
 
 
 class CompressedAttention:
@@ -170,15 +182,15 @@ class CompressedAttention:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
         cos, sin = (self.kept_frequencies(table) for table in (cos, sin))
-        key = key * cos + rotate_half(key) * sin
-        query = query.unflatten(1, (self.num_kv_heads, self.num_key_value_groups))
-        query = query * cos.unsqueeze(2) + rotate_half(query) * sin.unsqueeze(2)
-        return query.flatten(1, 2), key
+        # the queries of a key/value head and its key as one tensor: half as many small operations
+        states = torch.cat((query.unflatten(1, (self.num_kv_heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2)
+        states = states * cos + rotate_half(states) * sin
+        return states[:, :, :-1].flatten(1, 2), states[:, :, -1]
 
     def kept_frequencies(self, table: Tensor) -> Tensor:
-        """(batch, sequence, head size) to (batch, key/value heads, sequence, qk_dim); both halves of a table are equal."""
-        half = table[..., self.rope_index].transpose(1, 2)
-        return torch.cat((half, half), dim=-1)
+        """(batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); both halves of a table are equal."""
+        half = table.index_select(-1, self.rope_index.flatten()).unflatten(-1, self.rope_index.shape).transpose(1, 2)
+        return torch.cat((half, half), dim=-1).unsqueeze(2)
 
     def forward(
         self,

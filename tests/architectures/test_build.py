@@ -27,6 +27,7 @@ from modegpt.architectures import (
 )
 from modegpt.decompositions.modules import LowRank, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.errors import UserError
+from modegpt.modeling.modeling_modegpt import _attend_once
 from tests.architectures.family_table import dense_model, native_model, random_selection, sliced_layer, sliced_model, smaller_shape, tokens
 
 BOTH = pytest.mark.parametrize("name", ["llama", "opt"])
@@ -199,6 +200,21 @@ def test_unequal_head_sizes_stay_on_the_fused_kernel() -> None:
         fused = logits(compressed)
     compressed.set_attn_implementation("eager")
     close(fused, logits(compressed))
+
+
+@pytest.mark.parametrize("masked", ["no", "bool", "float"])
+def test_a_single_query_is_attended_by_the_definition(masked: str) -> None:
+    """6 queries on 2 key/value heads of 4 (keys) and 10 (values), the first sequence with two keys hidden."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 6, 1, 4), (3, 2, 7, 4), (3, 2, 7, 10)))
+    seen = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    seen[0, ..., :2] = False
+    added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -1e30)
+    mask = {"no": None, "bool": seen, "float": added}[masked]
+    found = _attend_once(query, key, value, mask, 0.3)
+    keys, values = (states.repeat_interleave(3, dim=1) for states in (key, value))
+    weights = (0.3 * query @ keys.mT + (0 if mask is None else added)).softmax(-1)
+    torch.testing.assert_close(found, (weights @ values).transpose(1, 2), rtol=1e-6, atol=1e-7)  # softmax is taken in float32
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gemma"])
