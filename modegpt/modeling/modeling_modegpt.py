@@ -1,13 +1,12 @@
 """Causal language models whose layers differ in size: the form in which a compressed model is saved and loaded.
 
-Self-contained on purpose: a checkpoint carries a copy of this file, so that it loads with
-``trust_remote_code=True`` where the package that made it is not installed.
+Self-contained on purpose: a checkpoint carries a copy of this file, so that it loads with ``trust_remote_code=True``
+where the package that made it is not installed.
 
-Per layer, the head size of queries and keys, the head size of values, the number of key/value heads and
-the MLP width are free; any linear map may be stored as two factors and may have a bias that the
-family does not give it. Every layer keeps its family's own norms, residuals, masks and cache.
-Queries and keys that lost rotary pairs keep the original frequencies of those that stayed
-(``rope_index``, one row per key/value head), and the softmax keeps the original scale.
+Per layer, the head size of queries and keys, the head size of values, the number of key/value heads and the MLP width are
+free; any linear map may be stored as two factors and may have a bias that the family does not give it. Every layer keeps its
+family's own norms, residuals, masks and cache. Queries and keys that lost rotary pairs keep the original frequencies of those
+that stayed (``rope_index``, one row per key/value head), and the softmax keeps the original scale.
 """
 
 import warnings
@@ -26,8 +25,7 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, OPTConfig, Phi
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, eager_attention_forward, rotate_half
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralForCausalLM, MistralMLP
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, OPTForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3ForCausalLM
@@ -181,16 +179,13 @@ class CompressedAttention:
         if not self.has_rope_index:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-        cos, sin = (self.kept_frequencies(table) for table in (cos, sin))
+        # (batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); both halves of a table are equal
+        halves = (table.index_select(-1, self.rope_index.flatten()).unflatten(-1, self.rope_index.shape).transpose(1, 2) for table in (cos, sin))
+        cos, sin = (torch.cat((half, half), dim=-1).unsqueeze(2) for half in halves)
         # the queries of a key/value head and its key as one tensor: half as many small operations
         states = torch.cat((query.unflatten(1, (self.num_kv_heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2)
         states = states * cos + rotate_half(states) * sin
         return states[:, :, :-1].flatten(1, 2), states[:, :, -1]
-
-    def kept_frequencies(self, table: Tensor) -> Tensor:
-        """(batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); both halves of a table are equal."""
-        half = table.index_select(-1, self.rope_index.flatten()).unflatten(-1, self.rope_index.shape).transpose(1, 2)
-        return torch.cat((half, half), dim=-1).unsqueeze(2)
 
     def forward(
         self,
@@ -288,8 +283,7 @@ class MoDeGPTLlamaConfig(CompressedFields, LlamaConfig):
     model_type = "modegpt_llama"
 
 
-class MoDeGPTLlamaAttention(CompressedAttention, LlamaAttention):
-    pass
+class MoDeGPTLlamaAttention(CompressedAttention, LlamaAttention): ...
 
 
 class MoDeGPTLlamaForCausalLM(CompressedCausalLM, LlamaForCausalLM):
@@ -301,8 +295,7 @@ class MoDeGPTMistralConfig(CompressedFields, MistralConfig):
     model_type = "modegpt_mistral"
 
 
-class MoDeGPTMistralAttention(CompressedAttention, MistralAttention):
-    pass
+class MoDeGPTMistralAttention(CompressedAttention, MistralAttention): ...
 
 
 class MoDeGPTMistralForCausalLM(CompressedCausalLM, MistralForCausalLM):
@@ -314,8 +307,7 @@ class MoDeGPTQwen2Config(CompressedFields, Qwen2Config):
     model_type = "modegpt_qwen2"
 
 
-class MoDeGPTQwen2Attention(CompressedAttention, Qwen2Attention):
-    pass
+class MoDeGPTQwen2Attention(CompressedAttention, Qwen2Attention): ...
 
 
 class MoDeGPTQwen2ForCausalLM(CompressedCausalLM, Qwen2ForCausalLM):
@@ -367,8 +359,7 @@ class MoDeGPTGemmaConfig(CompressedFields, GemmaConfig):
     model_type = "modegpt_gemma"
 
 
-class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention):
-    pass
+class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention): ...
 
 
 class MoDeGPTGemmaForCausalLM(CompressedCausalLM, GemmaForCausalLM):
@@ -400,12 +391,7 @@ class MoDeGPTPhi3ForCausalLM(CompressedCausalLM, Phi3ForCausalLM):
 
 
 MODELS = (
-    MoDeGPTLlamaForCausalLM,
-    MoDeGPTMistralForCausalLM,
-    MoDeGPTQwen2ForCausalLM,
-    MoDeGPTQwen3ForCausalLM,
-    MoDeGPTOPTForCausalLM,
-    MoDeGPTGemmaForCausalLM,
-    MoDeGPTPhi3ForCausalLM,
+    MoDeGPTLlamaForCausalLM, MoDeGPTMistralForCausalLM, MoDeGPTQwen2ForCausalLM, MoDeGPTQwen3ForCausalLM,
+    MoDeGPTOPTForCausalLM, MoDeGPTGemmaForCausalLM, MoDeGPTPhi3ForCausalLM,
 )
 """Every compressed model class; a new family joins here."""
