@@ -31,10 +31,18 @@ class Family:
     attention_path: str = "self_attn"
     query_norm_path: str | None = None
     key_norm_path: str | None = None
+    final_norm_path: str = "model.norm"
+    final_norm_offset: float = 0.0
+    """What the final norm adds to its weight."""
     rope: bool = True
     query_key_dense: str | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Maps that the family stores as one: path of the fused map to the paths of its parts, in row order."""
+
+    def final_norm(self, model: nn.Module) -> nn.Module | None:
+        """The norm in front of the head; None where the model has none."""
+        parent, _, name = self.final_norm_path.rpartition(".")
+        return getattr(model.get_submodule(parent), name, None)
 
     def attention(self, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self.attention_path)
@@ -86,13 +94,14 @@ FAMILIES = {
             "opt",
             "MoDeGPTOPTForCausalLM",
             layers="model.decoder.layers",
+            final_norm_path="model.decoder.final_layer_norm",
             output_path="self_attn.out_proj",
             gate_path=None,
             up_path="fc1",
             down_path="fc2",
             rope=False,
         ),
-        Family("gemma", "MoDeGPTGemmaForCausalLM"),
+        Family("gemma", "MoDeGPTGemmaForCausalLM", final_norm_offset=1.0),
         Family(
             "phi3",
             "MoDeGPTPhi3ForCausalLM",

@@ -41,6 +41,8 @@ CONTROLS = ("random", "magnitude")
 """Methods that cut every module by a control criterion, uniformly over layers; ``random`` is "uniform" in the paper's tables."""
 SHARED = ("modegpt", *CONTROLS)
 """Methods that several processes can share, because all they ask of the data is statistics that are sums."""
+UNNAMED = (("fisher", []), ("temperature", False))
+"""Options that an identity does not name at these values, because runs from before there were such options did the same."""
 METHODS = ("dense", "modegpt", "modegpt_plus", *CONTROLS, *BASELINES)
 
 
@@ -114,8 +116,7 @@ def decides(config: RunConfig) -> dict[str, Any]:
     name = config.method["name"]
     if name == "dense":
         return {"method": {"name": "dense"}}
-    # absent, not empty: runs without it keep their identity
-    chosen: dict[str, Any] = {"method": {key: value for key, value in config.method.items() if (key, value) != ("fisher", [])}, "seed": config.seed}
+    chosen: dict[str, Any] = {"method": {key: value for key, value in config.method.items() if (key, value) not in UNNAMED}, "seed": config.seed}
     if name in BASELINES:
         return chosen | {"compression": {"sparsity": config.compression.sparsity}}
     chosen["compression"] = {

@@ -21,7 +21,7 @@ from tests.architectures.family_table import dense_model, tokens
 from tests.baselines.protocol_checks import check_compression, check_zero_sparsity
 from tests.baselines.task_of import task_of
 
-NESTED = {"nested": True, "sequential": False, "refit": False, "align": False}
+NESTED = {"nested": True, "sequential": False, "refit": False, "align": False, "temperature": False}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -72,7 +72,7 @@ def test_weights_change_the_result_and_are_recorded() -> None:
     assert task.calibration.meter.backward_passes == 1
 
 
-@pytest.mark.parametrize(("switches", "named"), [({"fisher": (1.5,)}, "method.fisher"), ({"fisher": (0.5,), "nested": True, "sequential": False, "refit": False, "align": False}, "nested")])
+@pytest.mark.parametrize(("switches", "named"), [({"fisher": (1.5,)}, "method.fisher"), ({"fisher": (0.5,), "nested": True, "sequential": False, "refit": False, "align": False, "temperature": False}, "nested")])
 def test_what_cannot_be_is_refused(switches: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         MoDeGPTPlus(**switches)

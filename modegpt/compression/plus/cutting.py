@@ -25,6 +25,7 @@ def cut_checkpoint(checkpoint: Path, sparsity: float, destination: Path) -> floa
     check_destination(destination)
     model = load_model(str(checkpoint), device="cpu")
     layers, costs, options = read_orders(checkpoint / FILE)
+    options = {"temperature": False} | options  # older checkpoints do not name it
     method = MoDeGPTPlus(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
     no_tokens = CalibrationTokens(ids=torch.empty(0, 0, dtype=torch.long), sha256="", stream_tokens=0)
     task = CompressionTask(Calibration(model, no_tokens, progress=Progress(quiet=True)), sparsity)

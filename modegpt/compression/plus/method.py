@@ -20,6 +20,7 @@ from modegpt.compression.plus.nested import FILE, NestedLayer, cut, nest, write_
 from modegpt.compression.plus.sensitivity import Costs, perturbed_passes, rank_costs
 from modegpt.compression.plus.streams import Split
 from modegpt.compression.plus.switches import Switches
+from modegpt.compression.plus.temperature import fit_inverse_temperature, sharpen
 from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, ValueOutputSVD, ValueOutputSVDAttention
 
@@ -97,7 +98,13 @@ class MoDeGPTPlus(Switches, Method):
             reports.append(report(index, work.reductions, plan.ranks[index], task))
             reports[-1]["numerics"] |= {f"{name}_input": facts for name, facts in work.alignment.items()}
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
-        return self._finished(task, plan, shapes, tensors, reports, influence)
+        finished = self._finished(task, plan, shapes, tensors, reports, influence)
+        if self.temperature and changed_so_far and task.family.final_norm(task.model) is not None:
+            with calibration.meter.stage("temperature", counted=True):
+                s = fit_inverse_temperature(task.model, finished.model, calibration.tokens.ids, batch_size=calibration.batch_size)
+                sharpen(finished.model, task.family, s)
+            finished.details["inverse_temperature"] = s
+        return finished
 
     def plan(self, task: CompressionTask, *, costs: Costs | None, influence: list[float] | None = None) -> RankPlan:
         """Ranks that meet the target: by what each costs where that is known, else over layers by ``allocation``."""

@@ -33,6 +33,7 @@ class Switches:
         cap: largest share any module loses (``allocation=loss``).
         fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several the best on held-out
             windows for each module. Empty: none. The weights take one backward pass, the only gradient here.
+        temperature: the compressed model's logits multiplied by the number at which its predictions diverge least from the dense model's.
         nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False``.
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on; those held out among the same batches check it.
@@ -51,6 +52,7 @@ class Switches:
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
     fisher: tuple[float, ...] = ()
+    temperature: bool = True
     nested: bool = False
     queries_per_window: int = 32
     query_key_windows: int = 32
@@ -75,8 +77,8 @@ class Switches:
                 raise UserError(f"method.{name}=true needs method.sequential=true: without it both streams are the same and there is nothing to correct")
         if self.nested and self.fisher:
             raise UserError("method.fisher has no effect with method.nested=true; leave it out")
-        if self.nested and (self.sequential or self.allocation == "entropic"):
-            raise UserError("method.nested=true needs method.sequential=false (with refit=false, align=false) and method.allocation=loss or uniform: its orders serve every rate")
+        if self.nested and (self.sequential or self.temperature or self.allocation == "entropic"):
+            raise UserError("method.nested=true needs method.sequential=false (with refit=false, align=false), method.temperature=false and method.allocation=loss or uniform: its orders serve every rate")
 
     @property
     def gammas(self) -> tuple[float, ...]:
