@@ -35,18 +35,25 @@ MODELS = EMBEDDED | {
 }
 REAL_TEXT = ["calibration=jsonl", f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl"]
 REAL_TEST = ["evaluation=jsonl", f"evaluation.perplexity.path={SHARED}/data/tinystories/eval_200.jsonl"]
+REAL_TASKS = ("evaluation.zeroshot.tasks=paper", f"evaluation.zeroshot.data_path={SHARED}/data/zeroshot")
 SECONDS = {LLAMA: 1.0, OPT: 1.0, STORIES: 2.0, BABY: 3.0}
 """What one run of a model costs, relative to the others: mostly its evaluation."""
 
 
 @dataclass(frozen=True)
 class On:
-    """The models of an experiment: those of the tiny version, and what ``--full`` adds."""
+    """The models of an experiment: those of the tiny version, and what ``--full`` adds; settings of all, of embedded and of real ones."""
 
     models: tuple[str, ...]
     full: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    embedded: tuple[str, ...] = ()
+    real: tuple[str, ...] = ()
     scored: bool = True
+
+    def overrides(self, name: str) -> list[str]:
+        """What ``name`` is run with."""
+        return [*self.settings, *overrides(name, scored=self.scored), *(self.embedded if name in EMBEDDED else self.real)]
 
 
 PLAN = {
@@ -63,10 +70,10 @@ PLAN = {
     "plus_cost": On((LLAMA,), full=(OPT, STORIES, BABY), scored=False),
     "throughput": On((LLAMA, OPT), full=(BABY, STORIES), scored=False),
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
-    "zeroshot": On((LLAMA, OPT)),
+    "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
     "recovery": On((LLAMA,), full=(OPT, BABY), settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3")),
-    "opt_family": On((OPT,), settings=TINY),
-    "llama2_70b": On((LLAMA,), settings=TINY),
+    "opt_family": On((OPT,), full=(STORIES,), embedded=TINY),
+    "llama2_70b": On((LLAMA,), full=(STORIES,), embedded=TINY, real=REAL_TASKS),
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 OTHER_TEXTS = [
@@ -114,7 +121,7 @@ def overrides(name: str, text: list[str] | None = None, *, scored: bool = True) 
 def plan(only: list[str], full: bool = False) -> list[Sweep]:
     """Every sweep, the longest first, so that the two processes end together."""
     sweeps = [
-        Sweep(experiment, name, [*on.settings, *overrides(name, scored=on.scored)])
+        Sweep(experiment, name, on.overrides(name))
         for experiment, on in PLAN.items()
         for name in (*on.models, *(on.full if full else ()))
         if name in MODELS
