@@ -127,7 +127,7 @@ def plan(only: list[str], full: bool = False) -> list[Sweep]:
         if name in MODELS
     ]
     texts = [["calibration=tiny"], *OTHER_TEXTS]
-    sweeps += [Sweep("calibration_choice", name, [*EMBEDDED[name], *text]) for name, text in itertools.product(EMBEDDED if full else (LLAMA,), texts)]
+    sweeps += [Sweep("calibration_choice", name, overrides(name, text)) for name, text in itertools.product([name for name in MODELS if name != BABY] if full else (LLAMA,), texts)]
     sweeps += [Sweep("plus_domain", name, overrides(name, text)) for name, text in itertools.product(MODELS if full else (LLAMA,), OTHER_DOMAIN)]
     chosen = [sweep for sweep in sweeps if not only or sweep.experiment in only]
     # layer_sparsity repeats runs of methods: last, when these are there; times are taken when less else runs
