@@ -196,7 +196,7 @@ FIGURES = (
     FigureSpec("ridge", "Ridge of the Nyström decomposition", ("ridge",), "compression.sparsity", PERPLEXITY, point="decomposition.mlp.ridge", x_label="Ridge relative to the mean diagonal", y_label="Perplexity", log_x=True),
     FigureSpec("layer_sparsity", "What the entropic allocation removes", ("layer_sparsity",), "compression.sparsity", Column("Removed", "layers", scale=100), point="layer", x_label="Layer", y_label="Block-linear weights removed (%)", per_perplexity=False),
     *(
-        FigureSpec(f"throughput_{phase}", f"Speed-up of {what}", ("throughput",), "method", Column("Speed-up", f"speedup_{phase}"), y_label=f"Speed-up of {what} over dense", per_perplexity=False, **ACHIEVED)
+        FigureSpec(f"throughput_{phase}", f"Speed-up of {what}, the largest batch measured", ("throughput",), "method", Column("Speed-up", f"speedup_{phase}"), y_label=f"Speed-up of {what} over dense", per_perplexity=False, **ACHIEVED)
         for phase, what in (("prefill", "prefill"), ("decode", "decoding"))
     ),
     *plus.FIGURES,
