@@ -9,6 +9,7 @@ from analysis.figures import FigureSpec
 from analysis.published import Published
 from analysis.runs import Run
 from analysis.tables import TableSpec
+from modegpt.records.frame import workload_name
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 PERPLEXITY = Column("Perplexity", "perplexity", "lower")
@@ -43,7 +44,7 @@ def tasks(group: Group) -> tuple[Column, ...]:
 def workloads(group: Group) -> dict[str, str]:
     """What was timed, by the name of its columns."""
     measured = group.runs[0].record["metrics"]["throughput"]["measurements"]
-    return {f"{each['phase']}_{each['batch_size']}x{each['length']}": f"{each['phase']} {each['batch_size']} x {each['length']}" for each in measured}
+    return {workload_name(each): f"{each['phase']} {each['batch_size']} x {each['length']}" for each in measured}
 
 
 def beside_dense(group: Group, quantity: str, digits: int) -> tuple[Column, ...]:

@@ -87,11 +87,6 @@ class Workload:
         return cls(phase, int(batch_size), int(length))
 
     @property
-    def name(self) -> str:
-        """For example ``decode_8x128``."""
-        return f"{self.phase}_{self.batch_size}x{self.length}"
-
-    @property
     def num_tokens(self) -> int:
         """Tokens that one step processes."""
         return self.batch_size * (self.length if self.phase == "prefill" else 1)

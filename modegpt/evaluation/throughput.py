@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from modegpt.architectures import block_linear_parameters, layer_shapes
 from modegpt.evaluation.spec import ThroughputSpec, Workload
+from modegpt.work import forward_cost
 
 DENSE = "dense"
 """The model that the others are compared with."""
@@ -52,10 +53,8 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
 
     Embeddings, norms and activations are left out, so the ideal is a little better than any program can be.
     """
-    block = block_linear_parameters(model)
-    head = model.get_output_embeddings().weight.numel()
-    group = model.config.num_attention_heads // getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
-    attended = sum(group * shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(model.config))
+    cost, head = forward_cost(model), model.get_output_embeddings().weight.numel()
+    block, attended = cost.num_weights, cost.attention_columns
     batch, length = workload.batch_size, workload.length
     if workload.phase == "prefill":
         flops = 2 * batch * (length * block + head + attended * length * (length + 1) / 2)

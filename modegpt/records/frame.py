@@ -79,6 +79,11 @@ def choice(node: Any) -> str | None:
     return node.get("name") if isinstance(node, Mapping) else node
 
 
+def workload_name(measured: Mapping[str, Any]) -> str:
+    """What the columns of a measurement of speed begin with, for example ``decode_8x128``."""
+    return f"{measured['phase']}_{measured['batch_size']}x{measured['length']}"
+
+
 def _columns(score: Score) -> dict[str, Any]:
     columns = {score.name: score.final, f"dense_{score.name}": score.dense}
     if score.before is not None:
@@ -94,9 +99,9 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
     if throughput is None:
         return {}
     cache, columns = throughput["cache_bytes_per_token"], {}
-    final = list(cache)[-1]  # the compressed model, or the dense one if there is no other
+    final = "compressed" if "compressed" in cache else "dense"
     for each in sorted(throughput["measurements"], key=lambda each: each["batch_size"]):
-        name = f"{each['phase']}_{each['batch_size']}x{each['length']}"
+        name = workload_name(each)
         speed = {f"{name}_tokens_per_second": each["tokens_per_second"], f"{name}_milliseconds": 1000 * each["seconds"]}
         if each["model"] == "dense":
             columns |= {f"dense_{column}": value for column, value in speed.items()}

@@ -46,9 +46,8 @@ def fit_inverse_temperature(dense: PreTrainedModel, compressed: PreTrainedModel,
                 curvature += float(torch.linalg.vecdot(q, (z - mean.unsqueeze(-1)).square()).sum(dtype=torch.float64))
             if curvature <= 0:
                 break
-            moved = min(max(s - slope / curvature, BOUNDS[0], s / 2), BOUNDS[1], 2 * s)
-            s, moved = moved, abs(moved - s)
-            if moved < TOLERANCE:
+            before, s = s, min(max(s - slope / curvature, BOUNDS[0], s / 2), BOUNDS[1], 2 * s)
+            if abs(s - before) < TOLERANCE:
                 break
     return s
 
