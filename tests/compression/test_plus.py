@@ -13,7 +13,7 @@ from modegpt.compression.modegpt import MoDeGPT
 from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.method import MoDeGPTPlus
 from modegpt.compression.plus.query_key import candidates
-from modegpt.compression.plus.sensitivity import expected
+from modegpt.compression.plus.sensitivity import SMALLEST, expected
 from modegpt.compression.plus.streams import Split
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.regression import Moments, Refit, ridge_towards
@@ -188,6 +188,13 @@ def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:
     assert expected(curve, {2: 0.1, 3: 0.4}) == pytest.approx([0.0, 0.05, 0.1, 0.4, 1.6])
     assert expected(curve, {1: 0.5, 3: 0.1})[3:] == pytest.approx([0.5, 0.5])
     assert expected([0.0] * 3, {1: 0.3}) == [0.0] * 3
+
+
+def test_divergences_too_small_to_measure_do_not_make_dims_free() -> None:
+    """Where nothing was measured, what removes a million times the error is expected to cost a million times as much."""
+    curve = [0.0, 1e-6, 2e-6, 1.0, 2.0]
+    assert expected(curve, {1: 0.0, 2: 0.0}) == pytest.approx([0.0, SMALLEST / 2, SMALLEST, 5e5 * SMALLEST, 1e6 * SMALLEST])
+    assert expected(curve, {1: 0.0, 3: 0.1}) == pytest.approx([0.0, 1e-7, 2e-7, 0.1, 0.2])
 
 
 def test_modules_at_full_rank_correct_what_came_before() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from modegpt.compression.plus.sensitivity import Costs, float32_forward, rank_costs
+from modegpt.compression.plus.sensitivity import SMALLEST, Costs, float32_forward, kl_divergence, rank_costs
 from modegpt.modeling.checkpoints import load_model
 from tests.baselines.task_of import task_of
 
@@ -47,3 +47,21 @@ def test_a_wide_model_runs_as_it_is() -> None:
         inside = model(ids).logits
         assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(inside, model(ids).logits)
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0])
+def test_divergence_of_predictions_is_exact_however_small(distance: float) -> None:
+    """From float32 log probabilities as from float64 ones, down to what the rounding of the former is itself."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(50, 300, generator=generator, dtype=torch.float64)
+    moved = logits + distance * torch.randn(50, 300, generator=generator, dtype=torch.float64)
+    log_p, log_q = logits.log_softmax(-1), moved.log_softmax(-1)
+    truth = float((log_p.exp() * (log_p - log_q)).sum())
+    assert kl_divergence(log_p, log_q) == pytest.approx(truth, rel=1e-4)
+    single = kl_divergence(log_p.float(), log_q.float())
+    assert single == pytest.approx(truth, rel=1e-2, abs=50 * SMALLEST)
+
+
+def test_divergence_of_equal_predictions_is_nothing() -> None:
+    log_p = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert kl_divergence(log_p, log_p) == 0.0

@@ -117,7 +117,7 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
     batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
     with float32_forward(model):
         hidden = embed(model, measured, batch_size=calibration.batch_size)
-        dense = [_predictions(model, batch) for batch in batches]
+        dense = [_log_probabilities(model, batch, {}) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
@@ -161,8 +161,10 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
     """Divergence at each k from the closed-form squared error ``curve[k]`` and the measured ``points`` (k: divergence).
 
     Proportional to the error up to the first point; beyond, log divergence is linear in log error through the points, and never falls.
+    Points below ``SMALLEST`` are not measured: if all are, the last one stands at that, and the divergence is proportional to the error.
     """
-    known = [(math.log(curve[k]), math.log(max(points[k], SMALLEST))) for k in sorted(points) if curve[k] > 0]
+    usable = {k: points[k] for k in sorted(points) if curve[k] > 0 and points[k] > SMALLEST} or {max(points): SMALLEST}
+    known = [(math.log(curve[k]), math.log(divergence)) for k, divergence in usable.items() if curve[k] > 0]
     values = [0.0]
     for error in curve[1:]:
         if error <= 0 or not known:
@@ -181,7 +183,10 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 
 
 SMALLEST = 1e-12
-"""A divergence below this is rounding."""
+"""A divergence below this is the rounding of float32 logits."""
+
+CHUNK_TOKENS = 256
+"""Log probabilities of so many tokens are compared in float64 at a time."""
 
 
 @contextmanager
@@ -232,14 +237,12 @@ def _logits(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callab
         return model(batch, use_cache=False).logits.float()
 
 
-def _predictions(model: PreTrainedModel, batch: Tensor) -> tuple[Tensor, float]:
-    """Probabilities of the dense model, and the sum of their ``p log p``."""
-    log_p = _logits(model, batch, {}).log_softmax(dim=-1)
-    p = log_p.exp()
-    return p, float(torch.linalg.vecdot(p, log_p).sum(dtype=torch.float64))
+def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
+    """Of the next token, (batch, sequence, vocabulary), float32 at least; the forward of layer i replaced by ``replaced[i]``."""
+    return _logits(model, batch, replaced).log_softmax(dim=-1)
 
 
-def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[tuple[Tensor, float]]) -> float:
+def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[Tensor]) -> float:
     """Mean KL divergence a token of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
@@ -247,11 +250,21 @@ def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batche
 
     total, count = 0.0, 0
     layer = decoder_layers(model)[index]
-    for x, batch, (p, negative_entropy) in zip(hidden.batches, batches, dense, strict=True):
+    for x, batch, log_p in zip(hidden.batches, batches, dense, strict=True):
         replaced: dict[int, Callable] = {earlier: skip for earlier in range(index)}
         replaced[index] = lambda _, x=x, **arguments: type(layer).forward(layer, x, **arguments)
-        logits = _logits(model, batch, replaced)
-        # log q = logits - logsumexp, and each p sums to one
-        total += negative_entropy + float((logits.logsumexp(dim=-1) - torch.linalg.vecdot(p, logits)).sum(dtype=torch.float64))
+        chunks = (each.flatten(0, 1).split(CHUNK_TOKENS) for each in (log_p, _log_probabilities(model, batch, replaced)))
+        total += sum(map(kl_divergence, *chunks))
         count += batch.numel()
-    return max(total / count, 0.0)
+    return total / count
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Sum over rows of ``KL(p || q)`` in nats, from log probabilities (rows, vocabulary).
+
+    As ``sum p (q/p - 1 - log q/p)`` in float64: no term is negative, so that a divergence far below the rounding of the
+    logarithms comes out small, and not as noise of either sign.
+    """
+    log_p, log_q = log_p.double(), log_q.double()
+    d = log_q - log_p
+    return float((log_p.exp() * (d.expm1() - d)).sum())
