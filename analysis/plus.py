@@ -75,6 +75,7 @@ def ablation(name: str, title: str, columns: tuple[Column, ...], members: Iterab
 
 
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", scale=100, digits=1)
+NEXT_SENTENCE = Column("Next sentence (%)", "zeroshot_next_sentence", scale=100, digits=1)
 
 TABLES = (
     TableSpec(
@@ -100,6 +101,20 @@ TABLES = (
         where=BOTH,
         per_perplexity=False,
         note="Standard error: over the items of the tests, of one run.",
+    ),
+    TableSpec(
+        "plus_next_sentence",
+        "MoDeGPT plus: which of four sentences comes next (%)",
+        ("plus_zeroshot",),
+        RATES,
+        (
+            *contenders(NEXT_SENTENCE, {"MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
+            beside(NEXT_SENTENCE, against=ENTROPIC, compared="difference", label="Plus over entropic (points)"),
+            Column("Standard error of plus", "zeroshot_next_sentence_stderr", scale=100, digits=1, where=PLUS),
+        ),
+        where=BOTH,
+        per_perplexity=False,
+        note="Accuracy by acc_norm on the test text; guessing gives 25. Standard error: over the items of the test, of one run.",
     ),
     TableSpec(
         "plus_cost",

@@ -66,7 +66,7 @@ PLAN = {
     "compression_cost": On((LLAMA, OPT), full=(BABY,), scored=False),
     **dict.fromkeys(("allocation_epsilon", "ridge"), On((LLAMA,), full=(OPT, STORIES, BABY))),
     **dict.fromkeys(("calibration_size", "seeds"), On((LLAMA, STORIES), full=(OPT, BABY))),
-    **dict.fromkeys(("plus_uniform", "plus_samples"), On((LLAMA,), full=(OPT, STORIES, BABY))),
+    **dict.fromkeys(("plus_uniform", "plus_samples", "plus_zeroshot"), On((LLAMA,), full=(OPT, STORIES, BABY))),
     "plus_cost": On((LLAMA,), full=(OPT, STORIES, BABY), scored=False),
     "throughput": On((LLAMA, OPT), full=(BABY, STORIES), scored=False),
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.calibration.texts import load_documents, tokenize_stream
+from modegpt.calibration.texts import Documents, load_documents, tokenize_stream
 from modegpt.errors import UserError
 from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
@@ -61,16 +61,17 @@ def prepare_evaluation(
     context = int(model_config.max_position_embeddings)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has neither a BOS nor an EOS token; zero-shot scoring needs one to start from")
-    tasks, text = {}, None
-    if spec.zeroshot and spec.zeroshot.tasks:
-        tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path)
+    tasks, text, documents = {}, None, None
     if spec.perplexity and spec.perplexity.source:
-        text = _prepare_text(spec.perplexity, tokenizer, model_config.vocab_size, context)
+        documents = load_documents(spec.perplexity.source, path=spec.perplexity.path, split="test")
+    if spec.zeroshot and spec.zeroshot.tasks:
+        tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path, documents=documents)
+    if documents is not None:
+        text = _prepare_text(spec.perplexity, documents, tokenizer, model_config.vocab_size, context)
     return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
 
 
-def _prepare_text(spec: PerplexitySpec, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int) -> ScoredText:
-    documents = load_documents(spec.source, path=spec.path, split="test")
+def _prepare_text(spec: PerplexitySpec, documents: Documents, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int) -> ScoredText:
     token_ids = tokenize_stream(documents, tokenizer)
     if token_ids.max() >= vocab_size:
         raise UserError(

@@ -43,7 +43,7 @@ class ZeroShotSpec:
     """Zero-shot accuracy through lm-evaluation-harness.
 
     Attributes:
-        tasks: ``"tiny"``, ``"paper"``, any task name of lm-evaluation-harness, or a list of these; None scores no task.
+        tasks: ``"tiny"``, ``"paper"``, ``"next_sentence"``, any task name of lm-evaluation-harness, or a list of these; None scores no task.
         data_path: folder of local files for the paper's tasks, read instead of the hub.
         batch_size: requests in one forward pass.
         limit: score only the first items of each task; such a result is marked as limited.

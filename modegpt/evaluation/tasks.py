@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modegpt.calibration.texts import hub_access, read_rows
+from modegpt.calibration.texts import Documents, hub_access, read_rows
 from modegpt.errors import UserError
 from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.isolation import isolated_harness
+from modegpt.evaluation.next_sentence import TASK as NEXT_SENTENCE
+from modegpt.evaluation.next_sentence import next_sentence_config, next_sentence_rows
 from modegpt.tiny.tasks import task_configs
 
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
@@ -29,13 +31,14 @@ STANDARD_TASKS = {
 LOCAL_REMEDY = "give local files: evaluation.zeroshot.data_path=FOLDER"
 
 
-def load_tasks(names: Sequence[str], *, data_path: str | None) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], *, data_path: str | None, documents: Documents | None = None) -> dict[str, Any]:
     """Load tasks, zero-shot, with their data.
 
     Args:
-        names: ``"tiny"`` (the embedded five, or one of them by name), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge), or any
-            task, group or tag of lm-evaluation-harness.
+        names: ``"tiny"`` (the embedded five, or one of them by name), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge),
+            ``"next_sentence"`` (made from ``documents``), or any task, group or tag of lm-evaluation-harness.
         data_path: folder of local files for the standard tasks; see ``local_tasks.py`` for their forms.
+        documents: the text for ``next_sentence``.
 
     Returns task name -> ``lm_eval.api.task.Task``, groups and tags spelled out, in the order asked for.
     Raises UserError on an unknown name (close ones are given), unreadable files, or data out of reach.
@@ -47,8 +50,9 @@ def load_tasks(names: Sequence[str], *, data_path: str | None) -> dict[str, Any]
     for name in wanted:
         if name.startswith("tiny") and name not in tiny:
             raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; the embedded ones are {', '.join(embedded)}")
-    local = {name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny}
-    local |= {name: _in_memory(config, _read_data_files(config)) for name, config in tiny.items()}
+    made = {name: _next_sentence(documents) for name in wanted if name == NEXT_SENTENCE}
+    local = {name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny | made}
+    local |= made | {name: _in_memory(config, _read_data_files(config)) for name, config in tiny.items()}
     tasks: dict[str, Any] = {}
     with isolated_harness():
         from lm_eval.api.task import ConfigurableTask
@@ -93,6 +97,12 @@ def _local_config(name: str, data_path: str) -> dict[str, Any]:
     return _in_memory(_standard_config(name), {STANDARD_TASKS[name][1]: rows})
 
 
+def _next_sentence(documents: Documents | None) -> dict[str, Any]:
+    if documents is None:
+        raise UserError(f"evaluation.zeroshot.tasks: {NEXT_SENTENCE} is made from the text of the perplexity; name one by evaluation.perplexity.source")
+    return _in_memory(next_sentence_config(), {"test": next_sentence_rows(documents)})
+
+
 def _read_data_files(config: dict[str, Any]) -> dict[str, list[dict]]:
     return {split: [row for _, row in read_rows(file)] for split, file in config["dataset_kwargs"]["data_files"].items()}
 
@@ -118,7 +128,7 @@ def _other_tasks(names: list[str]) -> dict[str, Any]:
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, [*manager.all_tasks, "tiny", "paper"], n=3)
+            close = difflib.get_close_matches(name, [*manager.all_tasks, "tiny", "paper", NEXT_SENTENCE], n=3)
             hint = f"did you mean {', '.join(close)}?" if close else "see `lm-eval ls tasks` for the names, or use tiny or paper"
             raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; {hint}")
     with hub_access(f"the data of {', '.join(names)}", "these tasks need the hub, or its cache"):
