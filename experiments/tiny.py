@@ -71,6 +71,7 @@ PLAN = {
     "throughput": On((LLAMA, OPT), full=(BABY, STORIES), scored=False),
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
     "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
+    "zeroshot_seeds": On((LLAMA,), full=(OPT, STORIES), real=REAL_TASKS),
     "recovery": On((LLAMA,), full=(OPT, BABY), settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3")),
     "opt_family": On((OPT,), full=(STORIES,), embedded=TINY),
     "llama2_70b": On((LLAMA,), full=(STORIES,), embedded=TINY, real=REAL_TASKS),
