@@ -105,7 +105,7 @@ TABLES = (
     TableSpec("methods_retention", "Share of the dense zero-shot mean that is kept (%)", ("methods", "methods_seeds"), METHODS, at_rates(KEPT), per_perplexity=False, dense=False),
     TableSpec("methods_removed", "Share of the block-linear weights removed (%) against the share asked for", ("methods", "methods_seeds"), METHODS, at_rates(REMOVED), per_perplexity=False, dense=False),
     TableSpec("methods_tasks", "Zero-shot accuracy task by task over methods and rates", ("methods", "methods_seeds"), METHODS_AND_RATES, tasks, per_perplexity=False, one_per_group=True),
-    TableSpec("zeroshot", "Zero-shot accuracy at the rates of the paper's tables", ("zeroshot",), METHODS_AND_RATES, tasks, per_perplexity=False, one_per_group=True),
+    TableSpec("zeroshot", "Zero-shot accuracy at the rates of the paper's tables", ("zeroshot", "zeroshot_seeds"), METHODS_AND_RATES, tasks, per_perplexity=False, one_per_group=True),
     TableSpec("opt_family", "OPT family: perplexity over methods and rates", ("opt_family",), METHODS, at_rates(PERPLEXITY)),
     TableSpec("llama2_70b", "The 70B experiment: 30 % removed", ("llama2_70b",), METHODS, (PERPLEXITY, ZERO_SHOT, KEPT, REMOVED, WHOLE)),
     TableSpec("module_wise_perplexity", "One module type at a time: perplexity", ("module_wise",), {"module": "Module"}, at_rates(PERPLEXITY, key="module_rate"), note="Columns: share of that module's own weights removed."),
