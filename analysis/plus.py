@@ -40,6 +40,12 @@ def less_than(name: str, against: Mapping[str, Any]) -> Column:
     return beside(EXCESS, against=against, compared="reduction", label=f"Less than {name} (%)", scale=100, digits=1)
 
 
+def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
+    """``metric`` once for each, what modegpt_plus has over the paper's method, and its standard error."""
+    over = beside(metric, against=ENTROPIC, compared="difference", label="Plus over entropic (points)")
+    return (*contenders(metric, names), over, replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS))
+
+
 FAITHFUL_AND_PLUS = (*contenders(EXCESS, {"MoDeGPT": ENTROPIC, "MoDeGPT plus": PLUS}), less_than("MoDeGPT", ENTROPIC))
 
 
@@ -93,11 +99,7 @@ TABLES = (
         "MoDeGPT plus: zero-shot mean (%)",
         (*OWN, "plus_uniform"),
         RATES,
-        (
-            *contenders(ZERO_SHOT, {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
-            beside(ZERO_SHOT, against=ENTROPIC, compared="difference", label="Plus over entropic (points)"),
-            Column("Standard error of plus", "zeroshot_mean_stderr", scale=100, digits=1, where=PLUS),
-        ),
+        accuracies(ZERO_SHOT, {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
         where=BOTH,
         per_perplexity=False,
         note="Standard error: over the items of the tests, of one run.",
@@ -107,11 +109,7 @@ TABLES = (
         "MoDeGPT plus: which of four sentences comes next (%)",
         ("plus_zeroshot",),
         RATES,
-        (
-            *contenders(NEXT_SENTENCE, {"MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
-            beside(NEXT_SENTENCE, against=ENTROPIC, compared="difference", label="Plus over entropic (points)"),
-            Column("Standard error of plus", "zeroshot_next_sentence_stderr", scale=100, digits=1, where=PLUS),
-        ),
+        accuracies(NEXT_SENTENCE, {"MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
         where=BOTH,
         per_perplexity=False,
         note="Accuracy by acc_norm on the test text; guessing gives 25. Standard error: over the items of the test, of one run.",

@@ -163,8 +163,9 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
     Proportional to the error up to the first point; beyond, log divergence is linear in log error through the points, and never falls.
     Points below ``SMALLEST`` are not measured: if all are, the last one stands at that, and the divergence is proportional to the error.
     """
-    usable = {k: points[k] for k in sorted(points) if curve[k] > 0 and points[k] > SMALLEST} or {max(points): SMALLEST}
-    known = [(math.log(curve[k]), math.log(divergence)) for k, divergence in usable.items() if curve[k] > 0]
+    reduced = [k for k in sorted(points) if curve[k] > 0]
+    measured = {k: points[k] for k in reduced if points[k] > SMALLEST} or dict.fromkeys(reduced[-1:], SMALLEST)
+    known = [(math.log(curve[k]), math.log(divergence)) for k, divergence in measured.items()]
     values = [0.0]
     for error in curve[1:]:
         if error <= 0 or not known:
@@ -230,16 +231,11 @@ def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterat
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
-    """Logits with the forward of layer i replaced by ``replaced[i]``."""
+def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
+    """Of the next token, (batch, sequence, vocabulary), float32; the forward of layer i replaced by ``replaced[i]``."""
     layers = decoder_layers(model)
     with layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index]))) if replaced else nullcontext():
-        return model(batch, use_cache=False).logits.float()
-
-
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
-    """Of the next token, (batch, sequence, vocabulary), float32 at least; the forward of layer i replaced by ``replaced[i]``."""
-    return _logits(model, batch, replaced).log_softmax(dim=-1)
+        return model(batch, use_cache=False).logits.float().log_softmax(dim=-1)
 
 
 def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[Tensor]) -> float:
