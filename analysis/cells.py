@@ -10,13 +10,14 @@ from typing import Any
 from analysis.expected import Experiment, agrees, allows, experiment
 from analysis.runs import Run
 from analysis.style import label
+from modegpt.records.scores import difference_stderr
 
 
 @dataclass(frozen=True)
 class Column:
     """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one of `DERIVED`.
 
-    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
+    ``compared``: one of `COMPARISONS` or `DIFFERENCE_STDERR`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
     ``floor`` is not compared with, because a share of rounding says nothing.
     """
 
@@ -92,9 +93,9 @@ class Group:
         if column.compared is None:
             return _cell(column, sides[0])
         own, other = sides
-        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
-        pairs = [(compare(value, references[seed][0]), run) for value, run in own if (seed := run.facts["seed_seed"]) in references]
-        return _cell(column, pairs, beside=[run for _, run in references.values()])
+        references = {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
+        pairs = [(_compared(column, each, references[seed]), each[1]) for each in own if (seed := each[1].facts["seed_seed"]) in references]
+        return _cell(column, [(value, run) for value, run in pairs if value is not None], beside=[run for _, run in references.values()])
 
     def _measured(self, column: Column, where: Mapping[str, Any]) -> list[tuple[float, Run]] | Cell:
         """The values and their runs; an empty or refused cell if there are none to show."""
@@ -127,6 +128,9 @@ COMPARISONS: dict[str, Callable[[float, float], float]] = {
 }
 """How a number is set beside that of another run of the same seed."""
 
+DIFFERENCE_STDERR = "difference_stderr"
+"""The standard error of the difference in an accuracy, from the items that both runs answered."""
+
 DERIVED: dict[str, Callable[[Run, str], float | None]] = {
     "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
     "log_increase_per_percent": lambda run, name: _nats(run, name) / (100 * run.facts["achieved_sparsity"]),
@@ -158,6 +162,12 @@ def groups(runs: Iterable[Run], experiments: Iterable[str], *, per_perplexity: b
             names = members[0].perplexities if per_perplexity else [None]
             found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files, where or {}) for name in names]
     return found
+
+
+def _compared(column: Column, own: tuple[float, Run], other: tuple[float, Run]) -> float | None:
+    if column.compared == DIFFERENCE_STDERR:
+        return difference_stderr(own[1].record, other[1].record, column.metric)
+    return COMPARISONS[column.compared](own[0], other[0])
 
 
 def _cell(column: Column, values: Iterable[tuple[float, Run]], beside: Iterable[Run] = ()) -> Cell:

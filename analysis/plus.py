@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from analysis.cells import Column
+from analysis.cells import DIFFERENCE_STDERR, Column
 from analysis.expected import experiment
 from analysis.figures import FigureSpec
 from analysis.tables import RATE, TableSpec
@@ -41,9 +41,10 @@ def less_than(name: str, against: Mapping[str, Any]) -> Column:
 
 
 def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-    """``metric`` once for each, what modegpt_plus has over the paper's method, and its standard error."""
+    """``metric`` once for each, its standard error, what modegpt_plus has over the paper's method, and the standard error of that."""
+    error = replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS)
     over = beside(metric, against=ENTROPIC, compared="difference", label="Plus over entropic (points)")
-    return (*contenders(metric, names), over, replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS))
+    return (*contenders(metric, names), error, over, replace(over, compared=DIFFERENCE_STDERR, label="Standard error of that"))
 
 
 FAITHFUL_AND_PLUS = (*contenders(EXCESS, {"MoDeGPT": ENTROPIC, "MoDeGPT plus": PLUS}), less_than("MoDeGPT", ENTROPIC))
@@ -81,6 +82,7 @@ def ablation(name: str, title: str, columns: tuple[Column, ...], members: Iterab
 
 
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", scale=100, digits=1)
+ITEMS = "Standard errors: over the items of the tests, of one run; that of the difference is paired, because both models answer the same items."
 NEXT_SENTENCE = Column("Next sentence (%)", "zeroshot_next_sentence", scale=100, digits=1)
 
 TABLES = (
@@ -102,7 +104,17 @@ TABLES = (
         accuracies(ZERO_SHOT, {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
         where=BOTH,
         per_perplexity=False,
-        note="Standard error: over the items of the tests, of one run.",
+        note=ITEMS,
+    ),
+    TableSpec(
+        "plus_paper_rates",
+        "MoDeGPT plus: zero-shot mean at the rates of the paper's tables (%)",
+        ("zeroshot", "zeroshot_seeds"),
+        RATES,
+        accuracies(ZERO_SHOT, {"MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
+        where=BOTH,
+        per_perplexity=False,
+        note=ITEMS,
     ),
     TableSpec(
         "plus_next_sentence",
@@ -112,7 +124,7 @@ TABLES = (
         accuracies(NEXT_SENTENCE, {"MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
         where=BOTH,
         per_perplexity=False,
-        note="Accuracy by acc_norm on the test text; guessing gives 25. Standard error: over the items of the test, of one run.",
+        note=f"Accuracy by acc_norm on the test text; guessing gives 25. {ITEMS}",
     ),
     TableSpec(
         "plus_cost",

@@ -136,7 +136,7 @@ def headline(record: Mapping[str, Any]) -> dict[str, float]:
 
 def tables(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list]]]:
     """Columns and rows of the tables that are logged: scores, and layers of a compressed model."""
-    columns = ["name", "metric", "dense", "dense_stderr", "compressed", "compressed_stderr", "retention"]
+    columns = ["name", "metric", "dense", "dense_stderr", "compressed", "compressed_stderr", "retention", "retention_stderr"]
     scores = [[getattr(score, column) for column in columns] for score in all_scores(record)]
     logged = {"scores": (columns, scores)}
     if record["compression"] is not None:

@@ -15,6 +15,7 @@ from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
 from modegpt.evaluation.tasks import load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import zeroshot
 from modegpt.progress import Progress
+from modegpt.records.items import ACCURACIES
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, 
     accuracies = {
         name: (score["value"], compressed["zeroshot"][name]["value"])
         for name, score in dense["zeroshot"].items()
-        if score.get("metric", "acc") in ("acc", "acc_norm")
+        if score.get("metric", "acc") in ACCURACIES
     }
     return {
         "zeroshot": {name: after / before if before else None for name, (before, after) in accuracies.items()},

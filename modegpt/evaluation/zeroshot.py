@@ -1,13 +1,14 @@
 """Zero-shot accuracy through lm-evaluation-harness, reported the way the paper does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.evaluation.isolation import isolated_harness
 from modegpt.progress import Progress
+from modegpt.records.items import ACCURACIES, pack
 
 # The metric of a task is acc_norm where the task reports one and acc otherwise, as in the paper (WinoGrande reports acc
 # alone). The embedded pronoun task mirrors WinoGrande, so it is read the same way.
@@ -35,7 +36,7 @@ def zeroshot(
         encodings: tokens by request, filled here; pass the same dict for another model with this tokenizer.
 
     Returns task name -> ``metric, value, stderr, acc, acc_stderr, acc_norm, acc_norm_stderr`` (the last four where reported),
-    ``num_items, num_truncated``; and ``"mean"`` -> ``value, stderr, num_tasks, limit`` over the tasks that report an accuracy.
+    ``num_items, num_truncated``, ``right`` (which items were answered right by ``metric``, see ``modegpt.records.items``; of accuracies); and ``"mean"`` -> ``value, stderr, num_tasks, limit`` over the tasks that report an accuracy.
     A standard error is None where it has no meaning (one item). Raises UserError on NaN or infinite logits.
     """
     with progress.bar(total=0, description="zero-shot tasks", unit="token") as bar, isolated_harness():
@@ -44,8 +45,8 @@ def zeroshot(
         from modegpt.evaluation.harness_model import HarnessModel
 
         scorer = HarnessModel(model, tokenizer, batch_size=batch_size, max_length=max_length, encodings=encodings, bar=bar)
-        raw = evaluate(lm=scorer, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
-    scores = {name: _task_score(name, raw["results"][name]) for name in tasks}
+        raw = evaluate(lm=scorer, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True)
+    scores = {name: _task_score(name, raw["results"][name], raw["samples"][name]) for name in tasks}
     for name, score in scores.items():
         score["num_truncated"] = scorer.num_truncated[name]
         if score["num_truncated"]:
@@ -56,7 +57,7 @@ def zeroshot(
 
 def mean_score(scores: Mapping[str, dict], *, limit: int | None) -> dict[str, float | int | None]:
     """Mean over tasks, and its standard error: the root of the sum of squares of theirs, over their number."""
-    accuracies = [score for score in scores.values() if score["metric"] in ("acc", "acc_norm")]
+    accuracies = [score for score in scores.values() if score["metric"] in ACCURACIES]
     if not accuracies:
         return {"value": None, "stderr": None, "num_tasks": 0, "limit": limit}
     errors = [score["stderr"] for score in accuracies]
@@ -68,7 +69,7 @@ def mean_score(scores: Mapping[str, dict], *, limit: int | None) -> dict[str, fl
     }
 
 
-def _task_score(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # the harness names a metric "acc,none": the metric and the filter of the answers
     values = {key.split(",")[0]: value for key, value in reversed(raw.items()) if "," in key}
     metrics = [metric for metric in reversed(values) if not metric.endswith("_stderr")]
@@ -78,6 +79,9 @@ def _task_score(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     score = {"metric": metric, "value": values[metric], "stderr": stderr, "num_items": raw["sample_len"]}
     for known in kept:
         score |= {known: values[known], f"{known}_stderr": _number(values.get(f"{known}_stderr"))}
+    if metric in ACCURACIES:
+        first = items[0]["filter"]
+        score["right"] = pack([item[metric] for item in items if item["filter"] == first])
     return score
 
 

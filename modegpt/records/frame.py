@@ -19,7 +19,7 @@ def load_records(root: Path | str = "results") -> pandas.DataFrame:
     Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
     removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
     ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
-    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>``), how fast
+    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>`` with ``_stderr``), how fast
     it ran beside the dense model (``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``), what it cost
     (``seconds seconds_<stage> peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
 
@@ -90,7 +90,7 @@ def _columns(score: Score) -> dict[str, Any]:
         columns |= {f"before_{score.name}": score.before}
     if score.metric != "perplexity":
         columns |= {f"{score.name}_stderr": score.final_stderr, f"dense_{score.name}_stderr": score.dense_stderr}
-        columns |= {f"{score.name}_metric": score.metric}
+        columns |= {f"{score.name}_metric": score.metric, f"retention_{score.name.removeprefix('zeroshot_')}_stderr": score.retention_stderr}
     return columns
 
 

@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modegpt.records import items
+from modegpt.records.items import ACCURACIES
+
 MEAN = "mean"
-ACCURACIES = ("acc", "acc_norm", MEAN)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of merit. Accuracies are shares in [0, 1]; ``retention`` is compressed / dense accuracy.
+    """One figure of merit. Accuracies are shares in [0, 1]; ``retention`` is compressed / dense accuracy, its
+    standard error that of a ratio on the same items (``modegpt.records.items``).
 
     ``name`` is unique in a record: ``ppl_<text>_<window>`` for a perplexity, ``zeroshot_<task>`` for a task's metric.
     ``compressed`` is None in the record of a dense model; where training followed, ``before`` is what it started from.
@@ -24,6 +27,7 @@ class Score:
     dense_stderr: float | None = None
     compressed_stderr: float | None = None
     retention: float | None = None
+    retention_stderr: float | None = None
     before: float | None = None
 
     @property
@@ -39,7 +43,7 @@ class Score:
     @property
     def is_accuracy(self) -> bool:
         """Whether it is a share of right answers; some tasks of lm-evaluation-harness report something else."""
-        return self.metric in ACCURACIES
+        return self.metric in (*ACCURACIES, MEAN)
 
 
 def all_scores(record: Mapping[str, Any]) -> list[Score]:
@@ -50,6 +54,16 @@ def all_scores(record: Mapping[str, Any]) -> list[Score]:
 def accuracies(record: Mapping[str, Any]) -> list[Score]:
     """The zero-shot accuracies of the record in its order, their mean last."""
     return [score for score in _tasks(record) if score.is_accuracy]
+
+
+def difference_stderr(record: Mapping[str, Any], other: Mapping[str, Any], name: str) -> float | None:
+    """Standard error of the difference between two records' compressed models in the accuracy ``name`` (``zeroshot_<task>``), whose items they share.
+
+    None where one of them does not say which items were right.
+    """
+    sides = [each["metrics"]["compressed"]["zeroshot"] for each in (record, other)]
+    tasks = _behind(sides[0], name.removeprefix("zeroshot_"))
+    return items.difference_stderr(*([scores[task] for task in tasks] for scores in sides))
 
 
 def perplexities(record: Mapping[str, Any]) -> list[Score]:
@@ -82,10 +96,21 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
             dense_stderr=_of(dense[task], "stderr"),
             compressed_stderr=_of(compressed.get(task), "stderr"),
             retention=retention.get(task),
+            retention_stderr=_retention_stderr(dense, compressed, task),
             before=_of(before.get(task), "value"),
         )
         for task in tasks
     ]
+
+
+def _retention_stderr(dense: Mapping[str, Any], compressed: Mapping[str, Any], task: str) -> float | None:
+    tasks = _behind(dense, task)
+    return items.retention_stderr([dense[each] for each in tasks], [compressed[each] for each in tasks]) if compressed else None
+
+
+def _behind(scores: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks an accuracy is of: itself, or all that the mean is over."""
+    return [each for each in scores if each != MEAN and scores[each]["metric"] in ACCURACIES] if task == MEAN else [task]
 
 
 def _all(record: Mapping[str, Any], kind: str) -> tuple[dict, dict, dict]:

@@ -11,7 +11,7 @@ ABSENT = "-"
 
 
 def summary(record: Mapping[str, Any], *, record_path: Path | str | None = None, pictures: Iterable[Path | str] = ()) -> str:
-    """The table that ends a run. Accuracies in percent with one standard error; ``kept`` is compressed over dense.
+    """The table that ends a run. Accuracies in percent with one standard error; ``kept`` is compressed over dense, its error that of a ratio on the same items.
 
     ``record_path`` and ``pictures`` say where the record and its pictures lie, if they do.
     """
@@ -79,7 +79,7 @@ def _label(score: Score) -> str:
 def _cells(score: Score) -> tuple[str, str, str]:
     if score.is_accuracy:
         dense = percent(score.dense, score.dense_stderr)
-        return dense, percent(score.compressed, score.compressed_stderr), percent(score.retention)
+        return dense, percent(score.compressed, score.compressed_stderr), percent(score.retention, score.retention_stderr)
     ratio = ABSENT if score.compressed is None or not score.dense else f"x {number(score.compressed / score.dense)}"
     return number(score.dense), number(score.compressed), ratio
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import log
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 
@@ -11,6 +12,8 @@ from analysis.cells import Column, groups
 from analysis.figures import draw, lines
 from analysis.runs import load_runs
 from analysis.tables import RATE, Table, build
+from modegpt.records.items import pack
+from modegpt.records.store import RecordStore
 
 TABLES = {spec.name: spec for spec in plus.TABLES}
 FIGURES = {spec.name: spec for spec in plus.FIGURES}
@@ -122,3 +125,20 @@ def test_named_series_are_drawn(store, tmp_path: Path) -> None:
     [first, _] = groups(runs, spec.experiments, per_perplexity=True, per_text=False, where=spec.where)
     assert {line.series: line.xs for line in lines(spec, first)} == dict.fromkeys(COMPARED, ("tiny corpus", "WikiText-2"))
     assert draw(spec, runs) is not None
+
+
+def test_the_error_of_a_difference_in_accuracy_comes_from_the_items(store, tmp_path: Path) -> None:
+    for name in ("zeroshot", "zeroshot_seeds"):
+        write(store, tmp_path, name)
+    assert row(table(tmp_path, "plus_paper_rates"), "30 %")["Standard error of that"].values == (), "these records have no items"
+    paper, own = ({"num_items": 4, "right": pack(right)} for right in ([1, 1, 1, 0], [1, 0, 1, 1]))
+    for run in load_runs(tmp_path):
+        for task, score in run.record["metrics"]["compressed"]["zeroshot"].items():
+            if task != "mean":
+                score |= own if run.setting("method") == "modegpt_plus" else paper
+        (tmp_path / run.path).unlink()
+        RecordStore(tmp_path).write({key: value for key, value in run.record.items() if key != "content_sha256"})
+    cells = row(table(tmp_path, "plus_paper_rates"), "30 %")
+    num_tasks = 5
+    assert cells["Standard error of that"].values == pytest.approx([100 * stdev([0, -1, 0, 1]) / 2 / num_tasks**0.5] * 3)
+    assert cells["Plus over entropic (points)"].mean < 0 and len(cells["Standard error of that"].records) == 6

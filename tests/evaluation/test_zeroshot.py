@@ -19,6 +19,7 @@ from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import mean_score, zeroshot
 from modegpt.progress import Progress
+from modegpt.records.items import unpack
 from tests.evaluation.conftest import ROWS
 
 QUIET = Progress(quiet=True)
@@ -131,6 +132,7 @@ def test_scores_by_hand(wide_model, tokenizer, task_folder):
             assert scores[name][metric] == pytest.approx(mean)
             assert scores[name][f"{metric}_stderr"] == pytest.approx(math.sqrt(mean * (1 - mean) / (n - 1)))
         assert scores[name]["metric"] == metrics[-1] and scores[name]["value"] == scores[name][metrics[-1]]
+        assert unpack(scores[name]).tolist() == hits[metrics[-1]]
         assert scores[name]["num_items"] == len(ROWS[name]) and scores[name]["num_truncated"] == 0
     errors = [scores[name]["stderr"] for name in tasks]
     assert scores["mean"] == {
