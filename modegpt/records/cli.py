@@ -10,7 +10,7 @@ from typing import Any
 
 from modegpt.errors import UserError
 from modegpt.records.schema import flatten
-from modegpt.records.scores import Score, accuracies, all_scores, perplexities
+from modegpt.records.scores import Score, accuracies, all_scores, difference_stderr, perplexities
 from modegpt.records.store import RECORD, RecordStore, load_record
 from modegpt.report.summary import ABSENT, number, percent, summary, text_table
 
@@ -116,6 +116,8 @@ def _compare(store: RecordStore, arguments: argparse.Namespace) -> int:
     for name in dict.fromkeys(name for column in columns for name in column):
         present = [column.get(name) for column in columns]
         rows.append([name, *(_pair(score) if score else ABSENT for score in present)])
+        if any(score and score.is_accuracy for score in present):
+            rows.append(["  over the first (points)", ABSENT, *(_over_the_first(name, columns[0], column, records[0], record) for column, record in zip(columns[1:], records[1:], strict=True))])
     shares = [("removed, block-linear", "achieved_sparsity"), ("removed, whole model", "whole_model_sparsity")]
     rows += [[label, *(percent((record["compression"] or {}).get(key)) for record in records)] for label, key in shares]
     rows.append(["seconds", *(number(sum(stage["seconds"] for stage in record["cost"]["stages"])) for record in records)])
@@ -127,6 +129,15 @@ def _compare(store: RecordStore, arguments: argparse.Namespace) -> int:
 def _pair(score: Score) -> str:
     show = percent if score.is_accuracy else number
     return f"{show(score.final)} (dense {show(score.dense)})"
+
+
+def _over_the_first(name: str, first: dict[str, Score], other: dict[str, Score], first_record: dict, record: dict) -> str:
+    """A difference of accuracies in points; with a paired standard error where both were asked the same items."""
+    if name not in first or name not in other:
+        return ABSENT
+    points = f"{100 * (other[name].final - first[name].final):+.1f}"
+    stderr = difference_stderr(record, first_record, name)
+    return points if stderr is None else f"{points} ± {100 * stderr:.1f}"
 
 
 def _verify(store: RecordStore, arguments: argparse.Namespace) -> int:

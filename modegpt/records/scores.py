@@ -57,13 +57,17 @@ def accuracies(record: Mapping[str, Any]) -> list[Score]:
 
 
 def difference_stderr(record: Mapping[str, Any], other: Mapping[str, Any], name: str) -> float | None:
-    """Standard error of the difference between two records' compressed models in the accuracy ``name`` (``zeroshot_<task>``), whose items they share.
+    """Standard error of the difference between two records' final models in the accuracy ``name`` (``zeroshot_<task>``).
 
-    None where one of them does not say which items were right.
+    None where they were not asked the same items, or one of them does not say which were right.
     """
-    sides = [each["metrics"]["compressed"]["zeroshot"] for each in (record, other)]
-    tasks = _behind(sides[0], name.removeprefix("zeroshot_"))
-    return items.difference_stderr(*([scores[task] for task in tasks] for scores in sides))
+    task = name.removeprefix("zeroshot_")
+    sides = [(each["metrics"]["compressed"] or each["metrics"]["dense"])["zeroshot"] for each in (record, other)]
+    asked = [(each["identity"]["decides"].get("evaluation") or {}).get("tasks", {}) for each in (record, other)]
+    behind = [_behind(scores, task) for scores in sides]
+    if behind[0] != behind[1] or any(asked[0].get(each) != asked[1].get(each) for each in behind[0]):
+        return None
+    return items.difference_stderr(*([scores[each] for each in behind[0]] for scores in sides))
 
 
 def perplexities(record: Mapping[str, Any]) -> list[Score]:

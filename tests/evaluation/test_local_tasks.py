@@ -7,7 +7,7 @@ import pytest
 from modegpt.errors import UserError
 from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.local_tasks import local_rows
-from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks
+from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
 from tests.evaluation.conftest import ROWS
 
 
@@ -42,6 +42,14 @@ def test_scored_strings(task_folder):
     # the harness's own cleaning: the label in front, the second part capitalised, [title] read as a full stop
     assert hellaswag[0][0][0] == ("Pole vault: A man runs. The man", " jumps. up.")
     assert [int(gold) for _, gold in hellaswag] == [0, 3]
+
+
+def test_loading_and_fingerprints_draw_no_bars(task_folder, capfd):
+    """HellaSwag's rows are rewritten by ``Dataset.map``, which has a bar of its own: once, and silently."""
+    task = load_tasks(["hellaswag"], data_path=str(task_folder))["hellaswag"]
+    assert task_fingerprint(task, limit=None) == task_fingerprint(task, limit=len(ROWS["hellaswag"]))
+    assert list(task.validation_docs()) == list(task.validation_docs())
+    assert capfd.readouterr() == ("", "")
 
 
 def winogrande_strings(rows: list[dict]) -> list:

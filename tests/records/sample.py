@@ -1,7 +1,12 @@
 """A complete, valid record to test with, and one for every finger of a sweep."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+from modegpt.records.items import pack
 
 TASKS = {  # task: (metric, dense, compressed)
     "easy_facts": ("acc_norm", 0.96, 0.9),
@@ -136,3 +141,18 @@ def _scores(perplexity: float, column: int) -> dict:
         },
         "zeroshot": accuracy | {"mean": {"value": mean, "stderr": 0.009, "num_tasks": 5, "limit": None}},
     }
+
+
+def scored(right: Sequence[bool]) -> dict:
+    """A task's entry from which of its items were right."""
+    return {"metric": "acc", "value": float(np.mean(right)), "num_items": len(right), "right": pack(right)}
+
+
+def with_items(record: dict, seed: int) -> dict:
+    """The record with 50 drawn items a task, dense and compressed, and the accuracies they make."""
+    record, generator = copy.deepcopy(record), np.random.default_rng(seed)
+    for side in ("dense", "compressed"):
+        for task, score in record["metrics"][side]["zeroshot"].items():
+            if task != "mean":
+                score |= scored(generator.random(50) < 0.6) | {"metric": score["metric"]}
+    return record

@@ -1,6 +1,5 @@
 """Standard errors of differences and ratios from the items that both models answered."""
 
-import copy
 import math
 
 import numpy as np
@@ -9,11 +8,7 @@ import pytest
 from modegpt.records.items import difference_stderr, pack, retention_stderr, unpack
 from modegpt.records.scores import accuracies
 from modegpt.records.scores import difference_stderr as difference_of_records
-from tests.records.sample import sample_record
-
-
-def scored(right) -> dict:
-    return {"metric": "acc", "value": float(np.mean(right)), "num_items": len(right), "right": pack(right)}
+from tests.records.sample import sample_record, scored, with_items
 
 
 def drawn(generator: np.random.Generator, num_items: int) -> tuple[dict, dict]:
@@ -68,15 +63,6 @@ def test_what_cannot_be_known_is_none():
     assert difference_stderr([one], [fewer]) is None
     assert difference_stderr([scored([1])], [scored([0])]) is None
     assert retention_stderr([scored([0, 0, 0])], [one]) is None
-
-
-def with_items(record: dict, seed: int) -> dict:
-    record, generator = copy.deepcopy(record), np.random.default_rng(seed)
-    for side in ("dense", "compressed"):
-        for task, score in record["metrics"][side]["zeroshot"].items():
-            if task != "mean":
-                score |= scored(generator.random(50) < 0.6) | {"metric": score["metric"]}
-    return record
 
 
 def test_records_say_it_of_each_task_and_of_the_mean():

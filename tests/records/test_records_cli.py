@@ -9,8 +9,9 @@ import pandas
 import pytest
 
 from modegpt.records.cli import main
+from modegpt.records.scores import difference_stderr
 from modegpt.records.store import RecordStore, load_record
-from tests.records.sample import sample_record
+from tests.records.sample import sample_record, with_items
 
 
 @pytest.fixture
@@ -55,8 +56,23 @@ def test_compare(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert status == 0 and lines["config.compression.sparsity"] == ["0.3", "0.5"]
     assert "config.seed" not in out and "config.allocation.epsilon" not in out
     assert lines["ppl_tiny_256"] == ["5.50", "(dense", "4.00)", "6.50", "(dense", "4.00)"]
+    over = [line.split()[-2:] for line in out.splitlines() if line.startswith("  over the first (points)")]
+    assert over == [["-", "+0.0"]] * 6, "without the items there is no standard error to say"
     status, _, err = run(root, capsys, "compare", "tiny-llama modegpt 0.3", "tiny-llama modegpt 0.3")
     assert status == 2 and err == "modegpt-records: error: compare needs two different records\n"
+
+
+def test_compare_says_how_sure_a_difference_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    store = RecordStore(tmp_path / "results")
+    first, other, elsewhere = (with_items(sample_record(seed=seed), seed) for seed in range(3))
+    elsewhere["identity"]["decides"]["evaluation"] = {"tasks": {"easy_facts": "other items"}}
+    paths = [str(store.write(record)) for record in (first, other, elsewhere)]
+    lines = run(store.root, capsys, "compare", *paths)[1].splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("zeroshot_easy_facts"))
+    accuracies = [record["metrics"]["compressed"]["zeroshot"]["easy_facts"]["value"] for record in (first, other, elsewhere)]
+    points = [f"{100 * (accuracy - accuracies[0]):+.1f}" for accuracy in accuracies[1:]]
+    stderr = difference_stderr(other, first, "zeroshot_easy_facts")
+    assert lines[at + 1].split() == ["over", "the", "first", "(points)", "-", points[0], "±", f"{100 * stderr:.1f}", points[1]]
 
 
 def test_verify(root: Path, capsys: pytest.CaptureFixture) -> None:
