@@ -23,10 +23,13 @@ from modegpt.decompositions.selection import group_heads
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
 
-LEAST_TOKENS = 1024
-"""Divergences are measured on at least about this many calibration tokens."""
+ENOUGH_TOKENS, FEWEST_TOKENS = 1024, 256
+"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than two passes over all, but not on fewer than so many."""
 
-TOKENS_PER_CHANNEL = 8
+MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
+"""So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer positions than that."""
+
+TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel, or from a quarter of all where that is more."""
 
 
@@ -117,7 +120,8 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
     batches = [batch.to(model.device) for batch in measured.split(calibration.batch_size)]
     with float32_forward(model):
         hidden = embed(model, measured, batch_size=calibration.batch_size)
-        dense = [_log_probabilities(model, batch, {}) for batch in batches]
+        positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
+        dense = [Predictions.of(_log_probabilities(model, batch, positions, {})) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)):
@@ -127,7 +131,7 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
                 prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
                 for removed in sorted({prospect.removed(share) for share in shares}):
                     with float32_forward(model), _acting_as(*prospect.map(removed)):
-                        points[removed] = _divergence(model, hidden, index, batches, dense)
+                        points[removed] = _divergence(model, hidden, index, batches, positions, dense)
                 costs[-1][module] = expected(prospect.curve, points)
         with float32_forward(model):
             advance(hidden, index, layer)
@@ -135,16 +139,29 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
-    """The first calibration windows: so many that all measurements together cost about half a pass over all of them."""
+    """The first calibration windows, or the beginning of the first one: so much that all measurements together cost about half a pass over all.
+
+    More where that is short of ``ENOUGH_TOKENS``, but not above two passes, unless that were fewer than ``FEWEST_TOKENS``.
+    """
     num_samples, length = ids.shape
-    return ids[: max(num_samples // (4 * num_layers * num_shares), -(-LEAST_TOKENS // length))]
+    measurements = 4 * num_layers * num_shares
+    tokens = max(min(ENOUGH_TOKENS, 4 * ids.numel() // measurements), FEWEST_TOKENS)
+    num_windows = max(num_samples // measurements, -(-tokens // length))
+    return ids[:num_windows] if num_windows > 1 else ids[:1, :tokens]
+
+
+def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
+    """Where in each of the ``measured`` windows predictions are compared, evenly spaced; None: everywhere, as long as the vocabulary is small."""
+    num_windows, length = measured.shape
+    count = -(-max(MOST_ENTRIES // vocabulary, FEWEST_PREDICTIONS) // num_windows)
+    return None if count >= length else torch.arange(1, count + 1, device=measured.device) * length // count - 1
 
 
 def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: int) -> float:
     """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, but for its statistics, which meter themselves."""
     ids, L = calibration.tokens.ids, calibration.num_layers
     measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
-    return (2 + num_modules * num_shares * (L + 1) / 2) * len(measured) / len(ids)
+    return (2 + num_modules * num_shares * (L + 1) / 2) * measured.numel() / ids.numel()
 
 
 def _curve_windows(calibration: Calibration) -> int:
@@ -186,8 +203,8 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 SMALLEST = 1e-12
 """A divergence below this is the rounding of float32 logits."""
 
-CHUNK_TOKENS = 256
-"""Log probabilities of so many tokens are compared in float64 at a time."""
+CHUNK_ENTRIES = 2**17
+"""About so many log probabilities are compared in float64 at a time: they stay in a processor's cache."""
 
 
 @contextmanager
@@ -230,37 +247,50 @@ def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterat
         del linear.forward
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Of the next token: log_p (predictions, vocabulary), float32 or wider, and p, float64."""
+
+    log_p: Tensor
+    p: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor) -> "Predictions":
+        return cls(log_p, log_p.double().exp())
+
+
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, replaced: Mapping[int, Callable]) -> Tensor:
-    """Of the next token, (batch, sequence, vocabulary), float32; the forward of layer i replaced by ``replaced[i]``."""
+def _log_probabilities(model: PreTrainedModel, batch: Tensor, positions: Tensor | None, replaced: Mapping[int, Callable]) -> Tensor:
+    """Of the next token, (batch * positions, vocabulary), float32; the forward of layer i replaced by ``replaced[i]``."""
     layers = decoder_layers(model)
     with layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index]))) if replaced else nullcontext():
-        return model(batch, use_cache=False).logits.float().log_softmax(dim=-1)
+        return model(batch, use_cache=False, logits_to_keep=0 if positions is None else positions.to(batch.device)).logits.float().log_softmax(dim=-1).flatten(0, 1)
 
 
-def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], dense: list[Tensor]) -> float:
-    """Mean KL divergence a token of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
+def _divergence(model: PreTrainedModel, hidden: HiddenStates, index: int, batches: list[Tensor], positions: Tensor | None, dense: list[Predictions]) -> float:
+    """Mean KL divergence a prediction of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 
     total, count = 0.0, 0
     layer = decoder_layers(model)[index]
-    for x, batch, log_p in zip(hidden.batches, batches, dense, strict=True):
+    for x, batch, predictions in zip(hidden.batches, batches, dense, strict=True):
         replaced: dict[int, Callable] = {earlier: skip for earlier in range(index)}
         replaced[index] = lambda _, x=x, **arguments: type(layer).forward(layer, x, **arguments)
-        chunks = (each.flatten(0, 1).split(CHUNK_TOKENS) for each in (log_p, _log_probabilities(model, batch, replaced)))
-        total += sum(map(kl_divergence, *chunks))
-        count += batch.numel()
+        total += kl_divergence(predictions, _log_probabilities(model, batch, positions, replaced))
+        count += len(predictions.p)
     return total / count
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """Sum over rows of ``KL(p || q)`` in nats, from log probabilities (rows, vocabulary).
+def kl_divergence(dense: Predictions, log_q: Tensor) -> float:
+    """Sum over rows of ``KL(p || q)`` in nats, log_q (rows, vocabulary).
 
     As ``sum p (q/p - 1 - log q/p)`` in float64: no term is negative, so that a divergence far below the rounding of the
     logarithms comes out small, and not as noise of either sign.
     """
-    log_p, log_q = log_p.double(), log_q.double()
-    d = log_q - log_p
-    return float((log_p.exp() * (d.expm1() - d)).sum())
+    total, rows = 0.0, max(CHUNK_ENTRIES // log_q.shape[-1], 1)
+    for p, log_p, log_q_part in zip(dense.p.split(rows), dense.log_p.split(rows), log_q.split(rows), strict=True):
+        d = log_q_part.double() - log_p.double()
+        total += float(torch.dot(p.flatten(), d.expm1().sub_(d).flatten()))
+    return total

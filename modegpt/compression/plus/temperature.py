@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from modegpt.architectures import Family
 from modegpt.compression.plus.sensitivity import float32_forward
 
-LEAST_TOKENS = 4096
-"""Predictions are compared on about so many calibration tokens."""
+ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
+"""Predictions are compared on about so many calibration tokens; on an eighth of all where that is fewer, but not on fewer than so many."""
 
 CHUNK_TOKENS = 256
 """Logits of so many tokens are in memory at a time."""
@@ -28,7 +28,7 @@ def fit_inverse_temperature(dense: PreTrainedModel, compressed: PreTrainedModel,
     q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo et al., ICML 2017, arXiv 1706.04599, section 4.2,
     with the dense model's predictions in place of labels. Both models run once; then the head of the compressed one, once a step.
     """
-    windows = ids[: -(-LEAST_TOKENS // ids.shape[1])]
+    windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
     with float32_forward(dense), float32_forward(compressed):
         batches = [batch.to(dense.device) for batch in windows.split(batch_size)]
         states = [[model.get_decoder()(batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches] for model in (dense, compressed)]
