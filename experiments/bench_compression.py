@@ -19,7 +19,7 @@ from modegpt.allocation.policies import POLICIES
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.tokens import CalibrationTokens
 from modegpt.compression.modegpt import MoDeGPT
-from modegpt.compression.task import CompressionTask
+from modegpt.compression.task import CompressionTask, Method
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD
@@ -46,15 +46,19 @@ def best(one: Ceiling, other: Ceiling) -> Ceiling:
     return Ceiling(one.device, gemm, max(one.factorisation, other.factorisation), max(one.copy, other.copy), one.size)
 
 
-def measure(model: PreTrainedModel, ids: torch.Tensor, *, precision: torch.dtype, allocation: str, sparsity: float, batch_size: int, clock: str) -> dict[str, Any]:
+def measure(model: PreTrainedModel, ids: torch.Tensor, method: Method, *, precision: torch.dtype, sparsity: float, batch_size: int, clock: str) -> dict[str, Any]:
     """Compress ``model`` once; what the meter saw."""
     meter = CostMeter(clock=CLOCKS[clock])
     tokens = CalibrationTokens(ids=ids, sha256="", stream_tokens=ids.numel())
     calibration = Calibration(model, tokens, batch_size=batch_size, precision=precision, progress=Progress(quiet=True), meter=meter)
-    method = MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=POLICIES[allocation]())
     with meter.stage("compression"):
         method.compress(CompressionTask(calibration, sparsity))
     return meter.summary()
+
+
+def paper_method(allocation: str) -> MoDeGPT:
+    """The paper's method with one of its allocations."""
+    return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=POLICIES[allocation]())
 
 
 def main() -> int:
@@ -102,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     rates = partial(measure_ceiling.__wrapped__, arguments.device, dtype, size=RATE_SIZE, budget_seconds=RATE_SECONDS, clock=CLOCKS[arguments.clock])
     ceiling, costs = rates(), []
     for precision, allocation in cases:
-        costs.append(measure(model, ids, precision=getattr(torch, precision), allocation=allocation, sparsity=arguments.sparsity, batch_size=arguments.batch_size, clock=arguments.clock))
+        costs.append(measure(model, ids, paper_method(allocation), precision=getattr(torch, precision), sparsity=arguments.sparsity, batch_size=arguments.batch_size, clock=arguments.clock))
         ceiling = best(ceiling, rates())
     results = []
     for (precision, allocation), cost in zip(cases, costs, strict=True):

@@ -1,0 +1,78 @@
+"""What modegpt_plus takes beside the paper's method, on random weights: ``python experiments/bench_plus.py [--help]``.
+
+The shapes are those of a small model that is sold as a real one: a large vocabulary over a narrow residual stream. Each number of calibration
+windows is one ratio, measured in one process; the fewer there are, the more weighs what does not depend on them. Writes ``results/bench/plus.json``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from bench_compression import CLOCKS, measure, paper_method
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modegpt.compression.plus.method import MoDeGPTPlus
+from modegpt.errors import exit_status
+from modegpt.progress import Progress
+from modegpt.records.benchmark import FOLDER, write_benchmark
+from modegpt.report.cost import compression_stages
+from modegpt.report.summary import text_table
+
+GOAL = 3.0
+
+
+def main() -> int:
+    """Measure, print and record; 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--samples", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="processor", choices=CLOCKS, help="processor seconds are for one thread: what other programs take does not count")
+    parser.add_argument("--output", type=Path, default=FOLDER / "plus.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.clock == "processor" and arguments.threads > 1:
+        parser.error("--clock processor is for one thread")
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The measurement that ``arguments`` describe."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.width,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=arguments.length,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    results, progress = [], Progress()
+    for samples in arguments.samples:
+        ids, measured = torch.randint(0, config.vocab_size, (samples, arguments.length)), {}
+        for name, method in (("modegpt", paper_method("entropic")), ("modegpt_plus", MoDeGPTPlus())):
+            cost = measure(model, ids, method, precision=torch.float64, sparsity=arguments.sparsity, batch_size=arguments.batch_size, clock=arguments.clock)
+            measured[name] = {"seconds": sum(stage["seconds"] for stage in compression_stages(cost)), "cost": cost}
+            progress.say(f"{samples} x {arguments.length} tokens, {name}: {measured[name]['seconds']:.1f} s")
+        results.append({"samples": samples, "length": arguments.length, "ratio": measured["modegpt_plus"]["seconds"] / measured["modegpt"]["seconds"], "methods": measured})
+    rows = [[f"{each['samples']} x {each['length']}", *(f"{each['methods'][name]['seconds']:.1f}" for name in each["methods"]), f"{each['ratio']:.2f}"] for each in results]
+    print(text_table(["tokens", "MoDeGPT (s)", "plus (s)", "ratio"], rows))
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    path = write_benchmark(arguments.output, {"kind": "plus", "settings": settings, "goal": GOAL, "measurements": results})
+    print(f"{sum(result['ratio'] <= GOAL for result in results)} of {len(results)} at {GOAL:g} x the paper's method or less, {arguments.clock} clock: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
