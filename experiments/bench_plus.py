@@ -1,6 +1,6 @@
 """What modegpt_plus takes beside the paper's method, on random weights: ``python experiments/bench_plus.py [--help]``.
 
-The shapes are those of a small model that is sold as a real one: a large vocabulary over a narrow residual stream. Each number of calibration
+The shapes are those of small released models, but for the number of layers: a large vocabulary over a narrow residual stream. Each number of calibration
 windows is one ratio, measured in one process; the fewer there are, the more weighs what does not depend on them. Writes ``results/bench/plus.json``.
 """
 
