@@ -89,6 +89,7 @@ def test_divergence_of_equal_predictions_is_nothing() -> None:
         (128, 512, 5, (3, 512)),  # three windows cost half a pass, and are more than 1024 tokens
         (32, 512, 30, (1, 273)),  # 1024 tokens would cost 6 passes
         (8, 2048, 30, (1, 273)),
+        (64, 512, 30, (2, 273)),  # not two whole windows
         (8, 256, 6, (1, 256)),  # not fewer than 256 tokens
         (128, 2048, 32, (1, 1024)),
         (2, 64, 6, (2, 64)),  # all there is

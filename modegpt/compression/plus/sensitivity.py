@@ -139,15 +139,15 @@ def rank_costs(calibration: Calibration, modules: Mapping[str, frozenset[str]], 
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
-    """The first calibration windows, or the beginning of the first one: so much that all measurements together cost about half a pass over all.
+    """The first calibration windows, or their beginnings: so many tokens that all measurements together cost about half a pass over all.
 
     More where that is short of ``ENOUGH_TOKENS``, but not above two passes, unless that were fewer than ``FEWEST_TOKENS``.
     """
     num_samples, length = ids.shape
     measurements = 4 * num_layers * num_shares
-    tokens = max(min(ENOUGH_TOKENS, 4 * ids.numel() // measurements), FEWEST_TOKENS)
-    num_windows = max(num_samples // measurements, -(-tokens // length))
-    return ids[:num_windows] if num_windows > 1 else ids[:1, :tokens]
+    tokens = max(num_samples // measurements * length, min(ENOUGH_TOKENS, 4 * ids.numel() // measurements), FEWEST_TOKENS)
+    num_windows = -(-tokens // length)
+    return ids[:num_windows, : -(-tokens // num_windows)]
 
 
 def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
