@@ -1,7 +1,9 @@
 """Zero-shot accuracy through lm-evaluation-harness, reported the way the paper does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,14 +47,36 @@ def zeroshot(
         from modegpt.evaluation.harness_model import HarnessModel
 
         scorer = HarnessModel(model, tokenizer, batch_size=batch_size, max_length=max_length, encodings=encodings, bar=bar)
-        raw = evaluate(lm=scorer, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=True)
-    scores = {name: _task_score(name, raw["results"][name], raw["samples"][name]) for name in tasks}
+        with _observed(tasks) as items:
+            raw = evaluate(lm=scorer, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+    scores = {name: _task_score(name, raw["results"][name], items[name]) for name in tasks}
     for name, score in scores.items():
         score["num_truncated"] = scorer.num_truncated[name]
         if score["num_truncated"]:
             longer = f"{score['num_truncated']} requests were longer than the context of {max_length} tokens"
             progress.say(f"{name}: {longer} and lost their beginning")
     return scores | {"mean": mean_score(scores, limit=limit)}
+
+
+@contextmanager
+def _observed(tasks: Mapping[str, Any]) -> Iterator[dict[str, list[Mapping[str, Any]]]]:
+    """Inside, what each task makes of an answer is noted: task name -> metrics of each item in order, by its first filter, then by any other.
+
+    The harness's own log of samples has it too, but with prompts, answers and hashes that cost more than the scoring.
+    """
+    noted: dict[str, list[Mapping[str, Any]]] = {name: [] for name in tasks}
+
+    def note(name: str, process: Callable[..., Mapping[str, Any]], *answer: Any) -> Mapping[str, Any]:
+        noted[name].append(process(*answer))
+        return noted[name][-1]
+
+    for name, task in tasks.items():
+        task.process_results = partial(note, name, task.process_results)
+    try:
+        yield noted
+    finally:
+        for task in tasks.values():
+            del task.process_results
 
 
 def mean_score(scores: Mapping[str, dict], *, limit: int | None) -> dict[str, float | int | None]:
@@ -80,8 +104,7 @@ def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, 
     for known in kept:
         score |= {known: values[known], f"{known}_stderr": _number(values.get(f"{known}_stderr"))}
     if metric in ACCURACIES:
-        first = items[0]["filter"]
-        score["right"] = pack([item[metric] for item in items if item["filter"] == first])
+        score["right"] = pack([item[metric] for item in items[: score["num_items"]]])
     return score
 
 
