@@ -20,9 +20,10 @@ def test_example(job: Callable, example: str) -> None:
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "--multirun" in command])
 def test_sweep_composes(job: Callable, command: str, tmp_path: Path) -> None:
-    """Each as a sweep in this process, with its launcher's configuration composed apart."""
+    """Each as a sweep in this process, of an experiment at one rate, with its launcher's configuration composed apart."""
     arguments = shlex.split(command, comments=True)
     own = [argument for argument in arguments if not argument.startswith("hydra")]
+    own += ["compression.sparsity=0.5"] * ("+experiments=" in command)
     code, calls = job(*own, f"output.root={tmp_path}")
     assert code == 0 and len(calls) > 1
     assert job("--cfg", "hydra", "-p", "hydra.launcher", *(argument for argument in arguments if argument.startswith("hydra")))[0] == 0
