@@ -61,18 +61,33 @@ def paper_method(allocation: str) -> MoDeGPT:
     return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=POLICIES[allocation]())
 
 
+def add_shape(parser: argparse.ArgumentParser, *, layers: int, hidden: int, width: int, heads: int, kv_heads: int, length: int, batch_size: int) -> None:
+    """The options that say what is compressed, apart from how many windows, with these defaults."""
+    for option, default in (("layers", layers), ("hidden", hidden), ("width", width), ("heads", heads), ("kv-heads", kv_heads), ("length", length), ("batch-size", batch_size)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--sparsity", type=float, default=0.3)
+
+
+def random_model(arguments: argparse.Namespace, **more: Any) -> PreTrainedModel:
+    """A Llama of the shape that ``arguments`` describe, always the same weights; ``more`` of its configuration."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.width,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=arguments.length,
+        **more,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def main() -> int:
     """Measure, print and record; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--kv-heads", type=int, default=12)
+    add_shape(parser, layers=12, hidden=768, width=2048, heads=12, kv_heads=12, length=2048, batch_size=1)
     parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--precision", nargs="+", default=["float64", "float32"], choices=("float64", "float32"))
     parser.add_argument("--allocation", nargs="+", default=["uniform", "entropic"], choices=("uniform", "entropic"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -89,19 +104,9 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=arguments.length,
-    )
     dtype = getattr(torch, arguments.dtype)
-    model = LlamaForCausalLM(config).to(arguments.device, dtype).eval()
-    ids = torch.randint(0, config.vocab_size, (arguments.samples, arguments.length))
+    model = random_model(arguments, vocab_size=1000).to(arguments.device, dtype)
+    ids = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.length))
     cases = [(precision, allocation) for precision in arguments.precision for allocation in arguments.allocation]
     rates = partial(measure_ceiling.__wrapped__, arguments.device, dtype, size=RATE_SIZE, budget_seconds=RATE_SECONDS, clock=CLOCKS[arguments.clock])
     ceiling, costs = rates(), []

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_compression import CLOCKS, measure, paper_method
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_compression import CLOCKS, add_shape, measure, paper_method, random_model
 
 from modegpt.compression.plus.method import MoDeGPTPlus
 from modegpt.errors import exit_status
@@ -25,16 +24,9 @@ GOAL = 3.0
 def main() -> int:
     """Measure, print and record; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--kv-heads", type=int, default=3)
+    add_shape(parser, layers=10, hidden=576, width=1536, heads=9, kv_heads=3, length=512, batch_size=8)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="processor", choices=CLOCKS, help="processor seconds are for one thread: what other programs take does not count")
     parser.add_argument("--output", type=Path, default=FOLDER / "plus.json")
@@ -47,21 +39,10 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=arguments.length,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = random_model(arguments, vocab_size=arguments.vocabulary, tie_word_embeddings=True)
     results, progress = [], Progress()
     for samples in arguments.samples:
-        ids, measured = torch.randint(0, config.vocab_size, (samples, arguments.length)), {}
+        ids, measured = torch.randint(0, arguments.vocabulary, (samples, arguments.length)), {}
         for name, method in (("modegpt", paper_method("entropic")), ("modegpt_plus", MoDeGPTPlus())):
             cost = measure(model, ids, method, precision=torch.float64, sparsity=arguments.sparsity, batch_size=arguments.batch_size, clock=arguments.clock)
             measured[name] = {"seconds": sum(stage["seconds"] for stage in compression_stages(cost)), "cost": cost}
