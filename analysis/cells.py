@@ -17,7 +17,7 @@ from modegpt.records.scores import difference_stderr
 class Column:
     """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one of `DERIVED`.
 
-    ``compared``: one of `COMPARISONS` or `DIFFERENCE_STDERR`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
+    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
     ``floor`` is not compared with, because a share of rounding says nothing.
     """
 
@@ -93,8 +93,8 @@ class Group:
         if column.compared is None:
             return _cell(column, sides[0])
         own, other = sides
-        references = {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
-        pairs = [(_compared(column, each, references[seed]), each[1]) for each in own if (seed := each[1].facts["seed_seed"]) in references]
+        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
+        pairs = [(compare(column, each, references[seed]), each[1]) for each in own if (seed := each[1].facts["seed_seed"]) in references]
         return _cell(column, [(value, run) for value, run in pairs if value is not None], beside=[run for _, run in references.values()])
 
     def _measured(self, column: Column, where: Mapping[str, Any]) -> list[tuple[float, Run]] | Cell:
@@ -120,16 +120,15 @@ class Group:
         return Cell() if value is None else Cell(values=(column.scale * value,), records=(found[value],))
 
 
-COMPARISONS: dict[str, Callable[[float, float], float]] = {
-    "reduction": lambda own, other: 1 - own / other,
-    "increase": lambda own, other: own / other - 1,
-    "ratio": lambda own, other: own / other,
-    "difference": lambda own, other: own - other,
+Measured = tuple[float, Run]
+COMPARISONS: dict[str, Callable[[Column, Measured, Measured], float | None]] = {
+    "reduction": lambda column, own, other: 1 - own[0] / other[0],
+    "increase": lambda column, own, other: own[0] / other[0] - 1,
+    "ratio": lambda column, own, other: own[0] / other[0],
+    "difference": lambda column, own, other: own[0] - other[0],
+    "difference_stderr": lambda column, own, other: difference_stderr(own[1].record, other[1].record, column.metric),
 }
-"""How a number is set beside that of another run of the same seed."""
-
-DIFFERENCE_STDERR = "difference_stderr"
-"""The standard error of the difference in an accuracy, from the items that both runs answered."""
+"""How a number is set beside that of another run of the same seed; None where it cannot be. The standard error is that of an accuracy."""
 
 DERIVED: dict[str, Callable[[Run, str], float | None]] = {
     "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
@@ -162,12 +161,6 @@ def groups(runs: Iterable[Run], experiments: Iterable[str], *, per_perplexity: b
             names = members[0].perplexities if per_perplexity else [None]
             found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files, where or {}) for name in names]
     return found
-
-
-def _compared(column: Column, own: tuple[float, Run], other: tuple[float, Run]) -> float | None:
-    if column.compared == DIFFERENCE_STDERR:
-        return difference_stderr(own[1].record, other[1].record, column.metric)
-    return COMPARISONS[column.compared](own[0], other[0])
 
 
 def _cell(column: Column, values: Iterable[tuple[float, Run]], beside: Iterable[Run] = ()) -> Cell:

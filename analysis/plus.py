@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from analysis.cells import DIFFERENCE_STDERR, Column
+from analysis.cells import Column
 from analysis.expected import experiment
 from analysis.figures import FigureSpec
 from analysis.tables import RATE, TableSpec
@@ -44,7 +44,7 @@ def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[
     """``metric`` once for each, its standard error, what modegpt_plus has over the paper's method, and the standard error of that."""
     error = replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS)
     over = beside(metric, against=ENTROPIC, compared="difference", label="Plus over entropic (points)")
-    return (*contenders(metric, names), error, over, replace(over, compared=DIFFERENCE_STDERR, label="Standard error of that"))
+    return (*contenders(metric, names), error, over, replace(over, compared="difference_stderr", label="Standard error of that"))
 
 
 FAITHFUL_AND_PLUS = (*contenders(EXCESS, {"MoDeGPT": ENTROPIC, "MoDeGPT plus": PLUS}), less_than("MoDeGPT", ENTROPIC))
