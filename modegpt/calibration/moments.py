@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modegpt.decompositions.linalg import mirror_blocks, upper_blocks
+
 CHUNK_ROWS = {torch.float64: 2048, torch.float32: 1024}
 """Rows per product, by its precision: bounds the float32 rounding of one chunk before it meets the float64 sum."""
-BLOCK = {"cpu": 384, "cuda": 2048}
-"""Columns of one block of a symmetric product: wide enough for the product's full rate, narrow enough to skip nearly half of it."""
 
 
 @dataclass
@@ -32,11 +32,7 @@ class SecondMoment:
     @property
     def value(self) -> Tensor:
         """The sums so far, (num_groups, size, size): a view of the accumulator, whose lower blocks are filled in."""
-        size = self.sums.shape[-1]
-        for start, stop in self._blocks():
-            if stop < size:
-                self.sums[:, stop:, start:stop] = self.sums[:, start:stop, stop:].mT
-        return self.sums
+        return mirror_blocks(self.sums)
 
     def update(self, rows: Tensor) -> None:
         """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: num_rows * num_groups * size^2 and the diagonal blocks."""
@@ -45,13 +41,9 @@ class SecondMoment:
             # half-precision products are exact in float32, in which a GPU's matrix units sum them
             exact = x.is_cuda and x.itemsize == 2 and self.precision == torch.float32
             x = x.contiguous() if exact else x.to(self.precision)
-            for start, stop in self._blocks():
+            for start, stop in upper_blocks(self.sums):
                 left, right, total = x[..., start:stop].mT, x[..., start:], self.sums[:, start:stop, start:]
                 total += torch.bmm(left, right, out_dtype=torch.float32) if exact else torch.bmm(left, right)
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        size, block = self.sums.shape[-1], BLOCK.get(self.sums.device.type, 384)
-        return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
 @dataclass

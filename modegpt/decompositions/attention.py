@@ -5,6 +5,7 @@ under RoPE, one dim otherwise. A block's *real* feature is its share of the logi
 feature ``q_i k_j - q_j k_i``, the share it would have with its queries turned by 90 degrees.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -53,19 +54,19 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
     k = states.keys()
     p = (states.q @ k.mT + states.bias).softmax(dim=-1)
     v_mean, k_mean = p @ states.v, p @ k
-    sums = []
-    for head in range(states.q.shape[1]):
-        products = torch.einsum("bsd,bsm->bsdm", k[:, head], states.v[:, head]).flatten(2)
-        N = (p[:, head] @ products).unflatten(2, (k.shape[-1], -1)) - k_mean[:, head, :, :, None] * v_mean[:, head, :, None, :]
-        q = states.q[:, head, :, :, None]
+    M = p.new_zeros(p.shape[1], *[k.shape[-1]] * 2, dtype=torch.float64)
+    for window, head in itertools.product(*map(range, p.shape[:2])):  # one at a time, so that what is made of it stays in a processor's cache
+        N = (p[window, head].unsqueeze(1) * k[window, head].mT) @ states.v[window, head]
+        N -= k_mean[window, head].unsqueeze(-1) * v_mean[window, head].unsqueeze(-2)
+        q = states.q[window, head].unsqueeze(-1)
         if pairs:
-            (q_i, q_j), (N_i, N_j) = q.chunk(2, dim=2), N.chunk(2, dim=2)
-            D = torch.cat([q_i * N_i + q_j * N_j, q_i * N_j - q_j * N_i], dim=2)
+            (q_i, q_j), (N_i, N_j) = q.chunk(2, dim=1), N.chunk(2, dim=1)
+            D = torch.cat([q_i * N_i + q_j * N_j, q_i * N_j - q_j * N_i], dim=1)
         else:
             D = q * N
-        D = D.double()
-        sums.append(torch.einsum("btfm,btgm->fg", D, D))
-    return torch.stack(sums)
+        D = D.transpose(0, 1).flatten(1).double()
+        M[head].addmm_(D, D.mT)
+    return M
 
 
 def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:

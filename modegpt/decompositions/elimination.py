@@ -26,40 +26,41 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
     C (n, n) Gram of the channels, W (n, m) output matrix. With S the channels still kept, ``P = (C_SS)^-1`` and ``B = P C_S: W``
     the refitted output matrix, removing j raises the squared error ``min_B ||h W - h_S B||^2`` by exactly ``||B_j||^2 / P_jj``;
     only P and ``E = B B^T`` are needed, and both change by a rank-one and a rank-two term a removal. Those are applied
-    in panels of ``block`` removals, so that the work is in matrix products; the result does not depend on ``block``. ``ridge``
+    in panels of ``block`` removals, so that the work is in matrix products, and what is gone leaves P and E; the result does not depend on ``block``. ``ridge``
     is added to the unit diagonal of the equilibrated C for the scores alone; it bounds P, whose downdates would otherwise
-    lose what a singular C has. About 2 n^3 + 2 n^2 m + 6 n^2 (n - rank) FLOPs, float64.
+    lose what a singular C has. About n^3 + 2 n^2 m + 2 (n^3 - rank^3) FLOPs, float64.
     """
     K, scale, _ = equilibrate(C)
     K.diagonal().add_(ridge)
-    factor = psd_cholesky(K)
-    P = factor.solve(torch.eye(len(K), dtype=K.dtype, device=K.device))
+    P = psd_cholesky(K).inverse()
     scaled = scale.unsqueeze(1) * W.double()
     E = scaled @ scaled.mT
 
     num_removed = len(K) - rank
     removed = torch.empty(num_removed, dtype=torch.long, device=K.device)
     costs = torch.empty(num_removed, dtype=K.dtype, device=K.device)
-    alive = torch.ones(len(K), dtype=torch.bool, device=K.device)
+    channels = torch.arange(len(K), device=K.device)
     for start in range(0, num_removed, block):
         width = min(block, num_removed - start)
+        alive = torch.ones(len(P), dtype=torch.bool, device=K.device)
         diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
         # pending updates: P - p p^T and E - u w^T - w u^T, a column a removal
-        p, u, w = (torch.zeros(len(K), width, dtype=K.dtype, device=K.device) for _ in range(3))
+        p, u, w = (torch.zeros(len(P), width, dtype=K.dtype, device=K.device) for _ in range(3))
         for t in range(width):
             cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
             j = int(cost.argmin())
-            column_P = P[:, j] - p[:, :t] @ p[j, :t]
-            column_E = E[:, j] - u[:, :t] @ w[j, :t] - w[:, :t] @ u[j, :t]
+            column_P = P[j] - p[:, :t] @ p[j, :t]
+            column_E = E[j] - u[:, :t] @ w[j, :t] - w[:, :t] @ u[j, :t]
             p[:, t] = column_P / column_P[j].sqrt()
             u[:, t] = column_P / column_P[j]
             w[:, t] = column_E - 0.5 * column_E[j] * u[:, t]
             diag_P -= p[:, t] ** 2
             diag_E -= 2 * u[:, t] * w[:, t]
             alive[j] = False
-            removed[start + t], costs[start + t] = j, cost[j]
-        P.addmm_(p, p.mT, alpha=-1)
-        E.addmm_(torch.cat([u, w], dim=1), torch.cat([w, u], dim=1).mT, alpha=-1)
+            removed[start + t], costs[start + t] = channels[j], cost[j]
+        p, u, w, channels = p[alive], u[alive], w[alive], channels[alive]
+        P = P[alive][:, alive].addmm_(p, p.mT, alpha=-1)
+        E = E[alive][:, alive].addmm_(torch.cat([u, w], dim=1), torch.cat([w, u], dim=1).mT, alpha=-1)
     return removed, costs
 
 
@@ -76,7 +77,7 @@ class MLPElimination(Variant):
 
     Each step removes the channel that raises ``min_W' ||h W_D - h_S W'||^2`` least. Optimum: the exact greedy choice at each step
     (up to ``ridge``) and the least-squares optimum for the final set; the best set is NP-hard. relative_error: as MLPNystrom.
-    Cost: 2 n^3 + 2 n^2 d_h + 6 n^2 (n - k) FLOPs, then that of the refit. ``block``: panel width, speed alone.
+    Cost: n^3 + 2 n^2 d_h + 2 (n^3 - k^3) FLOPs, then that of the refit. ``block``: panel width, speed alone.
     Source: optimal brain surgeon step (Hassibi & Stork, 1993) on columns, with delayed updates as in blocked pivoted Cholesky.
     """
 

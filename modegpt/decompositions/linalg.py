@@ -13,6 +13,22 @@ EIGENVALUE_FLOOR = 1e-8
 BLOCK_ROWS = 1024
 """Larger matrices are worked on in blocks, which halves the FLOPs of what is symmetric or triangular, and its memory."""
 
+SYMMETRIC_BLOCK = {"cpu": 384, "cuda": 2048}
+"""Columns of one block of a symmetric product: wide enough for the product's full rate, narrow enough to skip nearly half of it."""
+
+
+def upper_blocks(C: Tensor) -> list[tuple[int, int]]:
+    """First and last row of the blocks in which a symmetric C (..., n, n) is summed: of each the columns from its first row on."""
+    size, block = C.shape[-1], SYMMETRIC_BLOCK.get(C.device.type, 384)
+    return [(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def mirror_blocks(C: Tensor) -> Tensor:
+    """C (..., n, n), of which only ``upper_blocks`` were summed, with what is below them filled in, in place."""
+    for start, stop in upper_blocks(C):
+        C[..., stop:, start:stop] = C[..., start:stop, stop:].mT
+    return C
+
 
 @dataclass(frozen=True)
 class PSDFactor:
@@ -30,6 +46,10 @@ class PSDFactor:
         """``C^-1 B`` for B (..., n, m)."""
         scale = self.scale.unsqueeze(-1)
         return torch.cholesky_solve(B / scale, self.lower) / scale
+
+    def inverse(self) -> Tensor:
+        """``C^-1`` (..., n, n). n^3 2/3 FLOPs."""
+        return torch.cholesky_inverse(self.lower) / (self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2))
 
     def inverse_diagonal(self) -> Tensor:
         """``diag(C^-1)`` (..., n)."""

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from modegpt.calibration import moments
 from modegpt.calibration.moments import FirstMoment, SecondMoment
+from modegpt.decompositions import linalg
+from modegpt.decompositions.regression import Moments
 
 
 def test_second_moment_equals_one_product() -> None:
@@ -44,7 +45,7 @@ def test_first_moment_sums_rows() -> None:
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32])
 def test_blocks_above_the_diagonal_are_mirrored(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A width that is no multiple of the block, read between two updates: the mirror must not be summed twice."""
-    monkeypatch.setitem(moments.BLOCK, "cpu", 3)
+    monkeypatch.setitem(linalg.SYMMETRIC_BLOCK, "cpu", 3)
     rows = torch.randn(60, 2, 8, generator=torch.Generator().manual_seed(4)).double()
     moment = SecondMoment.zeros(2, 8, precision=precision)
     for chunk in rows.split(20):
@@ -52,6 +53,18 @@ def test_blocks_above_the_diagonal_are_mirrored(precision: torch.dtype, monkeypa
         assert torch.equal(moment.value[:, 3:, :3], moment.value[:, :3, 3:].mT)
     expected = torch.einsum("tgi,tgj->gij", rows, rows)
     torch.testing.assert_close(moment.value, expected, rtol=0, atol=1e-12 if precision is torch.float64 else 1e-5)
+
+
+def test_regression_moments_are_those_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linalg.SYMMETRIC_BLOCK, "cpu", 3)
+    z, t = (torch.randn(60, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64) for size in (8, 2))
+    sums = Moments.zeros(8, 2)
+    for rows, targets in zip(z.split(20), t.split(20), strict=True):
+        sums = sums.updated(rows, targets, precision=torch.float64)
+        assert torch.equal(sums.G[3:, :3], sums.G[:3, 3:].mT)
+    torch.testing.assert_close(sums.G, z.mT @ z)
+    torch.testing.assert_close(sums.X, z.mT @ t)
+    assert sums.num_rows == 60
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision products summed in float32 exist on CUDA only")

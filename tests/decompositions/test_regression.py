@@ -23,7 +23,7 @@ def moments(z: Tensor, t: Tensor) -> Moments:
 
 def test_without_ridge_it_is_least_squares() -> None:
     z, t = rows()
-    W, _ = ridge_towards(moments(z, t), torch.randn(7, 3, dtype=torch.float64), 0.0)
+    [(W, _)] = ridge_towards(moments(z, t), torch.randn(7, 3, dtype=torch.float64), [0.0])
     torch.testing.assert_close(W, torch.linalg.lstsq(z, t).solution, rtol=1e-7, atol=1e-9)
 
 
@@ -32,7 +32,7 @@ def test_the_ridge_is_that_of_the_augmented_rows() -> None:
     W_0 = torch.randn(7, 3, dtype=torch.float64)
     D = (z.square().sum(dim=0) * 0.05).sqrt().diag()
     expected = torch.linalg.lstsq(torch.cat([z, D]), torch.cat([t, D @ W_0])).solution
-    W, _ = ridge_towards(moments(z, t), W_0, 0.05)
+    [(W, _)] = ridge_towards(moments(z, t), W_0, [0.05])
     torch.testing.assert_close(W, expected, rtol=1e-7, atol=1e-9)
 
 

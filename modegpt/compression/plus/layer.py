@@ -106,7 +106,7 @@ class LayerPass:
         elif attention is None:
             attention = self._attention_outputs()
         if options.align and (self.moved or self.reductions):
-            self._align("mlp", targets.mlp_input, (family.up_path, *([family.gate_path] if family.gate_path else [])), attention)
+            self._align("mlp", targets.mlp_input, (*([family.gate_path] if family.gate_path else []), family.up_path), attention)
         if "mlp" in wanted:
             self.reduce_mlp(ranks["mlp"], targets, attention)
         shape, changed, reduced = self.result()

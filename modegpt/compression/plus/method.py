@@ -40,8 +40,8 @@ class MoDeGPTPlus(Switches, Method):
     lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every fourth calibration window, solved again on all of them.
 
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention and its MLP once and the
-    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 8 T d_h^2 for the alignment, up to 8 n^3
-    for the elimination and 10 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 8 n^3, and about
+    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3
+    for the elimination and 10 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 3 n^3, and about
     half a pass over all windows for the perturbed forwards, up to two where there are few tokens; the temperature some 4096 tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
 
@@ -134,7 +134,7 @@ class MoDeGPTPlus(Switches, Method):
         with calibration.meter.stage("allocation") as metered:
             costs = rank_costs(calibration, modules, self.shares, self.skip_layers)
             passes = perturbed_passes(calibration, num_modules=len(modules), num_shares=len(self.shares))
-            metered.flops += calibration.num_layers * (passes * layer_flops(task.model, calibration.tokens.ids) + 8.0 * dense_shape(task.model.config).intermediate_size ** 3)
+            metered.flops += calibration.num_layers * (passes * layer_flops(task.model, calibration.tokens.ids) + 3.0 * dense_shape(task.model.config).intermediate_size ** 3)
             calibration.meter.forward_passes += passes
         return costs
 
