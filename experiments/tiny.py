@@ -2,7 +2,7 @@
 
 The two embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
 checkout). Two processes at most, one thread each. Interrupt it and start it again: finished runs are skipped.
-Every experiment runs in it, but not on every model: ``PLAN``, which ends within 90 minutes on two cores. ``--full`` adds
+Every experiment but those of ``ELSEWHERE`` runs in it, but not on every model: ``PLAN``, which ends within 90 minutes on two cores. ``--full`` adds
 what that leaves out, some four times as much.
 """
 
@@ -77,6 +77,8 @@ PLAN = {
     "llama2_70b": On((LLAMA,), full=(STORIES,), embedded=TINY, real=REAL_TASKS),
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
+ELSEWHERE = ("plus_released", "plus_released_uniform")
+"""Experiments on a model that has to be fetched first: their headers say how."""
 OTHER_TEXTS = [
     [f"calibration={source}", f"calibration.path={SHARED}/data/{path}"]
     for source, path in (("wikitext2", "wikitext2/wiki.train.part.raw"), ("alpaca", "alpaca/alpaca_5000.json"), ("jsonl", "tinystories/calib_800.jsonl"))
