@@ -15,6 +15,7 @@ from modegpt.calibration.stream import HiddenStates
 from modegpt.compression.modegpt import MODULES, STATISTIC, MoDeGPT, assemble_layer, module_budgets, report
 from modegpt.compression.plus.attention_states import sample
 from modegpt.compression.plus.costs import layer_work
+from modegpt.compression.plus.kept_costs import KeptCosts
 from modegpt.compression.plus.layer import LayerPass
 from modegpt.compression.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.compression.plus.sensitivity import Costs, perturbed_passes, rank_costs
@@ -42,7 +43,7 @@ class MoDeGPTPlus(Switches, Method):
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention and its MLP once and the
     reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3
     for the elimination and 10 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 3 n^3, and about
-    half a pass over all windows for the perturbed forwards, up to two where there are few tokens; the temperature some 4096 tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
+    half a pass over all windows for the perturbed forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 4096 tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
 
     Args:
@@ -131,11 +132,16 @@ class MoDeGPTPlus(Switches, Method):
 
     def _costs(self, task: CompressionTask) -> Costs:
         calibration, modules = task.calibration, self._modules(task)
+        kept = None if calibration.cache is None else KeptCosts(calibration.cache, modules, self.shares, self.skip_layers)
         with calibration.meter.stage("allocation") as metered:
+            if kept is not None and (costs := kept.load(calibration.num_layers)) is not None:
+                return costs
             costs = rank_costs(calibration, modules, self.shares, self.skip_layers)
             passes = perturbed_passes(calibration, num_modules=len(modules), num_shares=len(self.shares))
             metered.flops += calibration.num_layers * (passes * layer_flops(task.model, calibration.tokens.ids) + 3.0 * dense_shape(task.model.config).intermediate_size ** 3)
             calibration.meter.forward_passes += passes
+            if kept is not None:
+                kept.store(costs)
         return costs
 
     def _nested(self, task: CompressionTask, plan: RankPlan, costs: Costs | None, influence: list[float] | None) -> Compressed:
