@@ -49,8 +49,9 @@ def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[
 
 FAITHFUL_AND_PLUS = (*contenders(EXCESS, {"MoDeGPT": ENTROPIC, "MoDeGPT plus": PLUS}), less_than("MoDeGPT", ENTROPIC))
 
+NAMED = {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}
 AGAINST_BOTH = (
-    *contenders(EXCESS, {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
+    *contenders(EXCESS, NAMED),
     less_than("uniform", UNIFORM),
     less_than("entropic", ENTROPIC),
 )
@@ -107,7 +108,7 @@ TABLES = (
         "MoDeGPT plus: zero-shot mean (%)",
         (*OWN, "plus_uniform"),
         RATES,
-        accuracies(ZERO_SHOT, {"MoDeGPT, uniform": UNIFORM, "MoDeGPT (entropic)": ENTROPIC, "MoDeGPT plus": PLUS}),
+        accuracies(ZERO_SHOT, NAMED),
         where=BOTH,
         per_perplexity=False,
         note=ITEMS,

@@ -1,11 +1,12 @@
 """Streaming first and second moments of activations (pure torch)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.linalg import mirror_blocks, upper_blocks
+from modegpt.decompositions.linalg import add_gram, mirror_blocks
 
 CHUNK_ROWS = {torch.float64: 2048, torch.float32: 1024}
 """Rows per product, by its precision: bounds the float32 rounding of one chunk before it meets the float64 sum."""
@@ -41,9 +42,7 @@ class SecondMoment:
             # half-precision products are exact in float32, in which a GPU's matrix units sum them
             exact = x.is_cuda and x.itemsize == 2 and self.precision == torch.float32
             x = x.contiguous() if exact else x.to(self.precision)
-            for start, stop in upper_blocks(self.sums):
-                left, right, total = x[..., start:stop].mT, x[..., start:], self.sums[:, start:stop, start:]
-                total += torch.bmm(left, right, out_dtype=torch.float32) if exact else torch.bmm(left, right)
+            add_gram(self.sums, x, partial(torch.bmm, out_dtype=torch.float32) if exact else torch.bmm)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
     k = states.keys()
     p = (states.q @ k.mT + states.bias).softmax(dim=-1)
     v_mean, k_mean = p @ states.v, p @ k
-    M = p.new_zeros(p.shape[1], *[k.shape[-1]] * 2, dtype=torch.float64)
+    M = p.new_zeros(p.shape[1], k.shape[-1], k.shape[-1], dtype=torch.float64)
     for window, head in itertools.product(*map(range, p.shape[:2])):  # one at a time, so that what is made of it stays in a processor's cache
         N = (p[window, head].unsqueeze(1) * k[window, head].mT) @ states.v[window, head]
         N -= k_mean[window, head].unsqueeze(-1) * v_mean[window, head].unsqueeze(-2)

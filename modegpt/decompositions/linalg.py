@@ -1,5 +1,6 @@
 """Float64 linear algebra on Gram matrices that may be singular or badly scaled, and that says what it had to do."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,12 @@ def upper_blocks(C: Tensor) -> list[tuple[int, int]]:
     """First and last row of the blocks in which a symmetric C (..., n, n) is summed: of each the columns from its first row on."""
     size, block = C.shape[-1], SYMMETRIC_BLOCK.get(C.device.type, 384)
     return [(start, min(start + block, size)) for start in range(0, size, block)]
+
+
+def add_gram(C: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
+    """Add ``x^T x`` of rows x (..., rows, n) to C (..., n, n), in place, on ``upper_blocks`` alone: ``mirror_blocks`` fills in the rest."""
+    for start, stop in upper_blocks(C):
+        C[..., start:stop, start:] += product(x[..., start:stop].mT, x[..., start:])
 
 
 def mirror_blocks(C: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.linalg import equilibrate, mirror_blocks, psd_cholesky, relative, upper_blocks
+from modegpt.decompositions.linalg import add_gram, equilibrate, mirror_blocks, psd_cholesky, relative
 
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Relative ridges that ``choose_ridge`` tries beside the start itself (an infinite ridge)."""
+"""Relative ridges that ``held_out_refit`` tries beside the start itself (an infinite ridge)."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Moments:
     def updated(self, z: Tensor, t: Tensor, *, precision: torch.dtype) -> "Moments":
         """With the rows z (rows, m) and t (rows, p) added, in place. rows m (m + 2 p) FLOPs in ``precision``, and those of the diagonal blocks."""
         z, t = z.to(precision), t.to(precision)
-        for start, stop in upper_blocks(self.G):
-            self.G[start:stop, start:] += z[:, start:stop].mT @ z[:, start:]
+        add_gram(self.G, z)
         mirror_blocks(self.G)
         self.X.add_(z.mT @ t)
         self.energy.add_(t.double().square().sum())

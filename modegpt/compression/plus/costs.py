@@ -43,7 +43,7 @@ def layer_work(model: PreTrainedModel, family: Family, layer: nn.Module, ids: Te
         forward += sampled * length * projections
         algebra += 2.0 * sampled * H * d * d * length * (1 + options.queries_per_window)
     for features, kept in ((H * d, H * shape.v_head_dim), (n, shape.intermediate_size)):
-        algebra += (2 if options.fisher else 1) * 1.0 * T * features * (features + 2.0 * d_h) + 4.0 * features**2 * d_h
+        algebra += (2 if options.fisher else 1) * T * features * (features + 2.0 * d_h) + 4.0 * features**2 * d_h
         algebra += len(options.gammas) * (NUM_RIDGES + 2) * (kept**3 / 3 + 4.0 * kept**2 * d_h)
     if options.align:
         algebra += 2 * (3.0 * T * d_h**2 + (len(RIDGES) + 1) * (d_h**3 / 3 + 4.0 * d_h**3))

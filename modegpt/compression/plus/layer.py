@@ -117,7 +117,8 @@ class LayerPass:
     def _align(self, name: str, dense_inputs: list[Tensor], paths: tuple[str, ...], attention: Sequence[Tensor] | None = None) -> None:
         """Refit the input maps ``paths`` of ``layer`` to the dense ones' outputs: ``W <- A W``, ``A = argmin ||x~ A - x||^2`` near the identity.
 
-        x~ and x are the compressed and the dense stream after the norm, so one A (d_h, d_h) serves all maps that read them.
+        x~ and x are the compressed and the dense stream after the norm, so one A (d_h, d_h) serves all maps that read them. The layer runs up to
+        the first of ``paths``, which had better be the first that it applies.
         """
         layer = self.layer
         taps = {"x": (layer.get_submodule(paths[0]), "input")}
