@@ -68,19 +68,23 @@ def add_shape(parser: argparse.ArgumentParser, *, layers: int, hidden: int, widt
     parser.add_argument("--sparsity", type=float, default=0.3)
 
 
+def llama_config(shape: Any, *, layers: int, length: int, **more: Any) -> LlamaConfig:
+    """A Llama as wide as ``shape`` says (hidden, width, heads, kv_heads); ``more`` of its configuration."""
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.width,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=length,
+        **more,
+    )
+
+
 def random_model(arguments: argparse.Namespace, **more: Any) -> PreTrainedModel:
     """A Llama of the shape that ``arguments`` describe, always the same weights; ``more`` of its configuration."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=arguments.length,
-        **more,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(llama_config(arguments, layers=arguments.layers, length=arguments.length, **more)).eval()
 
 
 def main() -> int:

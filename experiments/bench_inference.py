@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_compression import llama_config
 from matplotlib.figure import Figure
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modegpt.allocation.allocate import entropic_cap
 from modegpt.allocation.ranks import integer_ranks
@@ -115,15 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def record(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
-    config = LlamaConfig(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=8192,
-    )
+    config = llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary)
     config._attn_implementation = "sdpa"
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
     workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]

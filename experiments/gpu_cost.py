@@ -8,22 +8,17 @@ GPUs. Writes ``results/gpu_cost/measured.json``, or ``prediction.json`` and ``pr
 
 import argparse
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_compression import CLOCKS, llama_config, paper_method
+from transformers import LlamaForCausalLM
 
-from modegpt.allocation.policies import POLICIES
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.tokens import CalibrationTokens
-from modegpt.compression.modegpt import MoDeGPT
 from modegpt.compression.task import CompressionTask
-from modegpt.decompositions.cr import QueryKeyCR
-from modegpt.decompositions.nystrom import MLPNystrom
-from modegpt.decompositions.svd import ValueOutputSVD
 from modegpt.errors import exit_status
 from modegpt.ceiling import Ceiling
 from modegpt.machine import measure_ceiling
@@ -33,7 +28,6 @@ from modegpt.records.benchmark import write_benchmark
 from modegpt.report.cost import FLOOR_KINDS, compression_stages, floor_seconds
 
 FOLDER = Path("results") / "gpu_cost"
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -85,18 +79,10 @@ def floor(flops: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
 
 def measure_layers(shape: Shape, *, num_layers: int, arguments: argparse.Namespace, dtype: torch.dtype, allocation: str, ceiling: Ceiling) -> dict[str, Any]:
     """Compress ``num_layers`` models of one layer, one after the other; seconds, the floor, and what the meter saw."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=1,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=arguments.length,
-    )
+    config = llama_config(shape, layers=1, length=arguments.length, vocab_size=256)
     meter = CostMeter(ceiling=ceiling, clock=CLOCKS[arguments.clock])
     ids = torch.randint(0, config.vocab_size, (arguments.samples, arguments.length), generator=torch.Generator().manual_seed(0))
-    method = MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=POLICIES[allocation]())
+    method = paper_method(allocation)
     torch.set_default_dtype(dtype)
     for _ in range(num_layers):
         with torch.device(arguments.device):

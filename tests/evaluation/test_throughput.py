@@ -1,10 +1,8 @@
 """What a benchmark counts is right by hand, and its scripts run and record."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,13 +14,7 @@ from modegpt.modeling.checkpoints import save_checkpoint
 from modegpt.modeling.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from tests.architectures.family_table import CONFIGS, dense_model, sliced_model
 from tests.modeling.saved import tiny_tokenizer
-
-
-def script(repository: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, repository / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import load_script
 
 
 def test_work_by_hand() -> None:
@@ -87,8 +79,8 @@ def test_a_workload_beyond_the_context_is_refused() -> None:
         ThroughputSpec(repeats=0)
 
 
-def test_shapes_are_those_the_method_would_plan(repository: Path) -> None:
-    bench = script(repository, "bench_inference")
+def test_shapes_are_those_the_method_would_plan() -> None:
+    bench = load_script("bench_inference")
     config = CONFIGS["llama"]
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "intermediate_size": 128})
     shapes = bench.planned_shapes(config, 0.3, {"mlp": 8, "query_key": 2, "value_output": 2})
@@ -96,14 +88,14 @@ def test_shapes_are_those_the_method_would_plan(repository: Path) -> None:
     assert all(shape.intermediate_size % 8 == 0 and shape.qk_head_dim % 2 == 0 for shape in shapes)
 
 
-def test_the_scripts_record(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_scripts_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     model = dense_model("llama")
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole", {})
     save_checkpoint(sliced_model(model)[0], tiny_tokenizer(), tmp_path / "part", {})
     output = tmp_path / "bench" / "throughput.json"
     options = ["--prefill", "1x4", "--decode", "2x4", "--repeats", "1", "--decode-tokens", "1", "--device", "cpu", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["experiments/throughput.py", *options])
-    throughput = script(repository, "throughput")
+    throughput = load_script("throughput")
     monkeypatch.setattr(throughput, "measure_roof", lambda *_, **__: Roof(1e9, 1e9))
     assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "part"), *options]) == 0
     record = json.loads(output.read_text())

@@ -1,6 +1,5 @@
 """Every experiment composes, job by job, and its header says what a reader needs."""
 
-import importlib.util
 import re
 import sys
 from dataclasses import asdict, fields
@@ -20,6 +19,7 @@ from modegpt.compression.plus.method import MoDeGPTPlus
 from modegpt.compression.plus.switches import CHOICES, Switches
 from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from tests.scripts import load_script
 
 FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
 
@@ -69,10 +69,7 @@ def test_every_job_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_the_tiny_plan_covers_every_experiment() -> None:
-    spec = importlib.util.spec_from_file_location("tiny_plan", DIRECTORY / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["tiny_plan"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("tiny")
     sweeps = module.plan([])
     assert {sweep.experiment for sweep in sweeps} == set(FILES) - set(module.ELSEWHERE) - (set() if module.OTHER_DOMAIN else {"plus_domain"})  # no other text without the shared folder
     assert {(sweep.experiment, sweep.model) for sweep in sweeps} < {(sweep.experiment, sweep.model) for sweep in module.plan([], full=True)}

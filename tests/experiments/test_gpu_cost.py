@@ -1,20 +1,17 @@
 """The work that predictions are made from is the work that is metered."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from modegpt.machine import measure_ceiling
 from modegpt.report.cost import compression_stages
+from tests.scripts import load_script
 
 
-def test_predicted_work_is_the_metered_work(repository: Path) -> None:
-    spec = importlib.util.spec_from_file_location("gpu_cost", repository / "experiments" / "gpu_cost.py")
-    gpu_cost = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu_cost)
+def test_predicted_work_is_the_metered_work() -> None:
+    gpu_cost = load_script("gpu_cost")
     shape = gpu_cost.Shape(64, 160, 4, 2, 3, target_seconds=1.0)
     arguments = argparse.Namespace(device="cpu", samples=2, length=16, batch_size=1, sparsity=0.3, precision="float64", clock="wall")
     ceiling = measure_ceiling("cpu", torch.float32, size=64, budget_seconds=0.01)

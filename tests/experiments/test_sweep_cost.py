@@ -1,15 +1,10 @@
 """What counts as overhead of a sweep."""
 
-import importlib.util
-
-from analysis.expected import DIRECTORY
+from tests.scripts import load_script
 
 
 def test_what_is_computed_again_is_overhead() -> None:
-    spec = importlib.util.spec_from_file_location("sweep_cost", DIRECTORY / "sweep_cost.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("sweep_cost")
 
     def record(**seconds: float) -> dict:
         return {"cost": {"stages": [{"name": name.replace("_", " "), "seconds": value} for name, value in seconds.items()]}}
