@@ -44,23 +44,24 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
         width = min(block, num_removed - start)
         alive = torch.ones(len(P), dtype=torch.bool, device=K.device)
         diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
-        # pending updates: P - p p^T and E - u w^T - w u^T, a column a removal
-        p, u, w = (torch.zeros(len(P), width, dtype=K.dtype, device=K.device) for _ in range(3))
+        # pending updates: P - p^T p and E - u^T w - w^T u, a row of p and one of u and of w a removal
+        p, uw = (torch.empty(width, *rows, len(P), dtype=K.dtype, device=K.device) for rows in ((), (2,)))
         for t in range(width):
             cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
             j = int(cost.argmin())
-            column_P = P[j] - p[:, :t] @ p[j, :t]
-            column_E = E[j] - u[:, :t] @ w[j, :t] - w[:, :t] @ u[j, :t]
-            p[:, t] = column_P / column_P[j].sqrt()
-            u[:, t] = column_P / column_P[j]
-            w[:, t] = column_E - 0.5 * column_E[j] * u[:, t]
-            diag_P -= p[:, t] ** 2
-            diag_E -= 2 * u[:, t] * w[:, t]
+            column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
+            column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
+            p[t] = column_P / column_P[j].sqrt()
+            u = column_P / column_P[j]
+            w = column_E - 0.5 * column_E[j] * u
+            uw[t] = torch.stack([u, w])
+            diag_P -= p[t] ** 2
+            diag_E -= 2 * u * w
             alive[j] = False
             removed[start + t], costs[start + t] = channels[j], cost[j]
-        p, u, w, channels = p[alive], u[alive], w[alive], channels[alive]
-        P = P[alive][:, alive].addmm_(p, p.mT, alpha=-1)
-        E = E[alive][:, alive].addmm_(torch.cat([u, w], dim=1), torch.cat([w, u], dim=1).mT, alpha=-1)
+        p, uw, channels = p[:, alive], uw[:, :, alive], channels[alive]
+        P = P[alive][:, alive].addmm_(p.mT, p, alpha=-1)
+        E = E[alive][:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
     return removed, costs
 
 

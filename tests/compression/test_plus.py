@@ -60,7 +60,7 @@ def test_all_off_is_the_paper_but_for_the_ridge() -> None:
 
 
 def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor], ridges: tuple[float, ...] = ()) -> Refit:
-    [(W, _)] = ridge_towards(fit + held, start[1], [0.0])
+    W, _ = ridge_towards(fit + held, start[1])(0.0)
     return Refit(W, W, 0.0, (0.0, 0.0), {})
 
 

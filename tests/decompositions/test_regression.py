@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.regression import Moments, held_out_refit, ridge_towards
+from modegpt.decompositions.regression import RIDGES, Moments, held_out_refit, ridge_towards
 
 
 def rows(num_rows: int = 60, *, noise: float = 0.3) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def moments(z: Tensor, t: Tensor) -> Moments:
 
 def test_without_ridge_it_is_least_squares() -> None:
     z, t = rows()
-    [(W, _)] = ridge_towards(moments(z, t), torch.randn(7, 3, dtype=torch.float64), [0.0])
+    W, _ = ridge_towards(moments(z, t), torch.randn(7, 3, dtype=torch.float64))(0.0)
     torch.testing.assert_close(W, torch.linalg.lstsq(z, t).solution, rtol=1e-7, atol=1e-9)
 
 
@@ -32,7 +32,7 @@ def test_the_ridge_is_that_of_the_augmented_rows() -> None:
     W_0 = torch.randn(7, 3, dtype=torch.float64)
     D = (z.square().sum(dim=0) * 0.05).sqrt().diag()
     expected = torch.linalg.lstsq(torch.cat([z, D]), torch.cat([t, D @ W_0])).solution
-    [(W, _)] = ridge_towards(moments(z, t), W_0, [0.05])
+    W, _ = ridge_towards(moments(z, t), W_0)(0.05)
     torch.testing.assert_close(W, expected, rtol=1e-7, atol=1e-9)
 
 
@@ -66,3 +66,18 @@ def test_few_noisy_rows_want_a_ridge_and_many_clean_ones_do_not() -> None:
     assert held_out_refit(moments(z[:300], t[:300]), moments(z[300:], t[300:]), (W_0, W_0)).ridge == 0.0
     t = t + 30 * torch.randn(400, 3, dtype=torch.float64)
     assert held_out_refit(moments(z[:9], t[:9]), moments(z[300:], t[300:]), (W_0, W_0)).ridge >= 1e-1
+
+
+def test_the_ridge_is_the_best_of_all_that_could_be_tried() -> None:
+    chosen = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        z, t = rows(40, noise=10.0 ** (seed % 8 - 5))
+        W_0 = torch.linalg.lstsq(z, t).solution + 10.0 ** (seed % 5 - 2) * torch.randn(7, 3, dtype=torch.float64)
+        fit, held = moments(z[: 8 + seed % 13], t[: 8 + seed % 13]), moments(z[20:], t[20:])
+        refit, solve = held_out_refit(fit, held, (W_0, W_0)), ridge_towards(fit, W_0)
+        errors = {float("inf"): held.error(W_0), **{ridge: held.error(solve(ridge)[0]) for ridge in RIDGES}}
+        assert refit.ridge == min(errors, key=errors.__getitem__)
+        assert refit.held_out[1] == pytest.approx(errors[refit.ridge] / float(held.energy))
+        chosen.add(refit.ridge)
+    assert {0.0, 1e-2, 1e-1, 1.0, 10.0, float("inf")} <= chosen

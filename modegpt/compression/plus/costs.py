@@ -7,11 +7,10 @@ from transformers import PreTrainedModel
 
 from modegpt.architectures import Family, LayerShape, dense_shape
 from modegpt.calibration.calibration import layer_flops
-from modegpt.compression.plus.layer import LOCAL_RIDGES
 from modegpt.compression.plus.switches import Switches
-from modegpt.decompositions.regression import RIDGES
 
-NUM_RIDGES = len(RIDGES) + len(LOCAL_RIDGES)
+NUM_SOLVES = 4
+"""Of a regression whose ridge is chosen: about three ridges are tried, then all rows solved."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def layer_work(model: PreTrainedModel, family: Family, layer: nn.Module, ids: Te
         algebra += 2.0 * sampled * H * d * d * length * (1 + options.queries_per_window)
     for features, kept in ((H * d, H * shape.v_head_dim), (n, shape.intermediate_size)):
         algebra += (2 if options.fisher else 1) * T * features * (features + 2.0 * d_h) + 4.0 * features**2 * d_h
-        algebra += len(options.gammas) * (NUM_RIDGES + 2) * (kept**3 / 3 + 4.0 * kept**2 * d_h)
+        algebra += len(options.gammas) * 2 * NUM_SOLVES * (kept**3 / 3 + 4.0 * kept**2 * d_h)
     if options.align:
-        algebra += 2 * (3.0 * T * d_h**2 + (len(RIDGES) + 1) * (d_h**3 / 3 + 4.0 * d_h**3))
+        algebra += 2 * (3.0 * T * d_h**2 + NUM_SOLVES * (d_h**3 / 3 + 4.0 * d_h**3))
     algebra += len(options.gammas) * (n**3 + 2.0 * n**2 * d_h + 2.0 * (n**3 - shape.intermediate_size**3))
     return LayerWork(forward=forward, algebra=algebra)

@@ -25,9 +25,6 @@ from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_
 from modegpt.decompositions.svd import balance, product_svd
 
 
-LOCAL_RIDGES = (0.0, 1e-3, 1e-1)
-"""Ridges for the dense map on the compressed stream's own features, a target without noise."""
-
 RESCALING_RIDGES = (1e-2, 1e-1)
 """Ridges towards unscaled queries that compete on the held-out windows."""
 
@@ -241,7 +238,7 @@ class LayerPass:
             def reduce(moments: Moments) -> Moments:
                 return moments.mapped(P_all)
 
-            return (P, P_all, factor), reduce, self._solve(parts, W_dense, start, reduce, local=self.options.value_output == "attention")
+            return (P, P_all, factor), reduce, self._solve(parts, W_dense, start, reduce, local=self.options.value_output == "attention" and rank < d)
 
         solution = best(sums, self.options.gammas, solve)
         (P, P_all, factor), refit = solution.kept, solution.refit
@@ -279,7 +276,7 @@ class LayerPass:
             def reduce(moments: Moments) -> Moments:
                 return moments.kept(S)
 
-            return kept, reduce, self._solve(parts, W_D, W_D[S], reduce, local=True)
+            return kept, reduce, self._solve(parts, W_D, W_D[S], reduce, local=rank < n)
 
         solution = best(sums, self.options.gammas, solve)
         kept, refit = solution.kept, solution.refit
@@ -314,7 +311,7 @@ class LayerPass:
         """First the dense map on the compressed stream's own features (with ``local``), then, from there, the dense stream's target."""
         refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
         if local:
-            refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start), LOCAL_RIDGES)
+            refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start))
         if not self.options.refit:
             return refit
         return held_out_refit(reduce(parts[False]), reduce(parts[True]), (refit.fitted, refit.W))
