@@ -135,7 +135,7 @@ TABLES = (
     ),
     TableSpec(
         "plus_released",
-        "MoDeGPT plus: excess log-perplexity on a released model that nothing was chosen on",
+        "MoDeGPT plus: excess log-perplexity on a released model that nothing but the range of the ridges was chosen on",
         ("plus_released", "plus_released_uniform"),
         RATES,
         AGAINST_BOTH,

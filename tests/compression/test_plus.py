@@ -59,7 +59,7 @@ def test_all_off_is_the_paper_but_for_the_ridge() -> None:
         torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-5)
 
 
-def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor], ridges: tuple[float, ...] = ()) -> Refit:
+def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit:
     W, _ = ridge_towards(fit + held, start[1])(0.0)
     return Refit(W, W, 0.0, (0.0, 0.0), {})
 
