@@ -105,7 +105,7 @@ def held_out_refit(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) ->
     """``ridge_towards`` on the rows of ``fit`` and ``held`` together, the ridge being the one that errs least on ``held`` when solved on ``fit``.
 
     start: W_0 from the rows of ``fit`` alone, and from all rows. Keeping the start is one of the choices, so the choice never does
-    worse than it on the held-out rows. The error falls and then rises with the ridge: from ``FIRST_RIDGE`` the search walks down that slope, and stops where it rises
+    worse than it on the held-out rows. As a rule the error falls and then rises with the ridge: from ``FIRST_RIDGE`` the search walks down that slope, and stops where it rises
     again. Ties go to the larger ridge. About four times the cost of one solve, plus 6 m^2 p FLOPs.
     """
     W_fit, W_all = start
