@@ -45,7 +45,7 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
         alive = torch.ones(len(P), dtype=torch.bool, device=K.device)
         diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
         # pending updates: P - p^T p and E - u^T w - w^T u, a row of p and one of u and of w a removal
-        p, uw = (torch.empty(width, *rows, len(P), dtype=K.dtype, device=K.device) for rows in ((), (2,)))
+        p, uw = K.new_empty(width, len(P)), K.new_empty(width, 2, len(P))
         for t in range(width):
             cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
             j = int(cost.argmin())
@@ -54,7 +54,7 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
             p[t] = column_P / column_P[j].sqrt()
             u = column_P / column_P[j]
             w = column_E - 0.5 * column_E[j] * u
-            uw[t] = torch.stack([u, w])
+            uw[t, 0], uw[t, 1] = u, w
             diag_P -= p[t] ** 2
             diag_E -= 2 * u * w
             alive[j] = False

@@ -238,7 +238,7 @@ class LayerPass:
             def reduce(moments: Moments) -> Moments:
                 return moments.mapped(P_all)
 
-            return (P, P_all, factor), reduce, self._solve(parts, W_dense, start, reduce, local=self.options.value_output == "attention" and rank < d)
+            return (P, P_all, factor), reduce, self._solve(parts, W_dense, start, reduce, local=self.options.value_output == "attention")
 
         solution = best(sums, self.options.gammas, solve)
         (P, P_all, factor), refit = solution.kept, solution.refit
@@ -276,7 +276,7 @@ class LayerPass:
             def reduce(moments: Moments) -> Moments:
                 return moments.kept(S)
 
-            return kept, reduce, self._solve(parts, W_D, W_D[S], reduce, local=rank < n)
+            return kept, reduce, self._solve(parts, W_D, W_D[S], reduce, local=True)
 
         solution = best(sums, self.options.gammas, solve)
         kept, refit = solution.kept, solution.refit
@@ -308,9 +308,9 @@ class LayerPass:
         return relative(torch.tensor(solution.reduce(whole).error(solution.refit.W)), whole.energy)
 
     def _solve(self, parts: Parts, W_dense: Tensor, start: Tensor, reduce: Callable[[Moments], Moments], *, local: bool) -> Refit:
-        """First the dense map on the compressed stream's own features (with ``local``), then, from there, the dense stream's target."""
+        """First the dense map on the compressed stream's own features (with ``local``; at full rank it is ``start``), then, from there, the dense stream's target."""
         refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
-        if local:
+        if local and len(start) < len(W_dense):
             refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start))
         if not self.options.refit:
             return refit
