@@ -1,6 +1,6 @@
 """Make a checkpoint that ``model=local`` reads of a GGUF file: ``python experiments/from_gguf.py FILE FOLDER``.
 
-The weights are what the file's quantised blocks stand for, in float32. Needs the package gguf beside the project's own.
+The weights are what the file's quantised blocks stand for, in float32. Needs the package gguf beside the project's own (or the extra ``dev``).
 """
 
 import argparse
