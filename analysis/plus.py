@@ -141,7 +141,7 @@ TABLES = (
         AGAINST_BOTH,
         where=BOTH,
         dense=False,
-        note=f"{EXCESS_NOTE} 32 calibration windows, one seed. Nothing was chosen on this model but the range of the ridges.",
+        note=f"{EXCESS_NOTE} 32 calibration windows. Nothing was chosen on this model but the range of the ridges.",
     ),
     TableSpec(
         "plus_cost",
