@@ -13,9 +13,9 @@ from modegpt.tiny import model_path
 from tests.scripts import load_script
 
 
-def _interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Query or key weights (out, in) with rotary pairs side by side, as GGUF files of Llamas have them, not half a head apart."""
-    return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+def _interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of query or key weights (out, ...) with rotary pairs side by side, as GGUF files of Llamas have them, not half a head apart."""
+    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
 def _write(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -42,11 +42,15 @@ def _write(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBa
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight":  # tied
             continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        written = (weight if heads is None else _interleaved(weight, heads)).numpy()
-        if weight.ndim == 2:
-            written, stood_for[name] = gguf.quants.quantize(written, blocks), torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), blocks), blocks))
-        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", written, raw_dtype=blocks if weight.ndim == 2 else None)
+        tensor = names.get_name(name.removesuffix(".weight")) + ".weight"
+        if weight.ndim == 1:
+            writer.add_tensor(tensor, weight.numpy())
+            continue
+        rows = gguf.quants.quantize(weight.numpy(), blocks)
+        stood_for[name] = torch.from_numpy(gguf.quants.dequantize(rows, blocks))
+        if heads := {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2]):
+            rows = _interleaved(torch.from_numpy(rows), heads).numpy()
+        writer.add_tensor(tensor, rows, raw_dtype=blocks)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
