@@ -28,7 +28,7 @@ slurm-test: $(INSTALLED)
 	@experiments/slurm/single_node.sh
 
 tiny-models: $(INSTALLED)
-	@$(PY) -m modegpt.tiny.train
+	@$(PY) -m tools.tiny_world.train
 
 # The tiny version of every experiment; interrupt it and start it again as you like.
 experiments: $(INSTALLED)
@@ -36,7 +36,7 @@ experiments: $(INSTALLED)
 
 # What compression, the compressed model and scoring cost, as ratios to what the machine allows; run it on an idle machine.
 bench: $(INSTALLED)
-	@for each in experiments/bench_*.py; do echo "$$each"; OMP_NUM_THREADS=1 $(PY) $$each || exit 1; done
+	@for each in benchmarks/bench_*.py; do echo "$$each"; OMP_NUM_THREADS=1 $(PY) $$each || exit 1; done
 
 # Every table, figure and the report, from the records under results/.
 paper: $(INSTALLED)

@@ -27,7 +27,9 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     """
     runs, refused = screen(load_runs(results))
     tables = [table for spec in TABLES for table in build(spec, runs)] + throughput(results)
-    compared = [(name, title, beside(folders(experiments, runs), wanted)) for name, title, experiments, wanted in COMPARED]
+    compared = [
+        (name, title, beside(folders(experiments, runs), wanted)) for name, title, experiments, wanted in COMPARED
+    ]
     for folder in ("tables", "figures"):
         shutil.rmtree(output / folder, ignore_errors=True)
         (output / folder).mkdir(parents=True)
@@ -46,8 +48,15 @@ def paper(results: Path, output: Path) -> dict[str, int]:
             png, _ = save(figure, output / "figures" / spec.name)
             pictures.append(Picture(spec.name, spec.title, png))
     begun = {run.facts["experiment"] for run in runs}
-    absent = [(spec.title, f"modegpt --multirun +experiments={name} model=MODEL") for spec in (*TABLES, *FIGURES) for name in spec.experiments if experiment(name).folder not in begun]
-    document = page(tables=tables, pictures=pictures, compared=compared, orders=orders, absent=absent, runs=runs, refused=refused)
+    absent = [
+        (spec.title, f"modegpt --multirun +experiments={name} model=MODEL")
+        for spec in (*TABLES, *FIGURES)
+        for name in spec.experiments
+        if experiment(name).folder not in begun
+    ]
+    document = page(
+        tables=tables, pictures=pictures, compared=compared, orders=orders, absent=absent, runs=runs, refused=refused
+    )
     (output / "report.html").write_text(document, encoding="utf-8")
     return {"records": len(runs), "left out": len(refused), "tables": len(tables), "figures": len(pictures)}
 
@@ -57,7 +66,9 @@ def _write_compared(path: Path, rows: list[Beside]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*vars(rows[0].published), "ours", "difference", "records"])
         for each in rows:
-            writer.writerow([*vars(each.published).values(), each.ours.mean, each.difference, " ".join(each.ours.records)])
+            writer.writerow(
+                [*vars(each.published).values(), each.ours.mean, each.difference, " ".join(each.ours.records)]
+            )
 
 
 def main() -> int:
@@ -73,7 +84,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {time.monotonic() - started:.1f} s: {output / 'report.html'}")
+    print(
+        ", ".join(f"{count} {name}" for name, count in counts.items())
+        + f" in {time.monotonic() - started:.1f} s: {output / 'report.html'}"
+    )
     return 0
 
 

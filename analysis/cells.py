@@ -80,22 +80,41 @@ class Group:
     @cached_property
     def missing(self) -> list[tuple[Experiment, list[Mapping[str, Any]]]]:
         """What the experiments that were begun for this group still owe of what the group is about."""
-        owed = [(each, [settings for settings in each.missing(self.runs) if self._wants(settings)]) for each in self.experiments]
+        owed = [
+            (each, [settings for settings in each.missing(self.runs) if self._wants(settings)])
+            for each in self.experiments
+        ]
         return [(each, settings) for each, settings in owed if settings]
 
     def cell(self, column: Column, where: Mapping[str, Any]) -> Cell:
         """The number for ``column`` at the settings ``where``; refused if a seed is missing or settings are mixed."""
         where = {**where, **column.where}
-        sides = [self._measured(column, settings) for settings in ([where] if column.compared is None else [where, {**where, **column.against}])]
+        sides = [
+            self._measured(column, settings)
+            for settings in ([where] if column.compared is None else [where, {**where, **column.against}])
+        ]
         without = [side for side in sides if isinstance(side, Cell)]
         if without:
-            return min(without, key=lambda cell: cell.refused is not None)  # nothing to show at all comes before a refusal
+            return min(
+                without, key=lambda cell: cell.refused is not None
+            )  # nothing to show at all comes before a refusal
         if column.compared is None:
             return _cell(column, sides[0])
         own, other = sides
-        compare, references = COMPARISONS[column.compared], {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
-        pairs = [(compare(column, each, references[seed]), each[1]) for each in own if (seed := each[1].facts["seed_seed"]) in references]
-        return _cell(column, [(value, run) for value, run in pairs if value is not None], beside=[run for _, run in references.values()])
+        compare, references = (
+            COMPARISONS[column.compared],
+            {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor},
+        )
+        pairs = [
+            (compare(column, each, references[seed]), each[1])
+            for each in own
+            if (seed := each[1].facts["seed_seed"]) in references
+        ]
+        return _cell(
+            column,
+            [(value, run) for value, run in pairs if value is not None],
+            beside=[run for _, run in references.values()],
+        )
 
     def _measured(self, column: Column, where: Mapping[str, Any]) -> list[tuple[float, Run]] | Cell:
         """The values and their runs; an empty or refused cell if there are none to show."""
@@ -143,23 +162,44 @@ def measure(run: Run, metric: str, perplexity: str | None) -> float | None:
     if metric == "perplexity":
         return run.facts.get(perplexity)
     if metric == "compression_seconds":
-        return sum(stage["seconds"] for stage in run.record["cost"]["stages"] if "compression" in (stage["name"], stage.get("within")))
+        return sum(
+            stage["seconds"]
+            for stage in run.record["cost"]["stages"]
+            if "compression" in (stage["name"], stage.get("within"))
+        )
     if metric in DERIVED:
         return DERIVED[metric](run, perplexity) if perplexity in run.facts else None
     return run.facts.get(metric)
 
 
-def groups(runs: Iterable[Run], experiments: Iterable[str], *, per_perplexity: bool, per_text: bool = True, where: Mapping[str, Any] | None = None) -> list[Group]:
+def groups(
+    runs: Iterable[Run],
+    experiments: Iterable[str],
+    *,
+    per_perplexity: bool,
+    per_text: bool = True,
+    where: Mapping[str, Any] | None = None,
+) -> list[Group]:
     """The groups of the runs of ``experiments``, sorted by model; one for each perplexity that its runs have, if asked."""
     files = tuple(map(experiment, experiments))
     own = {run.path: run for file in files for run in file.runs(runs) if agrees(run, where or {})}
-    texts = {model: {run.setting("calibration.text") for run in own.values() if run.facts["model"] == model} for model in {run.facts["model"] for run in own.values()}}
+    texts = {
+        model: {run.setting("calibration.text") for run in own.values() if run.facts["model"] == model}
+        for model in {run.facts["model"] for run in own.values()}
+    }
     found = []
     for model in sorted(texts):
         for text in sorted(texts[model], key=str) if per_text else [None]:
-            members = tuple(run for run in own.values() if run.facts["model"] == model and (text is None or run.setting("calibration.text") == text))
+            members = tuple(
+                run
+                for run in own.values()
+                if run.facts["model"] == model and (text is None or run.setting("calibration.text") == text)
+            )
             names = members[0].perplexities if per_perplexity else [None]
-            found += [Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files, where or {}) for name in names]
+            found += [
+                Group(model, text if per_text and len(texts[model]) > 1 else None, name, members, files, where or {})
+                for name in names
+            ]
     return found
 
 
@@ -176,5 +216,7 @@ def _covers(where: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def _nats(run: Run, name: str) -> float:
-    dense, compressed = (run.record["metrics"][which]["perplexity"][name]["mean_nll"] for which in ("dense", "compressed"))
+    dense, compressed = (
+        run.record["metrics"][which]["perplexity"][name]["mean_nll"] for which in ("dense", "compressed")
+    )
     return compressed - dense

@@ -53,7 +53,11 @@ class Experiment:
     def command(self, sibling: Run) -> str:
         """The command that runs what is missing beside ``sibling``."""
         given = [word for word in shlex.split(sibling.record["command"])[1:] if not word.startswith("-")]
-        kept = [word for word in given if (key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE)]
+        kept = [
+            word
+            for word in given
+            if (key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE)
+        ]
         return shlex.join(["modegpt", "--multirun", f"+experiments={self.name}", *kept])
 
 
@@ -72,11 +76,17 @@ def experiment(name: str) -> Experiment:
     """Read ``experiments/<name>.yaml``."""
     content = OmegaConf.load(DIRECTORY / f"{name}.yaml")
     choices: dict[str, list] = {}
-    for override in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in content.hydra.sweeper.params.items()]):
+    for override in OverridesParser.create().parse_overrides(
+        [f"{key}={value}" for key, value in content.hydra.sweeper.params.items()]
+    ):
         several, key = override.is_sweep_override(), override.get_key_element().lstrip("+")
         if key != "model":
             values = override.sweep_iterator(Transformer.identity) if several else [override.value()]
             choices[key] = list(map(hashable, values))
     choices.setdefault("seed", [0])  # conf/config.yaml's
     combinations = itertools.product(*choices.values())
-    return Experiment(name=name, folder=content.output.experiment, settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations))
+    return Experiment(
+        name=name,
+        folder=content.output.experiment,
+        settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations),
+    )

@@ -79,13 +79,24 @@ def draw(spec: FigureSpec, runs: Sequence[Run]) -> Figure | None:
         _panel(axis, spec, group, drawn, styles)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    handles = {text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     wanted = [text for text in (*(_name(spec, name) for name in names), "dense") if text in handles]
     if len(wanted) > 1:
-        figure.legend([handles[text] for text in wanted], wanted, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False, fontsize=8)
+        figure.legend(
+            [handles[text] for text in wanted],
+            wanted,
+            loc="outside lower center",
+            ncols=4 if columns > 1 else 2,
+            frameon=False,
+            fontsize=8,
+        )
     spreads = any(any(line.spreads) for _, drawn in panels for line in drawn)
     between = " " if columns > 1 else "\n"  # one panel is too narrow for both on a line
-    figure.suptitle(spec.title + (f"{between}(bars: sample standard deviation over seeds)" if spreads else ""), fontsize=10)
+    figure.suptitle(
+        spec.title + (f"{between}(bars: sample standard deviation over seeds)" if spreads else ""), fontsize=10
+    )
     return figure
 
 
@@ -96,7 +107,14 @@ def lines(spec: FigureSpec, group: Group) -> list[Line]:
         mine = [run for run in group.runs if agrees(run, where)]
         if spec.point == "layer":
             layers = min(mine, key=lambda run: run.facts["seed_seed"]).record["compression"]["layers"]
-            drawn.append(Line(name, tuple(each["index"] for each in layers), tuple(spec.y.scale * each["sparsity"] for each in layers), (0.0,) * len(layers)))
+            drawn.append(
+                Line(
+                    name,
+                    tuple(each["index"] for each in layers),
+                    tuple(spec.y.scale * each["sparsity"] for each in layers),
+                    (0.0,) * len(layers),
+                )
+            )
             continue
         points = []
         for at in dict.fromkeys(run.setting(spec.point) for run in mine):
@@ -115,7 +133,11 @@ def _listed(spec: FigureSpec) -> list[Any]:
     """The series in the order of the legend: methods by their looks, others as the experiments or the figure list them."""
     if not isinstance(spec.series, str):
         return list(spec.series)
-    return list(LOOKS) if spec.series == "method" else [settings.get(spec.series) for name in spec.experiments for settings in experiment(name).settings]
+    return (
+        list(LOOKS)
+        if spec.series == "method"
+        else [settings.get(spec.series) for name in spec.experiments for settings in experiment(name).settings]
+    )
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -127,15 +149,30 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return paths
 
 
-def _panel(axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], styles: Mapping[Any, tuple[str, str, str]]) -> None:
+def _panel(
+    axis: Axes, spec: FigureSpec, group: Group, drawn: Sequence[Line], styles: Mapping[Any, tuple[str, str, str]]
+) -> None:
     for line in drawn:
         colour, marker, dash = styles[line.series]
-        look = {"color": colour, "marker": marker, "linestyle": dash, "linewidth": 2.0 if line.series == "modegpt" else 1.2, "markersize": 5}
+        look = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dash,
+            "linewidth": 2.0 if line.series == "modegpt" else 1.2,
+            "markersize": 5,
+        }
         if isinstance(line.xs[0], str):
             look["linestyle"] = "none"
             axis.margins(x=0.3)
             axis.set_ylim(0, 1.1 * max(y for each in drawn for y in each.ys))
-        axis.errorbar(line.xs, line.ys, yerr=line.spreads if any(line.spreads) else None, capsize=2, label=_name(spec, line.series), **look)
+        axis.errorbar(
+            line.xs,
+            line.ys,
+            yerr=line.spreads if any(line.spreads) else None,
+            capsize=2,
+            label=_name(spec, line.series),
+            **look,
+        )
     dense = group.dense(spec.y).mean if spec.point != "layer" else None
     if dense is not None:
         axis.axhline(dense, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="dense")

@@ -13,7 +13,7 @@ MARKS = {
     "latex": {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"},
     "html": {"": "{}", "best": "<b>{}</b>", "second": "<u>{}</u>"},
 }
-LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ö": r'\"o', "–": "--"})
+LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ö": r"\"o", "–": "--"})
 
 
 def shown(cell: Cell, column: Column) -> str:
@@ -33,7 +33,10 @@ def markdown(table: Table) -> str:
     """Markdown with one row of headings; blocks begin with a row in bold."""
     width = len(table.headings) + len(table.columns)
     lines = [f"### {table.title}", "", *table.notes, ""]
-    lines += [pipes([*table.headings, *(column.label for column in table.columns)]), pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns))]
+    lines += [
+        pipes([*table.headings, *(column.label for column in table.columns)]),
+        pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns)),
+    ]
     for heading, rows in table.blocks:
         lines.append(pipes([f"**{heading}**", *[""] * (width - 1)]))
         lines += [pipes([*row.labels, *_cells(table, row, "markdown")]) for row in rows]
@@ -44,7 +47,12 @@ def markdown(table: Table) -> str:
 def latex(table: Table) -> str:
     """A ``table`` environment for booktabs."""
     width = len(table.headings) + len(table.columns)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(LATEX)}}}", rf"\label{{tab:{table.name}}}"]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{table.caption.translate(LATEX)}}}",
+        rf"\label{{tab:{table.name}}}",
+    ]
     lines += [rf"\begin{{tabular}}{{{'l' * len(table.headings)}{'r' * len(table.columns)}}}", r"\toprule"]
     lines += [_row([text.translate(LATEX) for text in (*table.headings, *(column.label for column in table.columns))])]
     for heading, rows in table.blocks:
@@ -57,19 +65,33 @@ def tidy_csv(table: Table) -> str:
     """One line a number: where it stands, mean, spread, n, and the records it comes from."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["block", *table.headings, "quantity", "mean", "sample_standard_deviation", "n", "refused", "records"])
+    writer.writerow(
+        ["block", *table.headings, "quantity", "mean", "sample_standard_deviation", "n", "refused", "records"]
+    )
     for heading, rows in table.blocks:
         for row in rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 numbers = ["" if value is None else repr(value) for value in (cell.mean, cell.spread)]
-                writer.writerow([heading, *row.labels, column.label, *numbers, len(cell.values), cell.refused or "", " ".join(cell.records)])
+                writer.writerow(
+                    [
+                        heading,
+                        *row.labels,
+                        column.label,
+                        *numbers,
+                        len(cell.values),
+                        cell.refused or "",
+                        " ".join(cell.records),
+                    ]
+                )
     return out.getvalue()
 
 
 def html_table(table: Table) -> str:
     """A table element; every number carries its records as a tooltip."""
     width = len(table.headings) + len(table.columns)
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in (*table.headings, *(column.label for column in table.columns)))
+    head = "".join(
+        f"<th>{html.escape(text)}</th>" for text in (*table.headings, *(column.label for column in table.columns))
+    )
     body = []
     for heading, rows in table.blocks:
         body.append(f'<tr class="block"><th colspan="{width}">{html.escape(heading)}</th></tr>')

@@ -21,7 +21,12 @@ QUANTITIES = {
     "perplexity": Column("perplexity", "perplexity", "lower"),
     "zeroshot_mean": Column("zero-shot mean (%)", "zeroshot_mean", "higher", scale=100, digits=1),
 }
-METRICS = {"wikitext2_ppl": "perplexity", "zeroshot_avg_pct": "zeroshot_mean", "zeroshot5_avg_pct": "zeroshot_mean", "avg5_pct": "zeroshot_mean"}
+METRICS = {
+    "wikitext2_ppl": "perplexity",
+    "zeroshot_avg_pct": "zeroshot_mean",
+    "zeroshot5_avg_pct": "zeroshot_mean",
+    "avg5_pct": "zeroshot_mean",
+}
 """Our quantity for each published metric."""
 
 
@@ -54,7 +59,11 @@ def orderings(runs: Sequence[Run]) -> list[Ordering]:
     judged = []
     for (first, second, rate, quantity), tables in published.items():
         column = QUANTITIES[quantity]
-        verdicts = tuple(verdict for group in found[quantity] if (verdict := judge(group, first, second, float(rate) / 100, column)) is not None)
+        verdicts = tuple(
+            verdict
+            for group in found[quantity]
+            if (verdict := judge(group, first, second, float(rate) / 100, column)) is not None
+        )
         if verdicts:
             judged.append(Ordering(first, second, rate, column, tuple(tables), verdicts))
     return judged
@@ -66,14 +75,19 @@ def published_orderings(rows: Sequence[Published]) -> dict[tuple[str, str, str, 
     for row in rows:
         method = METHODS.get(row.method.removesuffix("-Alpaca"))
         if method not in (None, "dense") and row.metric in METRICS and "allocation" not in row.table:
-            tables.setdefault((row.table, row.model, row.calibration, row.window, row.metric, row.rate), {})[method] = (float(row.value), row.value)
+            tables.setdefault((row.table, row.model, row.calibration, row.window, row.metric, row.rate), {})[method] = (
+                float(row.value),
+                row.value,
+            )
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for (table, model, _, _, metric, rate), values in tables.items():
         quantity = METRICS[metric]
         order = sorted(values, key=lambda method: values[method][0], reverse=QUANTITIES[quantity].better == "higher")
         for first, second in itertools.combinations(order, 2):
             if values[first][0] != values[second][0]:
-                found.setdefault((first, second, rate, quantity), []).append(f"{table}, {model}: {values[first][1]}, {values[second][1]}")
+                found.setdefault((first, second, rate, quantity), []).append(
+                    f"{table}, {model}: {values[first][1]}, {values[second][1]}"
+                )
     return dict(sorted(found.items(), key=lambda item: (item[0][3], float(item[0][2]))))
 
 
@@ -84,16 +98,37 @@ def judge(group: Group, first: str, second: str, rate: float, column: Column) ->
         return None
     gain = (ours[1].mean - ours[0].mean) * (1 if column.better == "lower" else -1)
     spread = math.hypot(*(cell.spread or 0.0 for cell in ours))
-    return Verdict(group.label, *ours, outcome="within the spread" if abs(gain) <= spread else "agrees" if gain > 0 else "differs")
+    return Verdict(
+        group.label, *ours, outcome="within the spread" if abs(gain) <= spread else "agrees" if gain > 0 else "differs"
+    )
 
 
-HEADINGS = ("Better", "Worse", "Rate (%)", "Measured by", "Ours on", "Better one", "Worse one", "Our order", "Published")
+HEADINGS = (
+    "Better",
+    "Worse",
+    "Rate (%)",
+    "Measured by",
+    "Ours on",
+    "Better one",
+    "Worse one",
+    "Our order",
+    "Published",
+)
 
 
 def rows(found: Sequence[Ordering]) -> list[tuple[str, ...]]:
     """A line a verdict."""
     return [
-        (label(each.first), label(each.second), each.rate, each.column.label, verdict.group, *(figure(cell.mean, each.column.digits) for cell in (verdict.first, verdict.second)), verdict.outcome, "; ".join(each.tables))
+        (
+            label(each.first),
+            label(each.second),
+            each.rate,
+            each.column.label,
+            verdict.group,
+            *(figure(cell.mean, each.column.digits) for cell in (verdict.first, verdict.second)),
+            verdict.outcome,
+            "; ".join(each.tables),
+        )
         for each in found
         for verdict in each.verdicts
     ]
@@ -107,7 +142,20 @@ def tally(found: Sequence[Ordering]) -> str:
 
 def markdown(found: Sequence[Ordering]) -> str:
     """The verdicts as a Markdown table."""
-    return "\n".join(["### Published orderings of methods, and ours", "", tally(found), "", pipes(HEADINGS), pipes(["---"] * len(HEADINGS)), *map(pipes, rows(found))]) + "\n"
+    return (
+        "\n".join(
+            [
+                "### Published orderings of methods, and ours",
+                "",
+                tally(found),
+                "",
+                pipes(HEADINGS),
+                pipes(["---"] * len(HEADINGS)),
+                *map(pipes, rows(found)),
+            ]
+        )
+        + "\n"
+    )
 
 
 def tidy_csv(found: Sequence[Ordering]) -> str:

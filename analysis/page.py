@@ -37,7 +37,16 @@ class Picture:
     png: Path
 
 
-def page(*, tables: Sequence[Table], pictures: Sequence[Picture], compared: Sequence[tuple[str, str, Sequence[Beside]]], orders: Sequence[orderings.Ordering], absent: Sequence[tuple[str, str]], runs: Sequence[Run], refused: Sequence[Refusal]) -> str:
+def page(
+    *,
+    tables: Sequence[Table],
+    pictures: Sequence[Picture],
+    compared: Sequence[tuple[str, str, Sequence[Beside]]],
+    orders: Sequence[orderings.Ordering],
+    absent: Sequence[tuple[str, str]],
+    runs: Sequence[Run],
+    refused: Sequence[Refusal],
+) -> str:
     """The whole document. ``absent``: declared tables and figures without any record, with the command that fills them."""
     sections = [(f"table-{table.name}", table.title, _table(table)) for table in tables]
     sections += [(f"figure-{picture.name}", f"Figure: {picture.title}", _picture(picture)) for picture in pictures]
@@ -47,11 +56,13 @@ def page(*, tables: Sequence[Table], pictures: Sequence[Picture], compared: Sequ
     sections += [("refused", "Records left out", _refused(refused))] if refused else []
     sections += [("records", "Records", _records(runs))]
     index = "".join(f'<li><a href="#{name}">{html.escape(title)}</a></li>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{html.escape(title)}</h2>{content}</section>' for name, title, content in sections)
+    body = "".join(
+        f'<section id="{name}"><h2>{html.escape(title)}</h2>{content}</section>' for name, title, content in sections
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>MoDeGPT: results</title><style>{STYLE}</style></head><body><h1>MoDeGPT: results</h1>"
-        f'<p>{len(runs)} records. Rates are shares of the block-linear weights. Point at a number for its records; the CSV of each table lists them too.</p>'
+        f"<p>{len(runs)} records. Rates are shares of the block-linear weights. Point at a number for its records; the CSV of each table lists them too.</p>"
         f"<nav><ul>{index}</ul></nav>{body}</body></html>\n"
     )
 
@@ -59,7 +70,9 @@ def page(*, tables: Sequence[Table], pictures: Sequence[Picture], compared: Sequ
 def _table(table: Table) -> str:
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in table.notes)
     missing = "".join(f'<li class="missing">Missing: {html.escape(each)}</li>' for each in table.missing)
-    paths = dict.fromkeys(path for _, rows in table.blocks for row in rows for cell in row.cells for path in cell.records)
+    paths = dict.fromkeys(
+        path for _, rows in table.blocks for row in rows for cell in row.cells for path in cell.records
+    )
     origin = "".join(f"<li>{html.escape(path)}</li>" for path in paths)
     details = f"<details><summary>Records behind this table: {len(paths)}</summary><ul>{origin}</ul></details>"
     return f'{notes}<div class="scroll">{html_table(table)}</div><ul>{missing}</ul>{details}'
@@ -71,13 +84,35 @@ def _picture(picture: Picture) -> str:
 
 
 def _compared(rows: Sequence[Beside]) -> str:
-    heads = ("Model", "Method", "Rate (%)", "Calibration", "Metric", "Window", "Published", "Ours", "Difference", "Table, source (confidence)")
+    heads = (
+        "Model",
+        "Method",
+        "Rate (%)",
+        "Calibration",
+        "Metric",
+        "Window",
+        "Published",
+        "Ours",
+        "Difference",
+        "Table, source (confidence)",
+    )
     body = []
     for each in rows:
         it = each.published
         ours = "–" if each.ours.mean is None else number(each.ours.mean, 2)
         difference = "–" if each.difference is None else f"{each.difference:+.2f}"
-        cells = (it.model, it.method, it.rate, it.calibration, it.metric, it.window or "–", it.value, ours, difference, f"{it.table}: {it.source} ({it.confidence})")
+        cells = (
+            it.model,
+            it.method,
+            it.rate,
+            it.calibration,
+            it.metric,
+            it.window or "–",
+            it.value,
+            ours,
+            difference,
+            f"{it.table}: {it.source} ({it.confidence})",
+        )
         body.append("".join(f"<td>{html.escape(text)}</td>" for text in cells))
     return _plain(heads, body)
 
@@ -88,20 +123,38 @@ def _orders(orders: Sequence[orderings.Ordering]) -> str:
 
 
 def _absent(absent: Sequence[tuple[str, str]]) -> str:
-    return "<ul>" + "".join(f'<li class="missing">{html.escape(title)}: <code>{html.escape(command)}</code></li>' for title, command in absent) + "</ul>"
+    return (
+        "<ul>"
+        + "".join(
+            f'<li class="missing">{html.escape(title)}: <code>{html.escape(command)}</code></li>'
+            for title, command in absent
+        )
+        + "</ul>"
+    )
 
 
 def _refused(refused: Sequence[Refusal]) -> str:
-    return _plain(("Record", "Reason"), [f"<td>{html.escape(each.path)}</td><td>{html.escape(each.reason)}</td>" for each in refused])
+    return _plain(
+        ("Record", "Reason"),
+        [f"<td>{html.escape(each.path)}</td><td>{html.escape(each.reason)}</td>" for each in refused],
+    )
 
 
 def _records(runs: Sequence[Run]) -> str:
     keys: dict[tuple, int] = {}
     for run in runs:
         facts = run.facts
-        key = (facts["experiment"], facts["model"], (facts["commit"] or "none")[:10], "changed since" if facts["dirty"] else "clean", str(run.record["provenance"]["hardware"].get("cpu")))
+        key = (
+            facts["experiment"],
+            facts["model"],
+            (facts["commit"] or "none")[:10],
+            "changed since" if facts["dirty"] else "clean",
+            str(run.record["provenance"]["hardware"].get("cpu")),
+        )
         keys[key] = keys.get(key, 0) + 1
-    rows = ["".join(f"<td>{html.escape(text)}</td>" for text in (*key, str(count))) for key, count in sorted(keys.items())]
+    rows = [
+        "".join(f"<td>{html.escape(text)}</td>" for text in (*key, str(count))) for key, count in sorted(keys.items())
+    ]
     return _plain(("Experiment", "Model", "Commit", "Code", "Processor", "Records"), rows)
 
 

@@ -31,7 +31,15 @@ def contenders(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[
     return tuple(replace(metric, label=name, where=where) for name, where in names.items())
 
 
-def beside(metric: Column, where: Mapping[str, Any] = PLUS, *, against: Mapping[str, Any], compared: str, label: str, **look: Any) -> Column:
+def beside(
+    metric: Column,
+    where: Mapping[str, Any] = PLUS,
+    *,
+    against: Mapping[str, Any],
+    compared: str,
+    label: str,
+    **look: Any,
+) -> Column:
     """``metric`` of ``where`` compared with that of ``against``, seed by seed."""
     return replace(metric, label=label, where=where, against=against, compared=compared, **look)
 
@@ -44,7 +52,12 @@ def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[
     """``metric`` once for each, its standard error, what modegpt_plus has over the paper's method, and the standard error of that."""
     error = replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS)
     over = beside(metric, against=ENTROPIC, compared="difference", label="Plus over entropic (points)")
-    return (*contenders(metric, names), error, over, replace(over, compared="difference_stderr", label="Standard error of that"))
+    return (
+        *contenders(metric, names),
+        error,
+        over,
+        replace(over, compared="difference_stderr", label="Standard error of that"),
+    )
 
 
 FAITHFUL_AND_PLUS = (*contenders(EXCESS, {"MoDeGPT": ENTROPIC, "MoDeGPT plus": PLUS}), less_than("MoDeGPT", ENTROPIC))
@@ -59,7 +72,9 @@ AGAINST_BOTH = (
 
 def listed(*prefixes: str) -> frozenset[str]:
     """The combinations of the ablation whose names begin so."""
-    return frozenset(name for each in experiment("plus_ablation").settings if (name := each[INGREDIENTS]).startswith(prefixes))
+    return frozenset(
+        name for each in experiment("plus_ablation").settings if (name := each[INGREDIENTS]).startswith(prefixes)
+    )
 
 
 def ablated(reference: str, compared: str, label: str) -> tuple[Column, ...]:
@@ -70,7 +85,15 @@ def ablated(reference: str, compared: str, label: str) -> tuple[Column, ...]:
         for rate in rates
         for column in (
             replace(EXCESS, label=f"{100 * rate:g} %", where={RATE: rate}),
-            beside(EXCESS, {RATE: rate}, against={INGREDIENTS: reference}, compared=compared, label=f"{100 * rate:g} %: {label} (%)", scale=100, digits=1),
+            beside(
+                EXCESS,
+                {RATE: rate},
+                against={INGREDIENTS: reference},
+                compared=compared,
+                label=f"{100 * rate:g} %: {label} (%)",
+                scale=100,
+                digits=1,
+            ),
         )
     )
 
@@ -157,7 +180,17 @@ TABLES = (
                 Column("Peak memory (GiB)", "peak_memory_bytes", scale=2**-30),
                 Column("Peak GPU memory (GiB)", "peak_gpu_memory_bytes", scale=2**-30),
             )
-            for column in (metric, replace(metric, label=f"{metric.label.partition(' (')[0]}, x MoDeGPT", compared="ratio", against={"method": "modegpt"}, scale=1, digits=2))
+            for column in (
+                metric,
+                replace(
+                    metric,
+                    label=f"{metric.label.partition(' (')[0]}, x MoDeGPT",
+                    compared="ratio",
+                    against={"method": "modegpt"},
+                    scale=1,
+                    digits=2,
+                ),
+            )
         ),
         per_perplexity=False,
         dense=False,
@@ -201,7 +234,12 @@ TABLES = (
 )
 
 LOSS = {"y_label": "Excess log-perplexity (nats a token)"}
-PAIR = {"series": {name: CONTENDERS[name] for name in ("modegpt", "modegpt_plus")}, "y": replace(EXCESS, where={RATE: 0.3}), "where": AT_30, **LOSS}
+PAIR = {
+    "series": {name: CONTENDERS[name] for name in ("modegpt", "modegpt_plus")},
+    "y": replace(EXCESS, where={RATE: 0.3}),
+    "where": AT_30,
+    **LOSS,
+}
 FIGURES = (
     FigureSpec(
         "plus_excess",
@@ -217,6 +255,22 @@ FIGURES = (
         log_y=True,
         **LOSS,
     ),
-    FigureSpec("plus_samples", "Few calibration windows, 30 % removed", (*OWN, "plus_samples"), point="calibration.num_samples", x_label="Calibration windows", log_x=True, **PAIR),
-    FigureSpec("plus_domain", "Calibration text of another domain, 30 % removed", (*OWN, "plus_domain"), point="calibration.text", x_label="Calibration text", per_text=False, **PAIR),
+    FigureSpec(
+        "plus_samples",
+        "Few calibration windows, 30 % removed",
+        (*OWN, "plus_samples"),
+        point="calibration.num_samples",
+        x_label="Calibration windows",
+        log_x=True,
+        **PAIR,
+    ),
+    FigureSpec(
+        "plus_domain",
+        "Calibration text of another domain, 30 % removed",
+        (*OWN, "plus_domain"),
+        point="calibration.text",
+        x_label="Calibration text",
+        per_text=False,
+        **PAIR,
+    ),
 )

@@ -28,7 +28,13 @@ METHODS = {
     "FLAP": "flap",
 }
 ALLOCATIONS = {"MoDeGPT": "entropic", "MoDeGPT BI allocation": "entropic", "MoDeGPT uniform allocation": "uniform"}
-PAPER_TASKS = {"arc_easy": "acc_norm", "arc_challenge": "acc_norm", "piqa": "acc_norm", "hellaswag": "acc_norm", "winogrande": "acc"}
+PAPER_TASKS = {
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "piqa": "acc_norm",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+}
 """The tasks and metrics behind the paper's zero-shot mean; other scales have other names in the list and never match."""
 SOURCES = {"WikiText-2": "wikitext2", "Alpaca": "alpaca"}
 
@@ -83,7 +89,12 @@ def _ours(each: Published, runs: Sequence[Run]) -> Cell:
     for run in runs:
         dense = METHODS.get(each.method.removesuffix("-Alpaca")) == "dense"
         value = run.facts.get(f"dense_{name}" if dense else name)
-        if value is not None and same_model(run.facts["model"], each.model) and (dense or _same_run(run, each)) and (scale == 1 or _paper_metrics(run)):
+        if (
+            value is not None
+            and same_model(run.facts["model"], each.model)
+            and (dense or _same_run(run, each))
+            and (scale == 1 or _paper_metrics(run))
+        ):
             found[run.path] = scale * value
             if dense:
                 break
@@ -109,14 +120,24 @@ def _same_run(run: Run, each: Published) -> bool:
     method = each.method.removesuffix("-Alpaca")
     number = re.fullmatch(r"\d+(\.\d+)?", each.rate)
     calibration = re.fullmatch(r"(WikiText-2|Alpaca) (\d+)x(\d+)", each.calibration)
-    if method not in METHODS or number is None or abs(float(each.rate) - 100 * run.facts["target_sparsity"]) > 1e-6 or calibration is None:
+    if (
+        method not in METHODS
+        or number is None
+        or abs(float(each.rate) - 100 * run.facts["target_sparsity"]) > 1e-6
+        or calibration is None
+    ):
         return False
     drawn = (run.facts["calibration"], run.facts["calibration_num_samples"], run.facts["calibration_sequence_length"])
     paper = method not in ALLOCATIONS or (
         run.setting("allocation") == ALLOCATIONS[method]
-        and tuple(run.setting(f"decomposition/{module}") for module in ("mlp", "query_key", "value_output")) == ("nystrom", "cr", "svd")
+        and tuple(run.setting(f"decomposition/{module}") for module in ("mlp", "query_key", "value_output"))
+        == ("nystrom", "cr", "svd")
     )
-    return run.facts["method"] == METHODS[method] and paper and drawn == (SOURCES[calibration[1]], int(calibration[2]), int(calibration[3]))
+    return (
+        run.facts["method"] == METHODS[method]
+        and paper
+        and drawn == (SOURCES[calibration[1]], int(calibration[2]), int(calibration[3]))
+    )
 
 
 def _paper_metrics(run: Run) -> bool:

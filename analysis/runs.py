@@ -43,15 +43,28 @@ class Run:
         model, decides = self.record["model"], self.record["identity"]["decides"]
         packages = {name: self.record["provenance"]["packages"].get(name) for name in VERSIONED}
         metrics = {task: score.get("metric") for task, score in self.record["metrics"]["dense"]["zeroshot"].items()}
-        parts = [self.record["schema_version"], model["weights_sha256"], packages, decides.get("evaluation"), metrics, sorted(self.perplexities)]
+        parts = [
+            self.record["schema_version"],
+            model["weights_sha256"],
+            packages,
+            decides.get("evaluation"),
+            metrics,
+            sorted(self.perplexities),
+        ]
         return canonical({"version": parts})
 
     @cached_property
     def variant(self) -> str:
         """Everything that was chosen, seeds and the calibration draw apart: what the runs behind one mean must share."""
-        decides = {key: value for key, value in self.record["identity"]["decides"].items() if key not in ("seed", "calibration")}
+        decides = {
+            key: value
+            for key, value in self.record["identity"]["decides"].items()
+            if key not in ("seed", "calibration")
+        }
         calibration = self.record["calibration"] or {}
-        return canonical(decides | {"calibration": [calibration.get(key) for key in ("source", "num_samples", "sequence_length")]})
+        return canonical(
+            decides | {"calibration": [calibration.get(key) for key in ("source", "num_samples", "sequence_length")]}
+        )
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
@@ -75,7 +88,14 @@ def load_runs(root: Path | str) -> list[Run]:
     runs = []
     for path in RecordStore(root).paths():
         record = load_record(path)
-        runs.append(Run(facts=row(record), config=annotated(record["config"]), record=record, path=path.relative_to(root).as_posix()))
+        runs.append(
+            Run(
+                facts=row(record),
+                config=annotated(record["config"]),
+                record=record,
+                path=path.relative_to(root).as_posix(),
+            )
+        )
     return runs
 
 
@@ -91,7 +111,12 @@ def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
     compressed = [module for module, rate in rates.items() if rate]
     alone = compressed[0] if len(compressed) == 1 and None not in rates.values() else None
     ingredients = combination(config.get("method") or {})
-    return config | {"calibration": calibration, "module": alone, "module_rate": rates.get(alone), "experiments": {"ingredients": ingredients}}
+    return config | {
+        "calibration": calibration,
+        "module": alone,
+        "module_rate": rates.get(alone),
+        "experiments": {"ingredients": ingredients},
+    }
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,9 @@ def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
             groups.setdefault((run.facts["experiment"], run.facts["model"]), []).append(run)
     for group in groups.values():
         counts = Counter(run.version for run in group)
-        newest = {run.version: max(other.facts["created"] for other in group if other.version == run.version) for run in group}
+        newest = {
+            run.version: max(other.facts["created"] for other in group if other.version == run.version) for run in group
+        }
         main = max(counts, key=lambda version: (counts[version], newest[version]))
         kept += [run for run in group if run.version == main]
         reason = "mixed version: another model, package or test set than most records of this experiment and model"

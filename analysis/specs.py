@@ -37,7 +37,11 @@ def at_rates(column: Column, rates: tuple[float, ...] = RATES, key: str = "compr
 def tasks(group: Group) -> tuple[Column, ...]:
     """Every zero-shot task of the group by its metric, their mean, and the share of it that is kept."""
     scored = group.runs[0].record["metrics"]["dense"]["zeroshot"]
-    columns = [Column(f"{task} ({score['metric']}, %)", f"zeroshot_{task}", "higher", scale=100, digits=1) for task, score in scored.items() if task != "mean"]
+    columns = [
+        Column(f"{task} ({score['metric']}, %)", f"zeroshot_{task}", "higher", scale=100, digits=1)
+        for task, score in scored.items()
+        if task != "mean"
+    ]
     return (*columns, replace(ZERO_SHOT, label="Mean (%)"), replace(KEPT, label="Mean kept (%)"))
 
 
@@ -50,15 +54,23 @@ def workloads(group: Group) -> dict[str, str]:
 def beside_dense(group: Group, quantity: str, digits: int) -> tuple[Column, ...]:
     """``quantity`` of every workload, and the dense model's in the same process."""
     columns = [
-        (Column(text, f"{name}_{quantity}", digits=digits), Column("dense", f"dense_{name}_{quantity}", digits=digits)) for name, text in workloads(group).items()
+        (Column(text, f"{name}_{quantity}", digits=digits), Column("dense", f"dense_{name}_{quantity}", digits=digits))
+        for name, text in workloads(group).items()
     ]
     return tuple(column for pair in columns for column in pair)
 
 
 def speedups(group: Group) -> tuple[Column, ...]:
     """Speed-up of every workload, what the sizes would allow, and the cache."""
-    columns = [(Column(text, f"{name}_speedup", "higher"), Column("of", f"{name}_ideal_speedup")) for name, text in workloads(group).items()]
-    return (*(column for pair in columns for column in pair), Column("Cache (bytes/token)", "cache_bytes_per_token", "lower", digits=0), replace(REMOVED, label="Removed (%)"))
+    columns = [
+        (Column(text, f"{name}_speedup", "higher"), Column("of", f"{name}_ideal_speedup"))
+        for name, text in workloads(group).items()
+    ]
+    return (
+        *(column for pair in columns for column in pair),
+        Column("Cache (bytes/token)", "cache_bytes_per_token", "lower", digits=0),
+        replace(REMOVED, label="Removed (%)"),
+    )
 
 
 def others(module: str) -> dict[str, str]:
@@ -100,15 +112,76 @@ VARIANT_TABLES = tuple(
 
 TABLES = (
     *VARIANT_TABLES,
-    TableSpec("methods_perplexity", "Perplexity over methods and rates", ("methods", "methods_seeds"), METHODS, at_rates(PERPLEXITY), note="Columns: the share asked for; what was removed is in its own table."),
-    TableSpec("methods_zeroshot", "Zero-shot mean accuracy (%) over methods and rates", ("methods", "methods_seeds"), METHODS, at_rates(ZERO_SHOT), per_perplexity=False),
-    TableSpec("methods_retention", "Share of the dense zero-shot mean that is kept (%)", ("methods", "methods_seeds"), METHODS, at_rates(KEPT), per_perplexity=False, dense=False),
-    TableSpec("methods_removed", "Share of the block-linear weights removed (%) against the share asked for", ("methods", "methods_seeds"), METHODS, at_rates(REMOVED), per_perplexity=False, dense=False),
-    TableSpec("methods_tasks", "Zero-shot accuracy task by task over methods and rates", ("methods", "methods_seeds"), METHODS_AND_RATES, tasks, per_perplexity=False, one_per_group=True),
-    TableSpec("zeroshot", "Zero-shot accuracy at the rates of the paper's tables", ("zeroshot", "zeroshot_seeds"), METHODS_AND_RATES, tasks, per_perplexity=False, one_per_group=True),
-    TableSpec("opt_family", "OPT family: perplexity over methods and rates", ("opt_family",), METHODS, at_rates(PERPLEXITY)),
-    TableSpec("llama2_70b", "The 70B experiment: 30 % removed", ("llama2_70b",), METHODS, (PERPLEXITY, ZERO_SHOT, KEPT, REMOVED, WHOLE)),
-    TableSpec("module_wise_perplexity", "One module type at a time: perplexity", ("module_wise",), {"module": "Module"}, at_rates(PERPLEXITY, key="module_rate"), note="Columns: share of that module's own weights removed."),
+    TableSpec(
+        "methods_perplexity",
+        "Perplexity over methods and rates",
+        ("methods", "methods_seeds"),
+        METHODS,
+        at_rates(PERPLEXITY),
+        note="Columns: the share asked for; what was removed is in its own table.",
+    ),
+    TableSpec(
+        "methods_zeroshot",
+        "Zero-shot mean accuracy (%) over methods and rates",
+        ("methods", "methods_seeds"),
+        METHODS,
+        at_rates(ZERO_SHOT),
+        per_perplexity=False,
+    ),
+    TableSpec(
+        "methods_retention",
+        "Share of the dense zero-shot mean that is kept (%)",
+        ("methods", "methods_seeds"),
+        METHODS,
+        at_rates(KEPT),
+        per_perplexity=False,
+        dense=False,
+    ),
+    TableSpec(
+        "methods_removed",
+        "Share of the block-linear weights removed (%) against the share asked for",
+        ("methods", "methods_seeds"),
+        METHODS,
+        at_rates(REMOVED),
+        per_perplexity=False,
+        dense=False,
+    ),
+    TableSpec(
+        "methods_tasks",
+        "Zero-shot accuracy task by task over methods and rates",
+        ("methods", "methods_seeds"),
+        METHODS_AND_RATES,
+        tasks,
+        per_perplexity=False,
+        one_per_group=True,
+    ),
+    TableSpec(
+        "zeroshot",
+        "Zero-shot accuracy at the rates of the paper's tables",
+        ("zeroshot", "zeroshot_seeds"),
+        METHODS_AND_RATES,
+        tasks,
+        per_perplexity=False,
+        one_per_group=True,
+    ),
+    TableSpec(
+        "opt_family", "OPT family: perplexity over methods and rates", ("opt_family",), METHODS, at_rates(PERPLEXITY)
+    ),
+    TableSpec(
+        "llama2_70b",
+        "The 70B experiment: 30 % removed",
+        ("llama2_70b",),
+        METHODS,
+        (PERPLEXITY, ZERO_SHOT, KEPT, REMOVED, WHOLE),
+    ),
+    TableSpec(
+        "module_wise_perplexity",
+        "One module type at a time: perplexity",
+        ("module_wise",),
+        {"module": "Module"},
+        at_rates(PERPLEXITY, key="module_rate"),
+        note="Columns: share of that module's own weights removed.",
+    ),
     TableSpec(
         "module_wise_per_parameter",
         "One module type at a time: nats lost per removed per cent of the block-linear weights",
@@ -118,13 +191,59 @@ TABLES = (
         dense=False,
         note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear weights that went.",
     ),
-    TableSpec("allocation_perplexity", "Sparsity over layers: perplexity", ("allocation",), {"allocation": "Allocation"}, at_rates(PERPLEXITY)),
-    TableSpec("allocation_zeroshot", "Sparsity over layers: zero-shot mean (%)", ("allocation",), {"allocation": "Allocation"}, at_rates(ZERO_SHOT), per_perplexity=False),
-    TableSpec("allocation_epsilon", "Entropic allocation: perplexity over epsilon", ("allocation_epsilon",), {"allocation.epsilon": "Epsilon"}, at_rates(PERPLEXITY, (0.2, 0.3, 0.4))),
-    TableSpec("calibration_size", "Calibration windows: perplexity at 30 %", ("calibration_size",), {"calibration.num_samples": "Windows"}, (PERPLEXITY,)),
-    TableSpec("calibration_choice_perplexity", "Calibration text: perplexity", ("calibration_choice",), {"calibration.text": "Calibration text"}, at_rates(PERPLEXITY, (0.2, 0.3, 0.4)), per_text=False),
-    TableSpec("calibration_choice_zeroshot", "Calibration text: zero-shot mean (%)", ("calibration_choice",), {"calibration.text": "Calibration text"}, at_rates(ZERO_SHOT, (0.2, 0.3, 0.4)), per_text=False, per_perplexity=False),
-    TableSpec("ridge", "Ridge of the Nyström decomposition: perplexity", ("ridge",), {"decomposition.mlp.ridge": "Relative ridge"}, at_rates(PERPLEXITY, (0.3, 0.5))),
+    TableSpec(
+        "allocation_perplexity",
+        "Sparsity over layers: perplexity",
+        ("allocation",),
+        {"allocation": "Allocation"},
+        at_rates(PERPLEXITY),
+    ),
+    TableSpec(
+        "allocation_zeroshot",
+        "Sparsity over layers: zero-shot mean (%)",
+        ("allocation",),
+        {"allocation": "Allocation"},
+        at_rates(ZERO_SHOT),
+        per_perplexity=False,
+    ),
+    TableSpec(
+        "allocation_epsilon",
+        "Entropic allocation: perplexity over epsilon",
+        ("allocation_epsilon",),
+        {"allocation.epsilon": "Epsilon"},
+        at_rates(PERPLEXITY, (0.2, 0.3, 0.4)),
+    ),
+    TableSpec(
+        "calibration_size",
+        "Calibration windows: perplexity at 30 %",
+        ("calibration_size",),
+        {"calibration.num_samples": "Windows"},
+        (PERPLEXITY,),
+    ),
+    TableSpec(
+        "calibration_choice_perplexity",
+        "Calibration text: perplexity",
+        ("calibration_choice",),
+        {"calibration.text": "Calibration text"},
+        at_rates(PERPLEXITY, (0.2, 0.3, 0.4)),
+        per_text=False,
+    ),
+    TableSpec(
+        "calibration_choice_zeroshot",
+        "Calibration text: zero-shot mean (%)",
+        ("calibration_choice",),
+        {"calibration.text": "Calibration text"},
+        at_rates(ZERO_SHOT, (0.2, 0.3, 0.4)),
+        per_text=False,
+        per_perplexity=False,
+    ),
+    TableSpec(
+        "ridge",
+        "Ridge of the Nyström decomposition: perplexity",
+        ("ridge",),
+        {"decomposition.mlp.ridge": "Relative ridge"},
+        at_rates(PERPLEXITY, (0.3, 0.5)),
+    ),
     TableSpec(
         "recovery",
         "LoRA recovery, before and after",
@@ -157,20 +276,60 @@ TABLES = (
         note="Nothing cached, nothing scored. FLOPs are those that the run counts; host memory is the whole process's.",
     ),
     *(
-        TableSpec(f"throughput_{name}", f"{title} against rate", ("throughput",), METHODS_AND_RATES, columns, per_perplexity=False, one_per_group=True, dense=False, note=note)
+        TableSpec(
+            f"throughput_{name}",
+            f"{title} against rate",
+            ("throughput",),
+            METHODS_AND_RATES,
+            columns,
+            per_perplexity=False,
+            one_per_group=True,
+            dense=False,
+            note=note,
+        )
         for name, title, columns, note in (
-            ("tokens", "Throughput (tokens/s)", partial(beside_dense, quantity="tokens_per_second", digits=0), TAKING_TURNS),
-            ("latency", "Latency (ms)", partial(beside_dense, quantity="milliseconds", digits=2), f"Of a prefill, or of one more token of every sequence. {TAKING_TURNS}"),
-            ("speedup", "Speed-up over the dense model", speedups, "Batch x tokens; median over rounds of the ratio in the same round. Of: what the sizes allow on that machine, by the FLOPs or bytes that bind."),
+            (
+                "tokens",
+                "Throughput (tokens/s)",
+                partial(beside_dense, quantity="tokens_per_second", digits=0),
+                TAKING_TURNS,
+            ),
+            (
+                "latency",
+                "Latency (ms)",
+                partial(beside_dense, quantity="milliseconds", digits=2),
+                f"Of a prefill, or of one more token of every sequence. {TAKING_TURNS}",
+            ),
+            (
+                "speedup",
+                "Speed-up over the dense model",
+                speedups,
+                "Batch x tokens; median over rounds of the ratio in the same round. Of: what the sizes allow on that machine, by the FLOPs or bytes that bind.",
+            ),
         )
     ),
     *plus.TABLES,
 )
 
-ACHIEVED = {"point": "compression.sparsity", "x": "achieved_sparsity", "x_scale": 100, "x_label": "Block-linear weights removed (%)"}
+ACHIEVED = {
+    "point": "compression.sparsity",
+    "x": "achieved_sparsity",
+    "x_scale": 100,
+    "x_label": "Block-linear weights removed (%)",
+}
 FIGURES = (
     *(
-        FigureSpec(f"variants_{module}", f"Decomposition of the {NAMES[module]} module", files, f"decomposition/{module}", PERPLEXITY, y_label="Perplexity", where=others(module), log_y=True, **ACHIEVED)
+        FigureSpec(
+            f"variants_{module}",
+            f"Decomposition of the {NAMES[module]} module",
+            files,
+            f"decomposition/{module}",
+            PERPLEXITY,
+            y_label="Perplexity",
+            where=others(module),
+            log_y=True,
+            **ACHIEVED,
+        )
         for module, files in MODULES.items()
     ),
     *(
@@ -187,17 +346,106 @@ FIGURES = (
         )
         for module, files in MODULES.items()
     ),
-    FigureSpec("methods_perplexity", "Perplexity over methods", ("methods", "methods_seeds"), "method", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED),
-    FigureSpec("methods_zeroshot", "Zero-shot mean over methods", ("methods", "methods_seeds"), "method", ZERO_SHOT, y_label="Zero-shot mean accuracy (%)", per_perplexity=False, **ACHIEVED),
-    FigureSpec("opt_family", "OPT family", ("opt_family",), "method", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED),
-    FigureSpec("module_wise", "One module type at a time", ("module_wise",), "module", PERPLEXITY, point="module_rate", x_scale=100, x_label="Share of the module's weights removed (%)", y_label="Perplexity", log_y=True),
-    FigureSpec("allocation", "Sparsity over layers", ("allocation",), "allocation", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED),
-    FigureSpec("allocation_epsilon", "Entropic allocation", ("allocation_epsilon",), "compression.sparsity", PERPLEXITY, point="allocation.epsilon", x_label="Epsilon", y_label="Perplexity", log_x=True),
-    FigureSpec("calibration_size", "Size of the calibration set, 30 % removed", ("calibration_size",), "method", PERPLEXITY, point="calibration.num_samples", x_label="Calibration windows", y_label="Perplexity", log_x=True),
-    FigureSpec("ridge", "Ridge of the Nyström decomposition", ("ridge",), "compression.sparsity", PERPLEXITY, point="decomposition.mlp.ridge", x_label="Ridge relative to the mean diagonal", y_label="Perplexity", log_x=True),
-    FigureSpec("layer_sparsity", "What the entropic allocation removes", ("layer_sparsity",), "compression.sparsity", Column("Removed", "layers", scale=100), point="layer", x_label="Layer", y_label="Block-linear weights removed (%)", per_perplexity=False),
+    FigureSpec(
+        "methods_perplexity",
+        "Perplexity over methods",
+        ("methods", "methods_seeds"),
+        "method",
+        PERPLEXITY,
+        y_label="Perplexity",
+        log_y=True,
+        **ACHIEVED,
+    ),
+    FigureSpec(
+        "methods_zeroshot",
+        "Zero-shot mean over methods",
+        ("methods", "methods_seeds"),
+        "method",
+        ZERO_SHOT,
+        y_label="Zero-shot mean accuracy (%)",
+        per_perplexity=False,
+        **ACHIEVED,
+    ),
+    FigureSpec(
+        "opt_family", "OPT family", ("opt_family",), "method", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED
+    ),
+    FigureSpec(
+        "module_wise",
+        "One module type at a time",
+        ("module_wise",),
+        "module",
+        PERPLEXITY,
+        point="module_rate",
+        x_scale=100,
+        x_label="Share of the module's weights removed (%)",
+        y_label="Perplexity",
+        log_y=True,
+    ),
+    FigureSpec(
+        "allocation",
+        "Sparsity over layers",
+        ("allocation",),
+        "allocation",
+        PERPLEXITY,
+        y_label="Perplexity",
+        log_y=True,
+        **ACHIEVED,
+    ),
+    FigureSpec(
+        "allocation_epsilon",
+        "Entropic allocation",
+        ("allocation_epsilon",),
+        "compression.sparsity",
+        PERPLEXITY,
+        point="allocation.epsilon",
+        x_label="Epsilon",
+        y_label="Perplexity",
+        log_x=True,
+    ),
+    FigureSpec(
+        "calibration_size",
+        "Size of the calibration set, 30 % removed",
+        ("calibration_size",),
+        "method",
+        PERPLEXITY,
+        point="calibration.num_samples",
+        x_label="Calibration windows",
+        y_label="Perplexity",
+        log_x=True,
+    ),
+    FigureSpec(
+        "ridge",
+        "Ridge of the Nyström decomposition",
+        ("ridge",),
+        "compression.sparsity",
+        PERPLEXITY,
+        point="decomposition.mlp.ridge",
+        x_label="Ridge relative to the mean diagonal",
+        y_label="Perplexity",
+        log_x=True,
+    ),
+    FigureSpec(
+        "layer_sparsity",
+        "What the entropic allocation removes",
+        ("layer_sparsity",),
+        "compression.sparsity",
+        Column("Removed", "layers", scale=100),
+        point="layer",
+        x_label="Layer",
+        y_label="Block-linear weights removed (%)",
+        per_perplexity=False,
+    ),
     *(
-        FigureSpec(f"throughput_{phase}", f"Speed-up of {what}, the largest batch measured", ("throughput",), "method", Column("Speed-up", f"speedup_{phase}"), y_label=f"Speed-up of {what} over dense", per_perplexity=False, **ACHIEVED)
+        FigureSpec(
+            f"throughput_{phase}",
+            f"Speed-up of {what}, the largest batch measured",
+            ("throughput",),
+            "method",
+            Column("Speed-up", f"speedup_{phase}"),
+            y_label=f"Speed-up of {what} over dense",
+            per_perplexity=False,
+            **ACHIEVED,
+        )
         for phase, what in (("prefill", "prefill"), ("decode", "decoding"))
     ),
     *plus.FIGURES,
@@ -205,15 +453,40 @@ FIGURES = (
 
 
 def is_wikitext(each: Published) -> bool:
-    return each.paper == "MoDeGPT" and each.metric == "wikitext2_ppl" and "allocation" not in each.table and "70B" not in each.table
+    return (
+        each.paper == "MoDeGPT"
+        and each.metric == "wikitext2_ppl"
+        and "allocation" not in each.table
+        and "70B" not in each.table
+    )
 
 
 COMPARED = (
     ("published_perplexity", "MoDeGPT's WikiText-2 perplexities", ("methods", "methods_seeds"), is_wikitext),
-    ("published_zeroshot", "MoDeGPT's zero-shot accuracies", ("methods", "zeroshot"), lambda each: each.paper == "MoDeGPT" and "zero-shot table" in each.table),
-    ("published_allocation", "MoDeGPT's allocation ablation", ("allocation",), lambda each: each.paper == "MoDeGPT" and "allocation" in each.table),
-    ("published_70b", "MoDeGPT's 70B table", ("llama2_70b",), lambda each: each.paper == "MoDeGPT" and "70B" in each.table),
-    ("published_cost", "MoDeGPT's cost figures", ("compression_cost",), lambda each: each.paper == "MoDeGPT" and ("Tables 6-8" in each.table or "abstract" in each.table)),
+    (
+        "published_zeroshot",
+        "MoDeGPT's zero-shot accuracies",
+        ("methods", "zeroshot"),
+        lambda each: each.paper == "MoDeGPT" and "zero-shot table" in each.table,
+    ),
+    (
+        "published_allocation",
+        "MoDeGPT's allocation ablation",
+        ("allocation",),
+        lambda each: each.paper == "MoDeGPT" and "allocation" in each.table,
+    ),
+    (
+        "published_70b",
+        "MoDeGPT's 70B table",
+        ("llama2_70b",),
+        lambda each: each.paper == "MoDeGPT" and "70B" in each.table,
+    ),
+    (
+        "published_cost",
+        "MoDeGPT's cost figures",
+        ("compression_cost",),
+        lambda each: each.paper == "MoDeGPT" and ("Tables 6-8" in each.table or "abstract" in each.table),
+    ),
     ("published_opt", "OPT, dense", ("opt_family",), lambda each: each.model.startswith("OPT-")),
 )
 """Published figures to list: name, title, our experiments, and which."""

@@ -10,7 +10,9 @@ from analysis.ingredients import title
 from analysis.runs import Run
 from analysis.style import label
 
-SPREAD = "Means are over calibration seeds, ± is the sample standard deviation over the n seeds in brackets; no ±: one seed."
+SPREAD = (
+    "Means are over calibration seeds, ± is the sample standard deviation over the n seeds in brackets; no ±: one seed."
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def build(spec: TableSpec, runs: Sequence[Run]) -> list[Table]:
     """Fill ``spec``; none if it has no runs at all, and no table or block that would be empty."""
     found = groups(runs, spec.experiments, per_perplexity=spec.per_perplexity, per_text=spec.per_text, where=spec.where)
     if spec.one_per_group:
-        tables = [_table(spec, [group], suffix=f"_{group.model}" + (f"_{group.text}" if group.text else "")) for group in found]
+        tables = [
+            _table(spec, [group], suffix=f"_{group.model}" + (f"_{group.text}" if group.text else ""))
+            for group in found
+        ]
     else:
         tables = [_table(spec, found)] if found else []
     return [table for table in tables if table.blocks]
@@ -72,11 +77,19 @@ def build(spec: TableSpec, runs: Sequence[Run]) -> list[Table]:
 
 def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
     columns = tuple(spec.columns(found[0]) if callable(spec.columns) else spec.columns)
-    columns = tuple(column for column in columns if any(group.cell(column, {}).values or group.cell(column, {}).refused for group in found))
+    columns = tuple(
+        column
+        for column in columns
+        if any(group.cell(column, {}).values or group.cell(column, {}).refused for group in found)
+    )
     blocks = tuple((group.label, _rows(spec, group, columns)) for group in found)
     several = any(len(cell.values) > 1 for _, rows in blocks for row in rows for cell in row.cells)
     better = {column.better for column in columns}
-    notes = [spec.note, SPREAD if several else "", "Best of each column in bold, second best in italics or underlined." if better & {"lower", "higher"} else ""]
+    notes = [
+        spec.note,
+        SPREAD if several else "",
+        "Best of each column in bold, second best in italics or underlined." if better & {"lower", "higher"} else "",
+    ]
     missing = [
         f"{group.model}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; `{each.command(_sibling(each, group))}` runs them"
         for group in {(group.model, group.text): group for group in found}.values()
@@ -101,18 +114,26 @@ def _rows(spec: TableSpec, group: Group, columns: Sequence[Column]) -> tuple[Row
     keys = list(dict.fromkeys(tuple(run.setting(key) for key in spec.rows) for run in group.runs))
     order = _ranks(group, list(spec.rows))
     keys.sort(key=lambda values: [order[key](value) for key, value in zip(spec.rows, values, strict=True)])
-    filled = [(values, [group.cell(column, dict(zip(spec.rows, values, strict=True))) for column in columns]) for values in keys]
+    filled = [
+        (values, [group.cell(column, dict(zip(spec.rows, values, strict=True))) for column in columns])
+        for values in keys
+    ]
     filled = [(values, cells) for values, cells in filled if any(cell.values or cell.refused for cell in cells)]
     # one comparison a column; where the rate is a row heading, one a column and rate
     contests: dict[Any, list[int]] = {}
     for index, (values, _) in enumerate(filled):
-        contests.setdefault(tuple(value for key, value in zip(spec.rows, values, strict=True) if key == RATE), []).append(index)
+        contests.setdefault(
+            tuple(value for key, value in zip(spec.rows, values, strict=True) if key == RATE), []
+        ).append(index)
     marks = [[""] * len(columns) for _ in filled]
     for members in contests.values():
         for column_index, column in enumerate(columns):
             for index, mark in _marked([(index, filled[index][1][column_index].mean) for index in members], column):
                 marks[index][column_index] = mark
-    rows = [Row(tuple(_print(key, value) for key, value in zip(spec.rows, values, strict=True)), tuple(cells), tuple(mark)) for (values, cells), mark in zip(filled, marks, strict=True)]
+    rows = [
+        Row(tuple(_print(key, value) for key, value in zip(spec.rows, values, strict=True)), tuple(cells), tuple(mark))
+        for (values, cells), mark in zip(filled, marks, strict=True)
+    ]
     if spec.dense:
         cells = tuple(group.dense(column) for column in columns)
         first = Row(("Dense", *("" for _ in list(spec.rows)[1:])), cells, ("",) * len(columns))
@@ -125,8 +146,11 @@ RATE = "compression.sparsity"
 
 def _ranks(group: Group, keys: Sequence[str]) -> dict[str, Any]:
     """For each row key, how its values are sorted: as the experiment file lists them, else by size or name."""
+
     def rank(key: str) -> Any:
-        listed = list(dict.fromkeys(settings[key] for each in group.experiments for settings in each.settings if key in settings))
+        listed = list(
+            dict.fromkeys(settings[key] for each in group.experiments for settings in each.settings if key in settings)
+        )
         return lambda value: (listed.index(value) if value in listed else len(listed), str(value))
 
     return {key: rank(key) for key in keys}

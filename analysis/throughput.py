@@ -1,4 +1,4 @@
-"""Throughput and latency of dense and compressed models, from what ``experiments/bench_inference.py`` measured."""
+"""Throughput and latency of dense and compressed models, from what ``benchmarks/bench_inference.py`` measured."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,9 @@ def throughput(results: Path) -> list[Table]:
             headings=tuple(HEADINGS.values()),
             columns=COLUMNS,
             blocks=((_heading(measured), rows),),
-            notes=("Latency: of a prefill, or of one more token of every sequence. The last columns set the speed-up beside what the sizes allow on that machine.",),
+            notes=(
+                "Latency: of a prefill, or of one more token of every sequence. The last columns set the speed-up beside what the sizes allow on that machine.",
+            ),
             missing=(),
         )
     ]
@@ -50,5 +52,9 @@ def _row(measured: Mapping[str, Any]) -> Row:
 def _heading(measured: Mapping[str, Any]) -> str:
     settings, hardware = measured["settings"], measured["provenance"]["hardware"]
     size = measured["models"]["dense"]["num_parameters"] / 1e6
-    where = hardware["gpus"][0]["name"] if settings["device"] != "cpu" and hardware["gpus"] else f"{hardware['cpu']}, {settings['threads']} thread(s)"
+    where = (
+        hardware["gpus"][0]["name"]
+        if settings["device"] != "cpu" and hardware["gpus"]
+        else f"{hardware['cpu']}, {settings['threads']} thread(s)"
+    )
     return f"random Llama of {size:.0f}M parameters, {settings['dtype']}, {where}"

@@ -53,7 +53,11 @@ class On:
 
     def overrides(self, name: str) -> list[str]:
         """What ``name`` is run with."""
-        return [*self.settings, *overrides(name, scored=self.scored), *(self.embedded if name in EMBEDDED else self.real)]
+        return [
+            *self.settings,
+            *overrides(name, scored=self.scored),
+            *(self.embedded if name in EMBEDDED else self.real),
+        ]
 
 
 PLAN = {
@@ -72,7 +76,11 @@ PLAN = {
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
     "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
     "zeroshot_seeds": On((LLAMA,), full=(OPT, STORIES), real=REAL_TASKS),
-    "recovery": On((LLAMA,), full=(OPT, BABY), settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3")),
+    "recovery": On(
+        (LLAMA,),
+        full=(OPT, BABY),
+        settings=("recovery.num_samples=256", "recovery.batch_size=4", "recovery.learning_rate=2e-3"),
+    ),
     "opt_family": On((OPT,), full=(STORIES,), embedded=TINY),
     "llama2_70b": On((LLAMA,), full=(STORIES,), embedded=TINY, real=REAL_TASKS),
 }
@@ -81,7 +89,11 @@ ELSEWHERE = ("plus_released", "plus_released_uniform")
 """Experiments on a model that has to be fetched first: their headers say how."""
 OTHER_TEXTS = [
     [f"calibration={source}", f"calibration.path={SHARED}/data/{path}"]
-    for source, path in (("wikitext2", "wikitext2/wiki.train.part.raw"), ("alpaca", "alpaca/alpaca_5000.json"), ("jsonl", "tinystories/calib_800.jsonl"))
+    for source, path in (
+        ("wikitext2", "wikitext2/wiki.train.part.raw"),
+        ("alpaca", "alpaca/alpaca_5000.json"),
+        ("jsonl", "tinystories/calib_800.jsonl"),
+    )
     if (SHARED / "data" / path).is_file()
 ]
 OTHER_DOMAIN = [text for text in OTHER_TEXTS if text[0] == "calibration=wikitext2"]
@@ -97,7 +109,14 @@ class Sweep:
     overrides: list[str]
 
     def command(self, root: Path, directory: Path) -> list[str]:
-        own = [f"output.root={root}", "output.pictures=false", "evaluation.perplexity.batch_tokens=1024", f"hydra.sweep.dir={directory}", "threads=1", "quiet=true"]
+        own = [
+            f"output.root={root}",
+            "output.pictures=false",
+            "evaluation.perplexity.batch_tokens=1024",
+            f"hydra.sweep.dir={directory}",
+            "threads=1",
+            "quiet=true",
+        ]
         return [sys.executable, "-m", "modegpt", "--multirun", f"+experiments={self.experiment}", *self.overrides, *own]
 
     @property
@@ -112,7 +131,9 @@ class Sweep:
     @property
     def weight(self) -> float:
         """What one of its jobs costs, relative to those of other sweeps."""
-        return SECONDS[self.model] * (5 if self.experiment == "recovery" else 3 if self.experiment.startswith(("methods", "plus")) else 1)
+        return SECONDS[self.model] * (
+            5 if self.experiment == "recovery" else 3 if self.experiment.startswith(("methods", "plus")) else 1
+        )
 
 
 def overrides(name: str, text: list[str] | None = None, *, scored: bool = True) -> list[str]:
@@ -130,11 +151,23 @@ def plan(only: list[str], full: bool = False) -> list[Sweep]:
         if name in MODELS
     ]
     texts = [["calibration=tiny"], *OTHER_TEXTS]
-    sweeps += [Sweep("calibration_choice", name, overrides(name, text)) for name, text in itertools.product([name for name in MODELS if name != BABY] if full else (LLAMA,), texts)]
-    sweeps += [Sweep("plus_domain", name, overrides(name, text)) for name, text in itertools.product(MODELS if full else (LLAMA,), OTHER_DOMAIN)]
+    sweeps += [
+        Sweep("calibration_choice", name, overrides(name, text))
+        for name, text in itertools.product([name for name in MODELS if name != BABY] if full else (LLAMA,), texts)
+    ]
+    sweeps += [
+        Sweep("plus_domain", name, overrides(name, text))
+        for name, text in itertools.product(MODELS if full else (LLAMA,), OTHER_DOMAIN)
+    ]
     chosen = [sweep for sweep in sweeps if not only or sweep.experiment in only]
     # layer_sparsity repeats runs of methods: last, when these are there; times are taken when less else runs
-    return sorted(chosen, key=lambda sweep: (sweep.experiment in ("layer_sparsity", "compression_cost", "plus_cost", "throughput"), -sweep.num_jobs * sweep.weight))
+    return sorted(
+        chosen,
+        key=lambda sweep: (
+            sweep.experiment in ("layer_sparsity", "compression_cost", "plus_cost", "throughput"),
+            -sweep.num_jobs * sweep.weight,
+        ),
+    )
 
 
 def main() -> int:
@@ -159,20 +192,35 @@ def main() -> int:
 
     def launch(number: int) -> int:
         with directories[number].with_suffix(".log").open("w") as log:
-            return subprocess.run(commands[number], cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+            return subprocess.run(
+                commands[number], cwd=CHECKOUT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            ).returncode
 
     shown = -1
-    totals, weights, started = [sweep.num_jobs for sweep in sweeps], [sweep.weight for sweep in sweeps], time.monotonic()
+    totals, weights, started = (
+        [sweep.num_jobs for sweep in sweeps],
+        [sweep.weight for sweep in sweeps],
+        time.monotonic(),
+    )
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = [pool.submit(launch, number) for number in range(len(sweeps))]
         while not all(future.done() for future in running):
             time.sleep(POLL_SECONDS)
-            finished = [total if future.done() else _outcomes(directory) for total, future, directory in zip(totals, running, directories, strict=True)]
+            finished = [
+                total if future.done() else _outcomes(directory)
+                for total, future, directory in zip(totals, running, directories, strict=True)
+            ]
             if sum(finished) == shown and not sys.stdout.isatty():
                 continue
             shown = sum(finished)
             share = sum(map(operator.mul, finished, weights)) / sum(map(operator.mul, totals, weights))
-            _show(shown, sum(totals), share, time.monotonic() - started, [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()])
+            _show(
+                shown,
+                sum(totals),
+                share,
+                time.monotonic() - started,
+                [s.experiment for s, f in zip(sweeps, running, strict=True) if f.running()],
+            )
     failed = [number for number, future in enumerate(running) if future.result() != 0]
     for number in failed:
         print(f"failed: {sweeps[number].experiment}: {directories[number].with_suffix('.log')}", file=sys.stderr)

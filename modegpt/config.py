@@ -57,7 +57,11 @@ def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where:
     hints = typing.get_type_hints(cls)
     for key, value in options.items():
         if key not in known:
-            raise unknown_key(f"{where}.{key}", known) if known else UserError(f"{where}.{key} is not known: {name} has no options")
+            raise (
+                unknown_key(f"{where}.{key}", known)
+                if known
+                else UserError(f"{where}.{key} is not known: {name} has no options")
+            )
         if not _fits(value, hints[key]):
             raise UserError(f"{where}.{key}={value} has the wrong type: expected {_type_name(hints[key])}")
     for key, option in known.items():
@@ -85,7 +89,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return (
+        getattr(hint, "__name__", None)
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )
 
 
 def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
@@ -118,7 +126,9 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):
-            raise UserError(f"output.experiment={self.experiment} must be one directory name of letters, digits, '.', '_' and '-'")
+            raise UserError(
+                f"output.experiment={self.experiment} must be one directory name of letters, digits, '.', '_' and '-'"
+            )
 
 
 @dataclass
@@ -171,14 +181,20 @@ class ModelConfig:
         if self.device_map is not None:
             _one_of("model.device_map", self.device_map, DEVICE_MAPS)
             if self.device != "auto":
-                raise UserError(f"model.device={self.device} has no effect with model.device_map={self.device_map}; leave it out")
+                raise UserError(
+                    f"model.device={self.device} has no effect with model.device_map={self.device_map}; leave it out"
+                )
         elif self.max_memory:
             raise UserError("model.max_memory has no effect without model.device_map")
         for limit in self.max_memory:
             if not re.fullmatch(r"(cpu|\d+):\d+(\.\d+)?[KMGT]i?B", limit):
-                raise UserError(f"model.max_memory=[{limit}] is not understood: give the number of a GPU, or cpu, and a size, for example 0:70GiB")
+                raise UserError(
+                    f"model.max_memory=[{limit}] is not understood: give the number of a GPU, or cpu, and a size, for example 0:70GiB"
+                )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise UserError(f"model.device={self.device} is not known; choose from auto, cpu, cuda, cuda:0, cuda:1, ..., mps")
+            raise UserError(
+                f"model.device={self.device} is not known; choose from auto, cpu, cuda, cuda:0, cuda:1, ..., mps"
+            )
 
     @property
     def memory_limits(self) -> dict[int | str, str]:
@@ -216,7 +232,9 @@ class CalibrationConfig:
         if self.source in ("jsonl", "text") and self.path is None:
             raise UserError(f"calibration.path is missing: calibration={self.source} reads a file")
         if isinstance(self.sequence_length, str) and self.sequence_length != "auto":
-            raise UserError(f"calibration.sequence_length={self.sequence_length} is neither a number of tokens nor auto")
+            raise UserError(
+                f"calibration.sequence_length={self.sequence_length} is neither a number of tokens nor auto"
+            )
         if isinstance(self.sequence_length, int):
             _at_least("calibration.sequence_length", self.sequence_length, 2)
         _at_least("calibration.num_samples", self.num_samples, 1)
@@ -312,6 +330,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.model.path is None or self.model.name is None:
-            raise UserError("model.path is missing: a local directory (model=local model.path=DIR) or a hub name (model=hub model.path=OWNER/NAME)")
+            raise UserError(
+                "model.path is missing: a local directory (model=local model.path=DIR) or a hub name (model=hub model.path=OWNER/NAME)"
+            )
         _at_least("seed", self.seed, 0)
         _at_least("threads", self.threads, 1)

@@ -33,7 +33,11 @@ class LogLines:
         now = time.monotonic()
         if now >= self._next and self.n:
             self._next = now + LOG_SECONDS
-            left = f"/{self.total} {self.unit}s, {duration((self.total - self.n) * (now - self._start) / self.n)} left" if self.total else f" {self.unit}s"
+            left = (
+                f"/{self.total} {self.unit}s, {duration((self.total - self.n) * (now - self._start) / self.n)} left"
+                if self.total
+                else f" {self.unit}s"
+            )
             print(f"{self.description}: {self.n}{left}", file=self.stream, flush=True)
 
     def __enter__(self) -> "LogLines":
@@ -49,7 +53,9 @@ class Progress:
 
     quiet: bool = False
 
-    def track(self, items: Iterable[Item], description: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
+    def track(
+        self, items: Iterable[Item], description: str, total: int | None = None, unit: str = "it"
+    ) -> Iterator[Item]:
         """Yield ``items`` and report the time left."""
         if total is None and hasattr(items, "__len__"):
             total = len(items)

@@ -1,7 +1,7 @@
 """The main job: load, score the dense model, calibrate, compress, score again, record."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,33 +10,34 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.architectures import family_of, is_compressed
 from modegpt.calibration.cache import StatisticsCache, statistics_key
 from modegpt.calibration.calibration import Calibration
-from modegpt.calibration.texts import load_documents, tokenize_stream
-from modegpt.calibration.tokens import CalibrationTokens, draw_windows, resolve_sequence_length
 from modegpt.calibration.world import World, device_of, join_world
-from modegpt.compression.methods import SHARED, decides, make_method, settled
-from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.config import RunConfig
+from modegpt.cost.machine import measure_ceiling
+from modegpt.cost.metering import CostMeter
+from modegpt.cost.work import metered_forwards
+from modegpt.data.fingerprints import fingerprint_tokenizer
+from modegpt.data.texts import load_documents, tokenize_stream
+from modegpt.data.tokens import CalibrationTokens, draw_windows, resolve_sequence_length
 from modegpt.errors import UserError
 from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory, dense_key
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation
 from modegpt.evaluation.throughput import beside_dense
-from modegpt.machine import measure_ceiling
-from modegpt.metering import CostMeter
-from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
-from modegpt.modeling.integrity import check_finite, fingerprint_tokenizer, fingerprint_weights
+from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.registry import SHARED, decides, make_method, settled
+from modegpt.models import family_of, is_compressed
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
+from modegpt.models.integrity import check_finite, fingerprint_weights
 from modegpt.progress import Progress
-from modegpt.recording import make_record, model_name
-from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
+from modegpt.records.pictures import save_pictures
 from modegpt.records.provenance import hardware
+from modegpt.records.recording import make_record, model_name
 from modegpt.records.store import RecordStore, identity, load_record
-from modegpt.report.pictures import save_pictures
-from modegpt.report.summary import summary
+from modegpt.records.summary import summary
+from modegpt.records.tracking import make_tracker
+from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
 from modegpt.streaming.job import OutOfCore, check_streams, open_dense
-from modegpt.tracking import make_tracker
-from modegpt.work import metered_forwards
 
 
 @dataclass
@@ -67,7 +68,11 @@ class Run:
         parts = [model_name(config), config.method["name"]]
         if self.method is not None:
             if config.method["name"] == "modegpt":
-                chosen = (config.decomposition.mlp["name"], config.decomposition.query_key["name"], config.decomposition.value_output["name"])
+                chosen = (
+                    config.decomposition.mlp["name"],
+                    config.decomposition.query_key["name"],
+                    config.decomposition.value_output["name"],
+                )
                 parts += [] if chosen == ("nystrom", "cr", "svd") else list(chosen)
                 parts.append(config.allocation["name"])
             parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
@@ -80,8 +85,14 @@ class Run:
         calibration, recovery = self.config.calibration, self.recovery
         return {
             **decides(self.config),
-            **({"recovery": recovery.decides()} if recovery else {}),  # absent, not null: runs without it keep their identity
-            "model": {"weights_sha256": self.weights_sha256, "tokenizer_sha256": self.tokenizer_sha256, "dtype": str(self.model.dtype)},
+            **(
+                {"recovery": recovery.decides()} if recovery else {}
+            ),  # absent, not null: runs without it keep their identity
+            "model": {
+                "weights_sha256": self.weights_sha256,
+                "tokenizer_sha256": self.tokenizer_sha256,
+                "dtype": str(self.model.dtype),
+            },
             "calibration": self.task
             and {"tokens_sha256": self.task.calibration.tokens.sha256, "precision": calibration.precision}
             | ({"recovery_tokens_sha256": recovery.tokens.sha256} if recovery else {}),
@@ -92,12 +103,18 @@ class Run:
     def throughput_decides(self) -> dict[str, Any]:
         """What speeds depend on beside the model: how they are measured, and on which machine."""
         parts = hardware()
-        device = parts["gpus"][torch.device(self.device).index or 0]["name"] if torch.device(self.device).type == "cuda" else parts["cpu"]
+        device = (
+            parts["gpus"][torch.device(self.device).index or 0]["name"]
+            if torch.device(self.device).type == "cuda"
+            else parts["cpu"]
+        )
         return asdict(self.config.evaluation.throughput) | {"device": device, "num_threads": parts["num_threads"]}
 
     @property
     def directory(self) -> Path:
-        return self.store.directory(experiment=self.config.output.experiment, name=self.name, hash=identity(self.decides))
+        return self.store.directory(
+            experiment=self.config.output.experiment, name=self.name, hash=identity(self.decides)
+        )
 
     @property
     def checkpoint(self) -> Path | None:
@@ -110,7 +127,9 @@ def run(config: RunConfig, *, command: str) -> Path:
     """Do the main job and return the path of its record, which is the finished one if there is one already."""
     prepared = prepare(config, command=command)
     store, output = prepared.store, config.output
-    done = prepared.world.told(store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides))
+    done = prepared.world.told(
+        store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides)
+    )
     if done is not None and not output.overwrite:
         path = prepared.directory / "record.json"
         prepared.progress.say(f"this run is finished already: {path} (output.overwrite=true computes it again)")
@@ -123,7 +142,14 @@ def run(config: RunConfig, *, command: str) -> Path:
         return execute(prepared, stage)
     except (Exception, KeyboardInterrupt) as error:
         message = str(error) or type(error).__name__
-        store.write_error(experiment=output.experiment, name=prepared.name, decides=prepared.decides, stage=stage.name, message=message, command=command)
+        store.write_error(
+            experiment=output.experiment,
+            name=prepared.name,
+            decides=prepared.decides,
+            stage=stage.name,
+            message=message,
+            command=command,
+        )
         raise
 
 
@@ -137,36 +163,55 @@ class Stage:
 def prepare(config: RunConfig, *, command: str) -> Run:
     """Load and check everything; every refusal that needs no forward pass happens here."""
     device = device_of(config.model.device)
-    world = join_world(device, what=f"method={config.method['name']}", shared=config.method["name"] in SHARED and not config.out_of_core.enabled)
+    world = join_world(
+        device,
+        what=f"method={config.method['name']}",
+        shared=config.method["name"] in SHARED and not config.out_of_core.enabled,
+    )
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()
     method, training = make_method(config), make_recovery(config)  # which refuse before anything is loaded
     if config.model.device_map is not None and method is not None:
-        raise UserError("model.device_map spreads a model to be scored: set method=dense; out_of_core.enabled=true compresses one that is larger than the device")
+        raise UserError(
+            "model.device_map spreads a model to be scored: set method=dense; out_of_core.enabled=true compresses one that is larger than the device"
+        )
     if config.model.device_map is not None and config.evaluation.throughput.workloads:
         raise UserError("evaluation.throughput is measured on one device: leave out model.device_map")
     store = RecordStore(config.output.root)
     store.check_writable()
     if (path := config.model.path) is None:
-        raise UserError("model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY")
+        raise UserError(
+            "model.path is missing: give a local directory or a hub name, e.g. model=local model.path=DIRECTORY"
+        )
     tokenizer = load_tokenizer(path, config.model.revision)
     progress.say(f"loading {model_name(config)}")
     device, out_of_core = world.device(device), None
     if config.out_of_core.enabled:
-        check_streams(method, name=config.method["name"], save_model=config.output.save_model, evaluation=config.evaluation)
+        check_streams(
+            method, name=config.method["name"], save_model=config.output.save_model, evaluation=config.evaluation
+        )
         with meter.stage("loading"):  # every weight is read once, to be checked and identified
             out_of_core = open_dense(path, dtype=config.model.dtype, device=device, options=config.out_of_core)
             model, weights_sha256 = out_of_core.streamed.model, out_of_core.streamed.fingerprint()
     else:
         with meter.stage("loading"):
             wanted = config.model
-            model = load_model(path, wanted.dtype, device, wanted.revision, device_map=wanted.device_map, max_memory=wanted.memory_limits)
+            model = load_model(
+                path,
+                wanted.dtype,
+                device,
+                wanted.revision,
+                device_map=wanted.device_map,
+                max_memory=wanted.memory_limits,
+            )
             weights_sha256 = fingerprint_weights(model)
     family, task = family_of(model.config), None
     config = settled(config, device=device, model_config=model.config)
     method = make_method(config)
     if method is not None:
         if is_compressed(model.config):
-            raise UserError(f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of")
+            raise UserError(
+                f"{path} is compressed already; score it with method=dense, or compress the dense model it was made of"
+            )
         if (reason := method.applicable(family)) is not None:
             raise UserError(f"method={config.method['name']} cannot compress {family.model_type} models: {reason}")
         tokens = calibration_tokens(config, tokenizer, model)
@@ -175,7 +220,9 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             tokens=tokens,
             batch_size=config.calibration.batch_size,
             precision=getattr(torch, config.calibration.precision),
-            cache=None if out_of_core or world.size > 1 else statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
+            cache=None
+            if out_of_core or world.size > 1
+            else statistics_cache(config, weights_sha256=weights_sha256, tokens=tokens, model=model),
             progress=progress,
             meter=meter,
             world=world,
@@ -192,7 +239,9 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     config.evaluation.throughput.check(evaluation.context)
     recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     if out_of_core is not None:
-        measure_ceiling(device, model.dtype)  # libraries keep memory from their first products on, which the plan is to count
+        measure_ceiling(
+            device, model.dtype
+        )  # libraries keep memory from their first products on, which the plan is to count
         out_of_core.plan(method, task, evaluation)
     return Run(
         config=config,
@@ -235,7 +284,11 @@ def execute(run: Run, stage: Stage) -> Path:
     if run.method is not None:
         with at("compression"):
             compressed = compress(run)
-        with at("compressed evaluation"), meter.stage("compressed evaluation") as metered, metered_forwards(compressed.model, metered.add):
+        with (
+            at("compressed evaluation"),
+            meter.stage("compressed evaluation") as metered,
+            metered_forwards(compressed.model, metered.add),
+        ):
             if run.out_of_core is None:
                 scores = evaluate(compressed.model, run.evaluation, label="compressed", progress=progress)
             else:
@@ -247,7 +300,9 @@ def execute(run: Run, stage: Stage) -> Path:
     speeds = None
     if config.evaluation.throughput.workloads:
         with at("throughput"), meter.stage("throughput"):
-            speeds = beside_dense(run.model, compressed and compressed.model, config.evaluation.throughput, say=progress.say)
+            speeds = beside_dense(
+                run.model, compressed and compressed.model, config.evaluation.throughput, say=progress.say
+            )
     with at("record"):
         record = make_record(run, compressed, dense, scores, speeds)
         if run.checkpoint is not None and compressed is not None:
@@ -276,10 +331,14 @@ def dense_scores(run: Run) -> dict[str, dict]:
         device=torch.device(run.device).type,
     )
     score = partial(evaluate, run.model) if run.out_of_core is None else run.out_of_core.score
-    scores, reused = cached_scores(key, lambda: score(run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config))
+    scores, reused = cached_scores(
+        key, lambda: score(run.evaluation, label="dense", progress=run.progress), directory=cache_directory(run.config)
+    )
     if reused:
         for name, score in scores["perplexity"].items():
-            run.progress.say(f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)")
+            run.progress.say(
+                f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)"
+            )
     return scores
 
 
@@ -287,7 +346,9 @@ def compress(run: Run) -> Compressed:
     """Run the method and check that what came out can be used."""
     with run.meter.stage("compression"):
         if run.out_of_core is not None:
-            return run.out_of_core.compress(run.method, run.task, destination=run.checkpoint, decides=run.decides, tokenizer=run.tokenizer)
+            return run.out_of_core.compress(
+                run.method, run.task, destination=run.checkpoint, decides=run.decides, tokenizer=run.tokenizer
+            )
         compressed = run.method.compress(run.task)
         run.world.leave()
     check_finite(compressed.model)
@@ -296,16 +357,21 @@ def compress(run: Run) -> Compressed:
 
 def recover(run: Run, compressed: Compressed, before: dict[str, dict]) -> tuple[Compressed, dict[str, dict]]:
     """Train what was compressed and score it again."""
+
     def score(model: PreTrainedModel) -> dict[str, dict]:
         check_finite(model)
         with run.meter.stage("recovered evaluation"):
             return evaluate(model, run.evaluation, label="recovered", progress=run.progress)
 
-    model, scores, report = run.recovery.apply(compressed.model, before, score=score, meter=run.meter, progress=run.progress)
+    model, scores, report = run.recovery.apply(
+        compressed.model, before, score=score, meter=run.meter, progress=run.progress
+    )
     return replace(compressed, model=model, recovery=report), scores
 
 
-def statistics_cache(config: RunConfig, *, weights_sha256: str, tokens: CalibrationTokens, model: PreTrainedModel) -> StatisticsCache | None:
+def statistics_cache(
+    config: RunConfig, *, weights_sha256: str, tokens: CalibrationTokens, model: PreTrainedModel
+) -> StatisticsCache | None:
     """Where this calibration's statistics live between runs; None where the cache keeps nothing."""
     if config.cache.max_bytes == 0:
         return None
@@ -320,7 +386,9 @@ def statistics_cache(config: RunConfig, *, weights_sha256: str, tokens: Calibrat
     return StatisticsCache(root=cache_directory(config), key=key, max_bytes=config.cache.max_bytes)
 
 
-def calibration_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> CalibrationTokens:
+def calibration_tokens(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> CalibrationTokens:
     """The calibration windows that ``config`` asks for."""
     wanted = config.calibration
     length = resolve_sequence_length(wanted.sequence_length, int(model.config.max_position_embeddings))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  which looks at torch.Generator when it is loaded
+import torch._dynamo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
@@ -32,7 +32,12 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor):
-        like = {"strides": values.stride(), "storage_offset": values.storage_offset(), "dtype": values.dtype, "requires_grad": values.requires_grad}
+        like = {
+            "strides": values.stride(),
+            "storage_offset": values.storage_offset(),
+            "dtype": values.dtype,
+            "requires_grad": values.requires_grad,
+        }
         return Tensor._make_wrapper_subclass(cls, values.shape, device=GPU, **like)
 
     def __init__(self, values: Tensor):
@@ -69,7 +74,9 @@ class Device(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         everything = list(tree_iter((arguments, keywords)))
-        if any(isinstance(each, OnGpu) or (isinstance(each, torch.device) and each.type == "cuda") for each in everything):
+        if any(
+            isinstance(each, OnGpu) or (isinstance(each, torch.device) and each.type == "cuda") for each in everything
+        ):
             return computed(operation, arguments, keywords or {})
         return operation(*arguments, **(keywords or {}))
 
@@ -87,14 +94,20 @@ def computed(operation: Any, arguments: tuple, keywords: dict) -> Any:
         indices = set(map(id, tree_iter(arguments[1]))) if schema.name in INDEXED else set()
         strangers = [each for each in tensors if not isinstance(each, OnGpu) and each.dim() and id(each) not in indices]
         if strangers or (indices and not isinstance(arguments[0], OnGpu)):
-            raise RuntimeError(f"{schema.name}: tensors on cuda:0 and on the CPU, of shapes {[tuple(each.shape) for each in tensors]}")
+            raise RuntimeError(
+                f"{schema.name}: tensors on cuda:0 and on the CPU, of shapes {[tuple(each.shape) for each in tensors]}"
+            )
     if schema.name == "aten::_fused_sdp_choice":
         return 0  # attention by its definition
     inside, named = tree_map(_on_cpu, (arguments, keywords))
     if "out_dtype" in [each.name for each in schema.arguments]:  # which CPU kernels do not have
         return OnGpu(torch.bmm(inside[0].float(), inside[1].float()))
     result = operation(*inside, **named)
-    written = [keywords.get(each.name, arguments[place] if place < len(arguments) else None) for place, each in enumerate(schema.arguments) if each.alias_info and each.alias_info.is_write]
+    written = [
+        keywords.get(each.name, arguments[place] if place < len(arguments) else None)
+        for place, each in enumerate(schema.arguments)
+        if each.alias_info and each.alias_info.is_write
+    ]
     if written:
         return None if not schema.returns else written[0] if len(schema.returns) == 1 else tuple(written)
     to_gpu = asked[0] == "cuda" if asked else on_gpu
@@ -141,7 +154,9 @@ def simulated_gpu():
     }
     move = Tensor.to
 
-    def to(self: Tensor, *arguments: Any, **keywords: Any) -> Tensor:  # "cuda" is the current device, which nothing tells here
+    def to(
+        self: Tensor, *arguments: Any, **keywords: Any
+    ) -> Tensor:  # "cuda" is the current device, which nothing tells here
         return move(self, *map(_indexed, arguments), **{name: _indexed(value) for name, value in keywords.items()})
 
     with pytest.MonkeyPatch.context() as patched, Device():
@@ -157,8 +172,8 @@ def _indexed(each: Any) -> Any:
 
 
 def main() -> int:
-    from modegpt import machine
     from modegpt.cli.main import main as job
+    from modegpt.cost import machine
 
     machine.SIZE["cuda"], machine.COPY_BYTES["cuda"] = 64, 2**10  # nothing to measure
     with simulated_gpu():

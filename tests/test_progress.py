@@ -60,7 +60,9 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_quiet_is_silent(stream: type[io.StringIO], clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_is_silent(
+    stream: type[io.StringIO], clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "stderr", stream())
     for _ in Progress(quiet=True).track(range(3), "windows"):
         clock[0] += 60
@@ -69,4 +71,10 @@ def test_quiet_is_silent(stream: type[io.StringIO], clock: list[float], monkeypa
 
 
 def test_durations_read_well() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59, 61, 3599, 11100)] == ["0 s", "59 s", "1 min", "1 h 00 min", "3 h 05 min"]
+    assert [duration(seconds) for seconds in (0.4, 59, 61, 3599, 11100)] == [
+        "0 s",
+        "59 s",
+        "1 min",
+        "1 h 00 min",
+        "3 h 05 min",
+    ]

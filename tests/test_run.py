@@ -9,12 +9,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import modegpt.run
-from modegpt.config import CalibrationConfig, CompressionConfig, DecompositionConfig, ModelConfig, OutputConfig, RunConfig, TrackingConfig
+from modegpt.config import (
+    CalibrationConfig,
+    CompressionConfig,
+    DecompositionConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
 from modegpt.records.store import load_record
 from modegpt.run import run
-from modegpt.tiny import TINY_MODELS
 
 PAPER = {"mlp": {"name": "nystrom"}, "query_key": {"name": "cr"}, "value_output": {"name": "svd"}}
 
@@ -38,7 +46,9 @@ def small(results: Path, **changes: Any) -> RunConfig:
         "decomposition": DecompositionConfig(**PAPER),
         "allocation": {"name": "entropic"},
         "calibration": CalibrationConfig(source="jsonl", path=str(text), num_samples=4, sequence_length=128),
-        "evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=str(text), windows=[128]), ZeroShotSpec(tasks=["tiny_pronoun"], limit=4)),
+        "evaluation": EvaluationSpec(
+            PerplexitySpec(source="jsonl", path=str(text), windows=[128]), ZeroShotSpec(tasks=["tiny_pronoun"], limit=4)
+        ),
         "output": OutputConfig(root=str(results)),
         "tracking": TrackingConfig(mode="disabled"),
     }
@@ -46,7 +56,9 @@ def small(results: Path, **changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", sorted(TINY_MODELS))
-def test_a_run_leaves_one_complete_record(name: str, results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_one_complete_record(
+    name: str, results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small(results, model=ModelConfig(name=name, path=f"embedded:{name}"))
     path = run(config, command="modegpt ...")
     record = load_record(path)
@@ -56,7 +68,12 @@ def test_a_run_leaves_one_complete_record(name: str, results: Path, capsys: pyte
     assert record["metrics"]["limited"] is True
     assert len(record["compression"]["layers"]) == len(record["compression"]["influence"])
     assert record["calibration"]["num_tokens"] == 512 and len(record["calibration"]["tokens_sha256"]) == 64
-    assert {stage["name"] for stage in record["cost"]["stages"]} >= {"dense evaluation", "influence", "decomposition", "compressed evaluation"}
+    assert {stage["name"] for stage in record["cost"]["stages"]} >= {
+        "dense evaluation",
+        "influence",
+        "decomposition",
+        "compressed evaluation",
+    }
     assert str(results.parent) not in path.read_text(encoding="utf-8")
     shown = capsys.readouterr().out
     assert "dense" in shown and str(path) in shown and shown.count(".png") == 2
@@ -85,15 +102,22 @@ def test_what_decides_the_result_decides_the_place(results: Path) -> None:
     assert place(compression=CompressionConfig(sparsity=0.2)) != base
     assert place(allocation={"name": "uniform"}) != base
     assert place(seed=1) != base
-    assert place(calibration=CalibrationConfig(source="jsonl", path=text, num_samples=4, sequence_length=128, seed=3)) != base
+    assert (
+        place(calibration=CalibrationConfig(source="jsonl", path=text, num_samples=4, sequence_length=128, seed=3))
+        != base
+    )
     assert place(quiet=False, tracking=TrackingConfig(mode="offline")) == base
     copy = results.parent / "same text elsewhere.jsonl"
     shutil.copy(text, copy)
-    assert place(calibration=CalibrationConfig(source="jsonl", path=str(copy), num_samples=4, sequence_length=128)) == base
+    assert (
+        place(calibration=CalibrationConfig(source="jsonl", path=str(copy), num_samples=4, sequence_length=128)) == base
+    )
 
 
 def test_a_saved_model_scores_the_same_later(results: Path) -> None:
-    record = load_record(run(small(results, output=OutputConfig(root=str(results), save_model="auto")), command="modegpt"))
+    record = load_record(
+        run(small(results, output=OutputConfig(root=str(results), save_model="auto")), command="modegpt")
+    )
     [checkpoint] = results.glob("runs/*/model")
     again = small(results, model=ModelConfig(name="saved", path=str(checkpoint)), method={"name": "dense"})
     rescored = load_record(run(again, command="modegpt"))
@@ -108,9 +132,17 @@ def test_speed_beside_the_dense_model_is_part_of_the_record(results: Path, capsy
     path = run(small(results, evaluation=spec), command="modegpt")
     record = load_record(path)
     assert [each["model"] for each in record["metrics"]["throughput"]["measurements"]] == ["dense", "compressed"]
-    assert record["identity"]["decides"]["throughput"]["num_threads"] == 1 and record["identity"]["decides"]["throughput"]["device"]
+    assert (
+        record["identity"]["decides"]["throughput"]["num_threads"] == 1
+        and record["identity"]["decides"]["throughput"]["device"]
+    )
     assert "decode 2 x 8 (tokens/s)" in capsys.readouterr().out
-    other = run(small(results, evaluation=EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"], repeats=1, decode_tokens=2))), command="modegpt")
+    other = run(
+        small(
+            results, evaluation=EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"], repeats=1, decode_tokens=2))
+        ),
+        command="modegpt",
+    )
     assert other != path
     unmeasured = load_record(run(small(results, evaluation=EvaluationSpec(None, None)), command="modegpt"))
     assert "throughput" not in unmeasured["metrics"] and "throughput" not in unmeasured["identity"]["decides"]
@@ -131,7 +163,11 @@ def test_dense_scores_are_computed_once(results: Path, monkeypatch: pytest.Monke
     run(small(results), command="modegpt")
     labels = []
     evaluate = modegpt.run.evaluate
-    monkeypatch.setattr(modegpt.run, "evaluate", lambda *args, label, **kwargs: labels.append(label) or evaluate(*args, label=label, **kwargs))
+    monkeypatch.setattr(
+        modegpt.run,
+        "evaluate",
+        lambda *args, label, **kwargs: labels.append(label) or evaluate(*args, label=label, **kwargs),
+    )
     run(small(results, compression=CompressionConfig(sparsity=0.1)), command="modegpt")
     assert labels == ["compressed"]
 
@@ -150,7 +186,9 @@ def unknown_family(results: Path) -> ModelConfig:
     directory = results.parent / "bert"
     directory.mkdir(parents=True)
     shutil.copytree(TINY_MODELS["tiny-llama"], directory, dirs_exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({"model_type": "bloom", "vocab_size": 128, "hidden_size": 16, "n_layer": 1, "n_head": 2}))
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "bloom", "vocab_size": 128, "hidden_size": 16, "n_layer": 1, "n_head": 2})
+    )
     return ModelConfig(name="bloom", path=str(directory))
 
 
@@ -164,28 +202,67 @@ def short_text(results: Path) -> str:
 REFUSED = {
     "unknown family": (lambda r: {"model": unknown_family(r)}, "bloom.*supported are.*llama.*opt"),
     "missing path": (lambda r: {"model": ModelConfig(name="gone", path=str(r / "gone"))}, "gone"),
-    "hub name without network": (lambda r: {"model": ModelConfig(name=None, path="someone/some-model")}, "model=local model.path"),
-    "too few tokens": (lambda r: {"calibration": CalibrationConfig(source="tiny", num_samples=10**6)}, "lower calibration.num_samples"),
-    "sequence beyond the context": (lambda r: {"calibration": CalibrationConfig(source="tiny", sequence_length=4096)}, "context"),
+    "hub name without network": (
+        lambda r: {"model": ModelConfig(name=None, path="someone/some-model")},
+        "model=local model.path",
+    ),
+    "too few tokens": (
+        lambda r: {"calibration": CalibrationConfig(source="tiny", num_samples=10**6)},
+        "lower calibration.num_samples",
+    ),
+    "sequence beyond the context": (
+        lambda r: {"calibration": CalibrationConfig(source="tiny", sequence_length=4096)},
+        "context",
+    ),
     "speed of a model on several devices": (
-        lambda r: {"model": ModelConfig(name="m", path="embedded:tiny-llama", device_map="auto"), "method": {"name": "dense"}, "evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"]))},
+        lambda r: {
+            "model": ModelConfig(name="m", path="embedded:tiny-llama", device_map="auto"),
+            "method": {"name": "dense"},
+            "evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"])),
+        },
         "measured on one device",
     ),
-    "speed beyond the context": (lambda r: {"evaluation": EvaluationSpec(None, None, ThroughputSpec(prefill=["1x4096"]))}, "evaluation.throughput.prefill: 1x4096 needs 4096 tokens"),
+    "speed beyond the context": (
+        lambda r: {"evaluation": EvaluationSpec(None, None, ThroughputSpec(prefill=["1x4096"]))},
+        "evaluation.throughput.prefill: 1x4096 needs 4096 tokens",
+    ),
     "text shorter than a window": (
-        lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=short_text(r), windows=[128]), None)},
+        lambda r: {
+            "evaluation": EvaluationSpec(PerplexitySpec(source="jsonl", path=short_text(r), windows=[128]), None)
+        },
         "short.jsonl",
     ),
-    "window beyond the context": (lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="tiny", windows=[4096]), None)}, "4096"),
-    "unknown task": (lambda r: {"evaluation": EvaluationSpec(None, ZeroShotSpec(tasks=["tiny_storey"]))}, "tiny_storey.*tiny_story"),
-    "rank of zero": (lambda r: {"compression": CompressionConfig(sparsity=0.99), "allocation": {"name": "uniform"}}, "rank of zero"),
+    "window beyond the context": (
+        lambda r: {"evaluation": EvaluationSpec(PerplexitySpec(source="tiny", windows=[4096]), None)},
+        "4096",
+    ),
+    "unknown task": (
+        lambda r: {"evaluation": EvaluationSpec(None, ZeroShotSpec(tasks=["tiny_storey"]))},
+        "tiny_storey.*tiny_story",
+    ),
+    "rank of zero": (
+        lambda r: {"compression": CompressionConfig(sparsity=0.99), "allocation": {"name": "uniform"}},
+        "rank of zero",
+    ),
     "epsilon": (lambda r: {"allocation": {"name": "entropic", "epsilon": -1.0}}, "epsilon"),
-    "NaN in weights": (lambda r: {"model": damaged(r, lambda t: t["model.layers.2.mlp.up_proj.weight"].fill_(float("nan")))}, r"layers\.2\.mlp\.up_proj"),
-    "missing weight": (lambda r: {"model": damaged(r, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"))}, r"layers\.1\.self_attn\.q_proj"),
+    "NaN in weights": (
+        lambda r: {"model": damaged(r, lambda t: t["model.layers.2.mlp.up_proj.weight"].fill_(float("nan")))},
+        r"layers\.2\.mlp\.up_proj",
+    ),
+    "missing weight": (
+        lambda r: {"model": damaged(r, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"))},
+        r"layers\.1\.self_attn\.q_proj",
+    ),
     "output that is a file": (lambda r: {"output": OutputConfig(root=short_text(r))}, "not a directory"),
     "unknown method": (lambda r: {"method": {"name": "slicegtp"}}, "did you mean slicegpt"),
-    "option without effect": (lambda r: {"method": {"name": "svd"}, "compression": CompressionConfig(skip_layers=[0])}, "no effect with method=svd"),
-    "layer sparsities without explicit": (lambda r: {"compression": CompressionConfig(layer_sparsity=[0.1] * 6)}, "allocation=explicit"),
+    "option without effect": (
+        lambda r: {"method": {"name": "svd"}, "compression": CompressionConfig(skip_layers=[0])},
+        "no effect with method=svd",
+    ),
+    "layer sparsities without explicit": (
+        lambda r: {"compression": CompressionConfig(layer_sparsity=[0.1] * 6)},
+        "allocation=explicit",
+    ),
 }
 
 

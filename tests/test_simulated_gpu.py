@@ -9,15 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from modegpt.calibration.texts import load_documents
+from modegpt.data.texts import load_documents
 from tests.simulated_gpu import guards
 
-pytestmark = pytest.mark.skipif(guards() is None or torch.cuda.is_available(), reason="PyTorch's table of devices is elsewhere, or there is a real GPU")
+pytestmark = pytest.mark.skipif(
+    guards() is None or torch.cuda.is_available(),
+    reason="PyTorch's table of devices is elsewhere, or there is a real GPU",
+)
 
-SMALL = ("model=tiny-llama", "calibration.num_samples=4", "tracking=disabled", "output.pictures=false", "quiet=true", "threads=1")
-SMALL += tuple(f"compression.rank_multiple.{module}={multiple}" for module, multiple in (("mlp", 16), ("query_key", 4), ("value_output", 4)))
+SMALL = (
+    "model=tiny-llama",
+    "calibration.num_samples=4",
+    "tracking=disabled",
+    "output.pictures=false",
+    "quiet=true",
+    "threads=1",
+)
+SMALL += tuple(
+    f"compression.rank_multiple.{module}={multiple}"
+    for module, multiple in (("mlp", 16), ("query_key", 4), ("value_output", 4))
+)
 TASK = ("evaluation.zeroshot.tasks=[tiny_pronoun]", "evaluation.zeroshot.limit=4")
-TIMED = ("evaluation.throughput.decode=[2x16]", "evaluation.throughput.prefill=[2x16]", "evaluation.throughput.repeats=1")
+TIMED = (
+    "evaluation.throughput.decode=[2x16]",
+    "evaluation.throughput.prefill=[2x16]",
+    "evaluation.throughput.repeats=1",
+)
 RUNS = {
     "paper, scored, timed, saved": ("calibration.precision=float32", "output.save_model=auto", *TASK, *TIMED),
     "plus": ("method=modegpt_plus", "evaluation.zeroshot.tasks=null"),
@@ -42,9 +59,13 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path: Path, overrides: tuple[str, .
     gpu = record(tmp_path / "gpu", "tests.simulated_gpu", *overrides, "model.device=cuda:0")
     cpu = record(tmp_path / "cpu", "modegpt", *overrides, "model.device=cpu")
     assert gpu["provenance"]["hardware"]["gpus"] and not cpu["provenance"]["hardware"]["gpus"]
-    assert [layer["ranks"] for layer in gpu["compression"]["layers"]] == [layer["ranks"] for layer in cpu["compression"]["layers"]]
+    assert [layer["ranks"] for layer in gpu["compression"]["layers"]] == [
+        layer["ranks"] for layer in cpu["compression"]["layers"]
+    ]
     for name, score in cpu["metrics"]["compressed"]["perplexity"].items():
-        assert gpu["metrics"]["compressed"]["perplexity"][name]["value"] == pytest.approx(score["value"], rel=1e-4)  # attention by its definition, not by the CPU's fused kernel
+        assert gpu["metrics"]["compressed"]["perplexity"][name]["value"] == pytest.approx(
+            score["value"], rel=1e-4
+        )  # attention by its definition, not by the CPU's fused kernel
 
 
 def test_tensors_of_two_devices_are_refused() -> None:

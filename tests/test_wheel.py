@@ -19,16 +19,33 @@ def test_wheel_runs_anywhere(repository: Path, tmp_path: Path) -> None:
     for name in ("modegpt", "conf"):
         shutil.copytree(repository / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)], cwd=source, check=True)
+    subprocess.run(
+        [*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)],
+        cwd=source,
+        check=True,
+    )
     [wheel] = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
 
-    shipped = {path.relative_to(source).as_posix() for folder in ("modegpt", "conf") for path in (source / folder).rglob("*") if path.is_file()}
-    installed = {path.relative_to(target).as_posix().replace("modegpt/conf/", "conf/") for path in (target / "modegpt").rglob("*") if path.is_file()}
+    shipped = {
+        path.relative_to(source).as_posix()
+        for folder in ("modegpt", "conf")
+        for path in (source / folder).rglob("*")
+        if path.is_file()
+    }
+    installed = {
+        path.relative_to(target).as_posix().replace("modegpt/conf/", "conf/")
+        for path in (target / "modegpt").rglob("*")
+        if path.is_file()
+    }
     assert {name for name in shipped - installed if "__pycache__" not in name and not name.endswith(".sh")} == set()
 
     environment = os.environ | {"PYTHONPATH": str(target)}
-    command = [sys.executable, "-c", "import sys, modegpt.cli.main as m; print(m.__file__); sys.exit(m.main(['--help']))"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, modegpt.cli.main as m; print(m.__file__); sys.exit(m.main(['--help']))",
+    ]
     helped = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.startswith(str(target)) and "decomposition/mlp: " in helped.stdout

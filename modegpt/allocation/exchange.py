@@ -28,7 +28,11 @@ def hull(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def exchange(
-    costs: Sequence[Mapping[str, Sequence[float]]], layers: Sequence[Mapping[str, ModuleBudget]], start: RankPlan, *, cap: float
+    costs: Sequence[Mapping[str, Sequence[float]]],
+    layers: Sequence[Mapping[str, ModuleBudget]],
+    start: RankPlan,
+    *,
+    cap: float,
 ) -> RankPlan:
     """Ranks that remove as much as ``start`` aims at for the least summed cost.
 
@@ -38,13 +42,20 @@ def exchange(
     smallest step of the target. No module loses more than the share ``cap``.
     """
     ranks = [dict(of_layer) for of_layer in start.ranks]
-    free = {(index, name): layers[index][name] for index, of_layer in enumerate(costs) for name in of_layer if is_free(layers[index][name])}
+    free = {
+        (index, name): layers[index][name]
+        for index, of_layer in enumerate(costs)
+        for name in of_layer
+        if is_free(layers[index][name])
+    }
     if not free:
         return start
     total = sum(module.parameters for layer in layers for module in layer.values())
     for index, name in free:
         ranks[index][name] = layers[index][name].size
-    budget = start.target * total - sum(removed_parameters(kept, layer) for kept, layer in zip(ranks, layers, strict=True))
+    budget = start.target * total - sum(
+        removed_parameters(kept, layer) for kept, layer in zip(ranks, layers, strict=True)
+    )
     smallest = min(module.step for module in free.values())
 
     segments = []
@@ -72,7 +83,15 @@ def exchange(
     return RankPlan(ranks=ranks, target=start.target, achieved=achieved)
 
 
-def _settle(ranks: list[dict[str, int]], budget: float, free: Mapping[tuple[int, str], ModuleBudget], costs, *, cap: float, tolerance: float) -> None:
+def _settle(
+    ranks: list[dict[str, int]],
+    budget: float,
+    free: Mapping[tuple[int, str], ModuleBudget],
+    costs,
+    *,
+    cap: float,
+    tolerance: float,
+) -> None:
     """Move single units, in place, while that brings the parameters still to remove (``budget``) nearer to zero."""
     while abs(budget) > tolerance:
         best = None

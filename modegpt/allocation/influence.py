@@ -5,7 +5,6 @@ from torch import Tensor
 
 from modegpt.errors import UserError
 
-
 CACHED_ROWS = 128
 """Tokens at a time on a CPU, whose float64 copies then stay in its cache."""
 
@@ -26,7 +25,9 @@ class BlockInfluence:
         size = x_in.shape[-1]
         num_rows = CACHED_ROWS if x_in.device.type == "cpu" else x_in.numel() // size
         pairs = zip(x_in.reshape(-1, size).split(num_rows), x_out.reshape(-1, size).split(num_rows), strict=True)
-        cosines = torch.cat([torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300) for a, b in pairs])
+        cosines = torch.cat(
+            [torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300) for a, b in pairs]
+        )
         self.total += float(cosines.sum())
         self.num_tokens += cosines.numel()
 

@@ -15,7 +15,9 @@ class Policy(Protocol):
 
     needs_influence: ClassVar[bool]
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]: ...
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Softmax:
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < float("inf"):
-            raise UserError(f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation")
+            raise UserError(
+                f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation"
+            )
         check_cap(self.cap)
 
 
@@ -43,7 +47,9 @@ class Uniform:
 
     needs_influence: ClassVar[bool] = False
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.uniform(num_layers, sparsity)
 
 
@@ -54,7 +60,9 @@ class Explicit:
     values: list[float]
     needs_influence: ClassVar[bool] = False
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.explicit(self.values, num_layers)
 
 
@@ -62,7 +70,9 @@ class Explicit:
 class Entropic(Softmax):
     """The paper's: ``L phi softmax(-s / epsilon)``, capped, the rest redistributed."""
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.entropic(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
 
 
@@ -76,7 +86,9 @@ class EntropicCap:
     def __post_init__(self) -> None:
         check_cap(self.cap)
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.entropic_cap(influence, sparsity, cap=self.cap)
 
 
@@ -84,7 +96,9 @@ class EntropicCap:
 class Inverse(Softmax):
     """Control: entropic on the negated influence."""
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.inverse(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
 
 
@@ -92,7 +106,9 @@ class Inverse(Softmax):
 class Random(Softmax):
     """Control: the entropic sparsities in random order."""
 
-    def __call__(self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator) -> list[float]:
+    def __call__(
+        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
+    ) -> list[float]:
         return allocate.random(influence, sparsity, epsilon=self.epsilon, cap=self.cap, generator=generator)
 
 

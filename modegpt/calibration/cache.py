@@ -25,7 +25,6 @@ from torch import Tensor
 
 from modegpt.calibration.statistics import Statistics
 
-
 HEADER_BYTES = 256
 """About what a file holds beside its tensor."""
 STALE_SECONDS = 3600.0
@@ -77,7 +76,10 @@ class StatisticsCache:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, path)
-            except (FileNotFoundError, FileExistsError):  # another worker needed the room and evicts this calibration right now
+            except (
+                FileNotFoundError,
+                FileExistsError,
+            ):  # another worker needed the room and evicts this calibration right now
                 temporary.unlink(missing_ok=True)
 
     def _written(self, value: Tensor) -> Path:
@@ -99,7 +101,11 @@ class StatisticsCache:
         try:
             with safe_open(path, framework="pt") as file:
                 value, checksum = file.get_tensor("value"), file.metadata()["sha256"]
-        except (SafetensorError, OSError, RuntimeError):  # what a file that cannot be opened raises depends on the version
+        except (
+            SafetensorError,
+            OSError,
+            RuntimeError,
+        ):  # what a file that cannot be opened raises depends on the version
             if not path.exists():
                 return None
             checksum = None
@@ -136,4 +142,3 @@ def _age(entry: os.DirEntry[str]) -> float:
 
 def _checksum(value: Tensor) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest()
-

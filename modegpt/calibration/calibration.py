@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modegpt.architectures import decoder_layers, dense_shape, family_of
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.moments import CHUNK_ROWS
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
-from modegpt.calibration.tokens import CalibrationTokens
 from modegpt.calibration.world import World
-from modegpt.metering import CostMeter, Stage
+from modegpt.cost.metering import CostMeter, Stage
+from modegpt.cost.work import forward_cost
+from modegpt.data.tokens import CalibrationTokens
+from modegpt.models import decoder_layers, dense_shape, family_of
 from modegpt.progress import Progress
-from modegpt.work import forward_cost
 
 
 @dataclass
@@ -64,7 +64,9 @@ class Calibration:
         in the same pass and kept there; otherwise only cosines are, so that one layer's statistics live at a time.
         """
         names = frozenset({"layer.influence"}) | (also if self.cache is not None else frozenset())
-        return torch.stack([statistics["layer.influence"].cpu() for statistics in self.statistics(names, stage="influence")])
+        return torch.stack(
+            [statistics["layer.influence"].cpu() for statistics in self.statistics(names, stage="influence")]
+        )
 
     def statistics(self, names: frozenset[str], *, stage: str = "statistics") -> Iterator[Statistics]:
         """Yield each layer's statistics in order; the previous layer's are the caller's to drop.
@@ -98,7 +100,13 @@ class Calibration:
     def observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, world: World = World()) -> Statistics:
         """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``, pooled over ``world``."""
         layer = decoder_layers(self.model)[index]
-        observer = LayerObserver(self.family, layer, head_dim=dense_shape(self.model.config).qk_head_dim, names=names, precision=self.precision)
+        observer = LayerObserver(
+            self.family,
+            layer,
+            head_dim=dense_shape(self.model.config).qk_head_dim,
+            names=names,
+            precision=self.precision,
+        )
         with observer.watching(next(iter(hidden.arguments[index].values()))):
             advance(hidden, index, layer, observe=observer.residual)
         observer.pool(world)
@@ -108,8 +116,15 @@ class Calibration:
         """Count what it took to run ``share`` of the layers on ``batches`` of tokens and to sum the Gram matrices in ``observed``."""
         cost, num_tokens = forward_cost(self.model), sum(batch.numel() for batch in batches)
         for batch in batches:
-            metered.add("forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape))
-        metered.add("gram", self.precision, flops=gram_flops(observed, num_tokens), bytes=gram_bytes(observed, num_tokens, self.precision))
+            metered.add(
+                "forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape)
+            )
+        metered.add(
+            "gram",
+            self.precision,
+            flops=gram_flops(observed, num_tokens),
+            bytes=gram_bytes(observed, num_tokens, self.precision),
+        )
         self.meter.forward_passes += share
 
 
@@ -121,7 +136,9 @@ def gram_flops(statistics: Statistics, num_tokens: int) -> float:
 def gram_bytes(statistics: Statistics, num_tokens: int, precision: torch.dtype) -> float:
     """Least traffic of the Gram matrices: rows read once in float32, half the float64 sum read and written a chunk."""
     num_chunks = -(-num_tokens // CHUNK_ROWS[precision])
-    return sum(4.0 * num_tokens * value.shape[:-1].numel() + 8.0 * num_chunks * value.numel() for value in _grams(statistics))
+    return sum(
+        4.0 * num_tokens * value.shape[:-1].numel() + 8.0 * num_chunks * value.numel() for value in _grams(statistics)
+    )
 
 
 def _grams(statistics: Statistics) -> list[Tensor]:

@@ -33,7 +33,9 @@ def summed_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
 
 
-def micro_batches(calibration: Calibration, stage: str, batch_size: int, *, of_weights: bool = True) -> Iterator[Tensor]:
+def micro_batches(
+    calibration: Calibration, stage: str, batch_size: int, *, of_weights: bool = True
+) -> Iterator[Tensor]:
     """The calibration windows, ``batch_size`` at a time, each metered as one forward and one backward pass over it.
 
     A backward pass that needs the gradients of all weights costs twice a forward, one that needs those of activations alone as much as one.
@@ -42,7 +44,9 @@ def micro_batches(calibration: Calibration, stage: str, batch_size: int, *, of_w
     for batch in calibration.progress.track(ids.split(batch_size), stage, unit="batch"):
         with meter.stage(stage) as metered:
             yield batch.to(calibration.model.device)
-            metered.flops += (3.0 if of_weights else 2.0) * calibration.num_layers * layer_flops(calibration.model, batch)
+            metered.flops += (
+                (3.0 if of_weights else 2.0) * calibration.num_layers * layer_flops(calibration.model, batch)
+            )
             meter.forward_passes += len(batch) / len(ids)
             meter.backward_passes += len(batch) / len(ids)
     meter.calibration_tokens = calibration.tokens.num_tokens

@@ -27,7 +27,9 @@ class SecondMoment:
     precision: torch.dtype = torch.float64
 
     @classmethod
-    def zeros(cls, num_groups: int, size: int, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float64) -> "SecondMoment":
+    def zeros(
+        cls, num_groups: int, size: int, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float64
+    ) -> "SecondMoment":
         return cls(torch.zeros(num_groups, size, size, dtype=torch.float64, device=device), precision)
 
     @property

@@ -26,16 +26,28 @@ import torch
 from torch import Tensor, nn
 
 from modegpt.allocation.influence import BlockInfluence
-from modegpt.architectures import Family
 from modegpt.calibration.moments import FirstMoment, SecondMoment
 from modegpt.calibration.world import World
 from modegpt.decompositions.modules import MLPStatistics, QueryKeyStatistics, ValueOutputStatistics
+from modegpt.models import Family
 
 Statistics = dict[str, Tensor]
 """The collected statistics of one layer, by the names above."""
 
 NAMES = frozenset(
-    "attention.C_x query_key.C_Q query_key.C_K value_output.G value_output.A value_output.mean value_output.C_o mlp.C_x mlp.C mlp.mean layer.influence".split()
+    [
+        "attention.C_x",
+        "query_key.C_Q",
+        "query_key.C_K",
+        "value_output.G",
+        "value_output.A",
+        "value_output.mean",
+        "value_output.C_o",
+        "mlp.C_x",
+        "mlp.C",
+        "mlp.mean",
+        "layer.influence",
+    ]
 )
 
 
@@ -51,7 +63,9 @@ def rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) ->
     size = cos.shape[-1]
     first, second = states[..., :size].chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
-    rotated = states * cos if size == states.shape[-1] else torch.cat((states[..., :size] * cos, states[..., size:]), dim=-1)
+    rotated = (
+        states * cos if size == states.shape[-1] else torch.cat((states[..., :size] * cos, states[..., size:]), dim=-1)
+    )
     rotated[..., : size // 2] -= second * sin_first
     rotated[..., size // 2 : size] += first * sin_second
     return rotated
@@ -79,7 +93,9 @@ class LayerObserver:
         if name in self.names:
             rows = rows.reshape(-1, *rows.shape[-2:])
             if name not in self.moments:
-                self.moments[name] = SecondMoment.zeros(rows.shape[1], rows.shape[2], device=rows.device, precision=self.precision)
+                self.moments[name] = SecondMoment.zeros(
+                    rows.shape[1], rows.shape[2], device=rows.device, precision=self.precision
+                )
             self.moments[name].update(rows)
 
     def _first(self, name: str, rows: Tensor) -> None:
@@ -103,7 +119,11 @@ class LayerObserver:
     def _hook(self, position_embeddings: tuple[Tensor, Tensor] | None) -> list:
         family, layer = self.family, self.layer
         value, output = family.value(layer), family.output(layer)
-        b_V = torch.zeros((), device=value.weight.device) if value.bias is None else value.bias.unflatten(-1, (-1, self.head_dim))
+        b_V = (
+            torch.zeros((), device=value.weight.device)
+            if value.bias is None
+            else value.bias.unflatten(-1, (-1, self.head_dim))
+        )
 
         def heads(states: Tensor) -> Tensor:
             return states.unflatten(-1, (-1, self.head_dim))
@@ -133,10 +153,14 @@ class LayerObserver:
             self._first("mlp.mean", x)
 
         wanted = {
-            ("attention.C_x",): lambda: on_input(family.query(layer), lambda x: self._second("attention.C_x", x.unsqueeze(-2))),
+            ("attention.C_x",): lambda: on_input(
+                family.query(layer), lambda x: self._second("attention.C_x", x.unsqueeze(-2))
+            ),
             ("query_key.C_Q",): lambda: on_output(family.query(layer), query_states),
             ("query_key.C_K",): lambda: on_output(family.key(layer), key_states),
-            ("value_output.G",): lambda: on_output(value, lambda out: self._second("value_output.G", heads(out) - b_V if b_V.ndim else heads(out))),
+            ("value_output.G",): lambda: on_output(
+                value, lambda out: self._second("value_output.G", heads(out) - b_V if b_V.ndim else heads(out))
+            ),
             ("value_output.A", "value_output.mean", "value_output.C_o"): lambda: on_input(output, attention_output),
             ("mlp.C_x",): lambda: on_input(family.up(layer), lambda x: self._second("mlp.C_x", x.unsqueeze(-2))),
             ("mlp.C", "mlp.mean"): lambda: on_input(family.down(layer), mlp_hidden),
@@ -151,9 +175,17 @@ class LayerObserver:
 
     def pool(self, world: World) -> None:
         """Make the sums those over the tokens of all processes."""
-        counts = torch.tensor([self.num_tokens, self.influence.num_tokens, self.influence.total], dtype=torch.float64, device=next(self.layer.parameters()).device)
+        counts = torch.tensor(
+            [self.num_tokens, self.influence.num_tokens, self.influence.total],
+            dtype=torch.float64,
+            device=next(self.layer.parameters()).device,
+        )
         world.pool([*(moment.sums for _, moment in sorted(self.moments.items())), counts])
-        self.num_tokens, self.influence.num_tokens, self.influence.total = int(counts[0]), int(counts[1]), float(counts[2])
+        self.num_tokens, self.influence.num_tokens, self.influence.total = (
+            int(counts[0]),
+            int(counts[1]),
+            float(counts[2]),
+        )
 
     def result(self) -> Statistics:
         """The collected statistics, on the layer's device."""
@@ -176,16 +208,26 @@ class LayerObserver:
 
 def mlp_statistics(statistics: Statistics, num_tokens: int) -> MLPStatistics:
     """What an MLP variant reads; fields that were not collected are None."""
-    return MLPStatistics(C=statistics.get("mlp.C"), mean=statistics.get("mlp.mean"), C_x=statistics.get("mlp.C_x"), num_tokens=num_tokens)
+    return MLPStatistics(
+        C=statistics.get("mlp.C"), mean=statistics.get("mlp.mean"), C_x=statistics.get("mlp.C_x"), num_tokens=num_tokens
+    )
 
 
 def query_key_statistics(statistics: Statistics, num_tokens: int) -> QueryKeyStatistics:
     """What a query-key variant reads; fields that were not collected are None."""
     return QueryKeyStatistics(
-        C_Q=statistics.get("query_key.C_Q"), C_K=statistics.get("query_key.C_K"), C_x=statistics.get("attention.C_x"), num_tokens=num_tokens
+        C_Q=statistics.get("query_key.C_Q"),
+        C_K=statistics.get("query_key.C_K"),
+        C_x=statistics.get("attention.C_x"),
+        num_tokens=num_tokens,
     )
 
 
 def value_output_statistics(statistics: Statistics, num_tokens: int) -> ValueOutputStatistics:
     """What a value-output variant reads; fields that were not collected are None."""
-    return ValueOutputStatistics(G=statistics.get("value_output.G"), A=statistics.get("value_output.A"), C_x=statistics.get("attention.C_x"), num_tokens=num_tokens)
+    return ValueOutputStatistics(
+        G=statistics.get("value_output.G"),
+        A=statistics.get("value_output.A"),
+        C_x=statistics.get("attention.C_x"),
+        num_tokens=num_tokens,
+    )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt.architectures import decoder_layers
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
+from modegpt.models import decoder_layers
 
 
 @dataclass
@@ -67,7 +67,9 @@ def embed(model: nn.Module, tokens: Tensor, *, batch_size: int) -> HiddenStates:
 
 
 @torch.no_grad()
-def advance(hidden: HiddenStates, index: int, layer: nn.Module, observe: Callable[[Tensor, Tensor], None] | None = None) -> None:
+def advance(
+    hidden: HiddenStates, index: int, layer: nn.Module, observe: Callable[[Tensor, Tensor], None] | None = None
+) -> None:
     """Run ``layer`` (number ``index``) on every batch, replacing each hidden state by its output.
 
     ``observe(x_in, x_out)`` sees each batch's residual stream entering and leaving.
@@ -76,7 +78,9 @@ def advance(hidden: HiddenStates, index: int, layer: nn.Module, observe: Callabl
     for b, x_in in enumerate(hidden.batches):
         x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
         if not all_finite(x_out):
-            raise UserError(f"calibration found NaN or inf in the activations leaving decoder layer {index}; check the weights and the dtype (bfloat16 or float32 instead of float16)")
+            raise UserError(
+                f"calibration found NaN or inf in the activations leaving decoder layer {index}; check the weights and the dtype (bfloat16 or float32 instead of float16)"
+            )
         if observe is not None:
             observe(x_in, x_out)
         hidden.batches[b] = x_out

@@ -41,7 +41,9 @@ class World:
     def share(self, items: Sequence[Item], what: str) -> list[Item]:
         """Every ``size``-th of ``items`` from the ``rank``-th on. Raises UserError when a process would have none."""
         if len(items) < self.size:
-            raise UserError(f"{self.size} processes cannot share {len(items)} {what}; start fewer, or set a smaller calibration.batch_size or more calibration.num_samples")
+            raise UserError(
+                f"{self.size} processes cannot share {len(items)} {what}; start fewer, or set a smaller calibration.batch_size or more calibration.num_samples"
+            )
         return list(items[self.rank :: self.size])
 
     def pool(self, tensors: Sequence[Tensor]) -> None:

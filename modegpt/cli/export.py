@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modegpt.errors import UserError, exit_status
-from modegpt.modeling.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
-from modegpt.modeling.export import ExportReport, stock_model
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
+from modegpt.models.export import ExportReport, stock_model
 
 README = """# {name}, exported
 
@@ -23,10 +23,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="modegpt-export", description=__doc__.partition(": ")[2])
     parser.add_argument("checkpoint", help="a compressed model's directory")
     parser.add_argument("destination", type=Path, help="where the stock checkpoint goes")
-    parser.add_argument("--width-multiple", type=int, default=1, metavar="N", help="round the MLP width up to a multiple of this (default: 1)")
+    parser.add_argument(
+        "--width-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="round the MLP width up to a multiple of this (default: 1)",
+    )
     arguments = parser.parse_args(argv)
     return exit_status(
-        lambda: print(f"{export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)}: {arguments.destination}"),
+        lambda: print(
+            f"{export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)}: {arguments.destination}"
+        ),
         program="modegpt-export",
     )
 

@@ -79,7 +79,9 @@ def _run_hydra(arguments: list[str]) -> None:
     parser = get_args_parser()
     parser.error = _refuse  # argparse's own prints a page of usage
     overrides = parser.parse_intermixed_args(arguments).overrides
-    flags = [argument for argument in arguments if argument not in overrides]  # Hydra itself wants all flags on one side
+    flags = [
+        argument for argument in arguments if argument not in overrides
+    ]  # Hydra itself wants all flags on one side
     register()
     job = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(run_job)
     own_arguments = sys.argv
@@ -102,7 +104,9 @@ def run_job(cfg: DictConfig) -> None:
         directory = Path(settings.runtime.output_dir)
         # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is
         quiet = Sweep.current is None and sys.stderr.isatty()
-        return attempt(lambda: _run(cfg, overrides, quiet=quiet), number=settings.job.num, overrides=overrides, directory=directory)
+        return attempt(
+            lambda: _run(cfg, overrides, quiet=quiet), number=settings.job.num, overrides=overrides, directory=directory
+        )
     try:
         return _run(cfg, overrides)
     except Exception as error:

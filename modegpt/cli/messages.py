@@ -22,7 +22,6 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-
 def explain(error: BaseException) -> str:
     """What was wrong, and what would be right, in one line."""
     match error:
@@ -36,7 +35,9 @@ def explain(error: BaseException) -> str:
             cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
             return _one_line(_composition(error, cause))
         case _ if _out_of_memory(error):
-            return _one_line(f"out of memory: lower calibration.batch_size, evaluation batch sizes or model.dtype ({_first_line(error)})")
+            return _one_line(
+                f"out of memory: lower calibration.batch_size, evaluation batch sizes or model.dtype ({_first_line(error)})"
+            )
         case UserError() | HydraException() | OSError():
             return _one_line(str(error))
         case _:

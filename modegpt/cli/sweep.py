@@ -70,7 +70,9 @@ class Sweep:
         """Say which job starts now and the time left, where jobs run one after the other in this process."""
         finished, now = len(self._announced), time.monotonic()
         self._announced.append(now)
-        left = f", {duration((now - self._announced[0]) / finished * (len(self.jobs) - number))} left" if finished else ""
+        left = (
+            f", {duration((now - self._announced[0]) / finished * (len(self.jobs) - number))} left" if finished else ""
+        )
         self.progress.say(f"[{number + 1}/{len(self.jobs)}{left}] {' '.join(self.jobs[number]) or 'defaults'}")
 
     def stop(self) -> None:
@@ -88,7 +90,11 @@ class Sweep:
     def failures(self) -> list[str]:
         """One line for each job that failed or left no outcome."""
         errors = {number: self._error(number) for number in range(len(self.jobs))}
-        return [f"job {number} ({' '.join(self.jobs[number]) or 'defaults'}): {error}" for number, error in errors.items() if error]
+        return [
+            f"job {number} ({' '.join(self.jobs[number]) or 'defaults'}): {error}"
+            for number, error in errors.items()
+            if error
+        ]
 
     def _outcome(self, number: int) -> Path:
         return self.directory / str(number) / OUTCOME

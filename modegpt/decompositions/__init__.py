@@ -12,7 +12,13 @@ from modegpt.decompositions.cr import QueryKeyCR, QueryKeyCRPairs
 from modegpt.decompositions.elimination import MLPElimination, ValueOutputColumns
 from modegpt.decompositions.modules import Variant
 from modegpt.decompositions.nystrom import MLPColumns, MLPNystrom, MLPNystromBias
-from modegpt.decompositions.svd import MLPSVD, QueryKeySVD, ValueOutputSVD, ValueOutputSVDAttention, ValueOutputSVDPerHead
+from modegpt.decompositions.svd import (
+    MLPSVD,
+    QueryKeySVD,
+    ValueOutputSVD,
+    ValueOutputSVDAttention,
+    ValueOutputSVDPerHead,
+)
 
 MLP_VARIANTS: dict[str, type[Variant]] = {
     "nystrom": MLPNystrom,

@@ -28,7 +28,7 @@ class AttentionStates:
     bias: Tensor
 
     def keys(self) -> Tensor:
-        """k repeated for the query heads, (B, H, s, d)."""
+        """K repeated for the query heads, (B, H, s, d)."""
         return self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
 
     def output(self, T_Q: Tensor | None = None, T_K: Tensor | None = None) -> Tensor:
@@ -55,7 +55,9 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
     p = (states.q @ k.mT + states.bias).softmax(dim=-1)
     v_mean, k_mean = p @ states.v, p @ k
     M = p.new_zeros(p.shape[1], k.shape[-1], k.shape[-1], dtype=torch.float64)
-    for window, head in itertools.product(*map(range, p.shape[:2])):  # one at a time, so that what is made of it stays in a processor's cache
+    for window, head in itertools.product(
+        *map(range, p.shape[:2])
+    ):  # one at a time, so that what is made of it stays in a processor's cache
         N = (p[window, head].unsqueeze(1) * k[window, head].mT) @ states.v[window, head]
         N -= k_mean[window, head].unsqueeze(-1) * v_mean[window, head].unsqueeze(-2)
         q = states.q[window, head].unsqueeze(-1)
@@ -132,7 +134,10 @@ def block_map(kept: Tensor, coefficients: Tensor, size: int, *, pairs: bool) -> 
     T_K[dims, torch.arange(len(dims), device=kept.device)] = 1.0
     if not pairs:
         return coefficients.unsqueeze(-1) * T_K, T_K
-    a, b = coefficients[:, :num_blocks].repeat(1, 2).unsqueeze(-1), coefficients[:, num_blocks:].repeat(1, 2).unsqueeze(-1)
+    a, b = (
+        coefficients[:, :num_blocks].repeat(1, 2).unsqueeze(-1),
+        coefficients[:, num_blocks:].repeat(1, 2).unsqueeze(-1),
+    )
     first, second = T_K.chunk(2, dim=0)
     turned = torch.cat([second, -first], dim=0)  # column j of a pair receives b q_i, column i receives -b q_j
     return a * T_K + b * turned, T_K

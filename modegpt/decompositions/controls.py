@@ -46,7 +46,9 @@ class MLPControl(Variant):
         """(n,)"""
         raise NotImplementedError
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         kept = largest(self.scores(weights, generator), rank)
         error = mlp_relative_error(statistics.C, weights.W_D, kept, weights.W_D[kept])
         return Reduction(keep_mlp(weights, kept), relative_error=error, kept=kept)

@@ -90,7 +90,9 @@ class MLPElimination(Variant):
         check_positive(self, "ridge", zero_allowed=True)
         check_positive(self, "block")
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         removed, _ = eliminate(statistics.C, weights.W_D, rank, ridge=self.ridge, block=self.block)
         return reduce_to_channels(weights, statistics.C, surviving(removed, weights.inner_size))
 

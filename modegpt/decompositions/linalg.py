@@ -162,5 +162,5 @@ def all_finite(X: Tensor) -> bool:
 
 
 def relative(error: Tensor, total: Tensor) -> float:
-    """error / total as a float; rounding below zero counts as zero, and a target without energy has no error."""
+    """Error / total as a float; rounding below zero counts as zero, and a target without energy has no error."""
     return max(float(error), 0.0) / float(total) if float(total) > 0 else 0.0

@@ -155,7 +155,9 @@ class Variant:
 
     def applicable(self, weights: Weights) -> str | None:
         """Why this variant cannot reduce these weights, or None."""
-        if isinstance(weights, MLPWeights) and any(isinstance(W, LowRank) for W in (weights.W_U, weights.W_G, weights.W_D)):
+        if isinstance(weights, MLPWeights) and any(
+            isinstance(W, LowRank) for W in (weights.W_U, weights.W_G, weights.W_D)
+        ):
             return "the MLP is already stored as low-rank factors"
         return None
 
@@ -177,7 +179,9 @@ class Variant:
             raise UserError(f"{name} needs the statistics {', '.join(missing)}, which were not collected")
         for key in sorted(self.required):
             if not all_finite(getattr(statistics, key)):
-                raise UserError(f"{name}: the calibration statistic {key} holds NaN or inf; check the model's activations")
+                raise UserError(
+                    f"{name}: the calibration statistic {key} holds NaN or inf; check the model's activations"
+                )
         return self.reduce(weights, statistics, rank, generator)
 
 

@@ -56,7 +56,9 @@ class MLPNystrom(Variant):
     def __post_init__(self) -> None:
         check_positive(self, "ridge")
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         kept = largest(ridge_leverage(statistics.C, self.ridge), rank)
         return reduce_to_channels(weights, statistics.C, kept)
 
@@ -84,7 +86,9 @@ class MLPNystromBias(Variant):
     def __post_init__(self) -> None:
         check_positive(self, "ridge")
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         C, mean, W_dense = statistics.C.double(), statistics.mean.double(), weights.W_D.double()
         kept = largest(ridge_leverage(C, self.ridge), rank)
         Sigma = centre(C, mean, statistics.num_tokens)
@@ -117,7 +121,9 @@ class MLPColumns(Variant):
     def __post_init__(self) -> None:
         check_positive(self, "ridge")
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         kept = largest(ridge_leverage(statistics.C, self.ridge), rank)
         error = mlp_relative_error(statistics.C, weights.W_D, kept, weights.W_D[kept])
         return Reduction(keep_mlp(weights, kept), relative_error=error, kept=kept)

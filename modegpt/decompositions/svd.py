@@ -152,7 +152,9 @@ class QueryKeySVD(Variant):
         U, S, Vh = torch.linalg.svd(L_Q.mT @ L_K)
         root_S = S[:, None, :rank].sqrt()
         T_K = torch.linalg.solve_triangular(L_K.mT, Vh.mT[..., :rank] * root_S, upper=True)
-        T_Q = torch.linalg.solve_triangular(L_Q.mT, U[..., :rank] * root_S, upper=True).repeat_interleave(group_size, dim=0)
+        T_Q = torch.linalg.solve_triangular(L_Q.mT, U[..., :rank] * root_S, upper=True).repeat_interleave(
+            group_size, dim=0
+        )
 
         def transform(tensor: Tensor | None, T: Tensor) -> Tensor | None:
             if tensor is None:
@@ -183,11 +185,15 @@ class MLPSVD(Variant):
     Source: plain SVD, the baseline of MoDeGPT (arXiv 2408.09632).
     """
 
-    def reduce(self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(
+        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
+    ) -> Reduction:
         n, d_h = weights.W_D.shape
         r = rank * d_h // (d_h + n)
         if r == 0:
-            raise UserError(f"MLPSVD: width {rank} leaves no rank for two factors of a {d_h} x {n} matrix; compress less")
+            raise UserError(
+                f"MLPSVD: width {rank} leaves no rank for two factors of a {d_h} x {n} matrix; compress less"
+            )
         dropped, total, factors = 0.0, 0.0, {}
         for name in ("W_U", "W_G", "W_D"):
             W = getattr(weights, name)

@@ -21,7 +21,9 @@ def default_cache_directory() -> Path:
     return Path(os.environ.get("MODEGPT_CACHE") or Path.home() / ".cache" / "modegpt")
 
 
-def dense_key(prepared: PreparedEvaluation, *, weights_sha256: str, tokenizer_sha256: str, dtype: str, device: str) -> dict[str, Any]:
+def dense_key(
+    prepared: PreparedEvaluation, *, weights_sha256: str, tokenizer_sha256: str, dtype: str, device: str
+) -> dict[str, Any]:
     """All that the dense scores depend on. ``device`` is a type such as ``"cpu"``: rounding differs between types."""
     return {
         "score_version": SCORE_VERSION,
@@ -34,7 +36,9 @@ def dense_key(prepared: PreparedEvaluation, *, weights_sha256: str, tokenizer_sh
     }
 
 
-def cached_scores(key: dict[str, Any], compute: Callable[[], dict[str, dict]], *, directory: Path) -> tuple[dict[str, dict], bool]:
+def cached_scores(
+    key: dict[str, Any], compute: Callable[[], dict[str, dict]], *, directory: Path
+) -> tuple[dict[str, dict], bool]:
     """The scores stored under ``key``, else those of ``compute()``, which are then stored.
 
     A file that cannot be read as what was written is computed anew with a warning; a directory that cannot be
@@ -74,6 +78,8 @@ def _read(path: Path, key: dict[str, Any]) -> dict[str, dict] | None:
 
 def _write_atomically(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
         json.dump(content, file, indent=1, allow_nan=False)
     os.replace(file.name, path)

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.calibration.texts import Documents, load_documents, tokenize_stream
+from modegpt.data.texts import Documents, load_documents, tokenize_stream
 from modegpt.errors import UserError
+from modegpt.evaluation.items import ACCURACIES
 from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
 from modegpt.evaluation.tasks import load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import zeroshot
 from modegpt.progress import Progress
-from modegpt.records.items import ACCURACIES
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class PreparedEvaluation:
         limit = self.zeroshot.limit if self.zeroshot else None
         return {
             "context": self.context,
-            "text": {"source": self.text.spec.source, "sha256": self.text.sha256, "windows": self.text.windows} if self.text else None,
+            "text": {"source": self.text.spec.source, "sha256": self.text.sha256, "windows": self.text.windows}
+            if self.text
+            else None,
             "tasks": {name: task_fingerprint(task, limit=limit) for name, task in self.tasks.items()},
             "limit": limit,
         }
@@ -72,19 +74,28 @@ def prepare_evaluation(
     return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
 
 
-def _prepare_text(spec: PerplexitySpec, documents: Documents, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int) -> ScoredText:
+def _prepare_text(
+    spec: PerplexitySpec, documents: Documents, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int
+) -> ScoredText:
     token_ids = tokenize_stream(documents, tokenizer)
     if token_ids.max() >= vocab_size:
         raise UserError(
             f"the tokenizer gives id {int(token_ids.max())} but the model's vocabulary has {vocab_size} entries; "
             "they do not belong together"
         )
-    windows = resolve_windows(spec.windows, context=context, num_tokens=token_ids.numel(), what=spec.path or f"the {spec.source} test text")
+    windows = resolve_windows(
+        spec.windows, context=context, num_tokens=token_ids.numel(), what=spec.path or f"the {spec.source} test text"
+    )
     return ScoredText(spec=spec, token_ids=token_ids, sha256=token_fingerprint(token_ids), windows=windows)
 
 
 def evaluate(
-    model: PreTrainedModel, prepared: PreparedEvaluation, *, label: str, progress: Progress, score_windows: Callable[..., dict] = perplexity
+    model: PreTrainedModel,
+    prepared: PreparedEvaluation,
+    *,
+    label: str,
+    progress: Progress,
+    score_windows: Callable[..., dict] = perplexity,
 ) -> dict[str, dict]:
     """Score ``model``, which is put in evaluation mode; perplexities first, each said as ``label`` when known.
 
@@ -99,7 +110,9 @@ def evaluate(
     scores: dict[str, dict] = {"perplexity": {}, "zeroshot": {}}
     text = prepared.text
     for window in text.windows if text else ():
-        result = score_windows(model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress)
+        result = score_windows(
+            model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress
+        )
         name = metric_name(text.spec.source, window)
         progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
         scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}
@@ -123,7 +136,10 @@ def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, 
     Returns ``zeroshot``: task (and ``"mean"``) -> compressed accuracy / dense accuracy, 1 is unharmed (None where
     dense scores 0); ``perplexity_increase``: metric -> compressed / dense perplexity, 1 is unharmed.
     """
-    assert dense["zeroshot"].keys() == compressed["zeroshot"].keys() and dense["perplexity"].keys() == compressed["perplexity"].keys()
+    assert (
+        dense["zeroshot"].keys() == compressed["zeroshot"].keys()
+        and dense["perplexity"].keys() == compressed["perplexity"].keys()
+    )
     accuracies = {
         name: (score["value"], compressed["zeroshot"][name]["value"])
         for name, score in dense["zeroshot"].items()
@@ -132,6 +148,7 @@ def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, 
     return {
         "zeroshot": {name: after / before if before else None for name, (before, after) in accuracies.items()},
         "perplexity_increase": {
-            name: compressed["perplexity"][name]["value"] / score["value"] for name, score in dense["perplexity"].items()
+            name: compressed["perplexity"][name]["value"] / score["value"]
+            for name, score in dense["perplexity"].items()
         },
     }

@@ -37,7 +37,9 @@ class HarnessModel(HFLM):
         encodings: dict[tuple[str, str], Encoded],
         bar: Any,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+        )
         self._device = input_device(model)
         self.num_truncated: Counter[str] = Counter()
         self.encodings = encodings
@@ -64,7 +66,9 @@ class HarnessModel(HFLM):
             if pair not in self.encodings:
                 context = pair[0].rstrip()
                 moved[pair] = (context, pair[0][len(context) :] + pair[1])  # trailing spaces belong to the next word
-        pieces = [text for context, continuation in moved.values() if context for text in (context, context + continuation)]
+        pieces = [
+            text for context, continuation in moved.values() if context for text in (context, context + continuation)
+        ]
         texts = list(dict.fromkeys(pieces))
         tokens = dict(zip(texts, self._tokenize(texts), strict=True))
         for pair, (context, continuation) in moved.items():
@@ -85,7 +89,9 @@ class HarnessModel(HFLM):
             return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         backend.no_truncation()  # what an earlier caller may have left behind
         backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]  # without offsets into the text, which nobody reads
+        return [
+            encoding.ids for encoding in backend.encode_batch_fast(texts)
+        ]  # without offsets into the text, which nobody reads
 
     def _encode_alone(self, continuation: str) -> Encoded:
         """Without a context the first token is predicted from BOS (EOS where there is none)."""
@@ -94,7 +100,10 @@ class HarnessModel(HFLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, override_bs: int | None = None
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Summed log-likelihood of each continuation, and whether it is the greedy one.
 
@@ -115,15 +124,22 @@ class HarnessModel(HFLM):
         return results
 
     def _score_batch(
-        self, inputs: list[tuple[int, ...]], groups: list[list[tuple[int, list[int]]]], results: list[tuple[float, bool]]
+        self,
+        inputs: list[tuple[int, ...]],
+        groups: list[list[tuple[int, list[int]]]],
+        results: list[tuple[float, bool]],
     ) -> None:
         """Score the (request, continuation) pairs in ``groups`` that go with each of ``inputs``, the longest first, into ``results``."""
         width = len(inputs[0])
         # causal attention: what pads the right end changes nothing before it
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in inputs], device=self.device)
         longest = [max(len(continuation) for _, continuation in group) for group in groups]
-        first = min(len(tokens) - count for tokens, count in zip(inputs, longest, strict=True))  # nothing before it is predicted from
-        logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=width - first).logits  # (batch, width - first, vocabulary)
+        first = min(
+            len(tokens) - count for tokens, count in zip(inputs, longest, strict=True)
+        )  # nothing before it is predicted from
+        logits = self.model(
+            input_ids=padded, use_cache=False, logits_to_keep=width - first
+        ).logits  # (batch, width - first, vocabulary)
         rows, columns, targets, owners, lengths = [], [], [], [], []
         for row, (tokens, group) in enumerate(zip(inputs, groups, strict=True)):
             for index, continuation in group:
@@ -133,10 +149,14 @@ class HarnessModel(HFLM):
                 owners.append(index)
                 lengths.append(len(continuation))
         target_ids = torch.tensor(targets, device=logits.device)
-        picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]  # (num_targets, vocabulary)
+        picked = logits[
+            torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)
+        ]  # (num_targets, vocabulary)
         scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").double().cpu()
         misses = (picked.argmax(-1) != target_ids).double().cpu()
         owner = torch.arange(len(owners)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to
-        totals, num_misses = (torch.zeros(len(owners), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses))
+        totals, num_misses = (
+            torch.zeros(len(owners), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses)
+        )
         for index, total, missed in zip(owners, totals.tolist(), num_misses.tolist(), strict=True):
             results[index] = (total, missed == 0)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from modegpt.calibration.texts import field, only_file, read_rows, read_text
+from modegpt.data.texts import field, only_file, read_rows, read_text
 from modegpt.errors import UserError
 
 
@@ -21,7 +21,9 @@ def local_rows(task: str, folder: str | Path) -> list[dict]:
     if not os.path.isdir(folder):
         raise UserError(f"evaluation.zeroshot.data_path={folder} is not a folder; it should hold {task}*.jsonl")
     if task not in CONVERTERS:
-        raise UserError(f"task {task!r} is not read from local files; evaluation.zeroshot.data_path serves {', '.join(CONVERTERS)}")
+        raise UserError(
+            f"task {task!r} is not read from local files; evaluation.zeroshot.data_path serves {', '.join(CONVERTERS)}"
+        )
     path = only_file(folder, f"{task}*.json*")
     rows = read_rows(path)
     if not rows:
@@ -36,7 +38,9 @@ def _piqa_labels(path: Path, rows: list[tuple[str, dict]]) -> list[int]:
     labels_path = path.with_name(path.name.split(".")[0] + "-labels.lst")
     labels = read_text(labels_path).split()
     if len(labels) != len(rows) or not set(labels) <= {"0", "1"}:
-        raise UserError(f"{labels_path} should hold one label, 0 or 1, for each of the {len(rows)} rows of {path}; it holds {len(labels)}")
+        raise UserError(
+            f"{labels_path} should hold one label, 0 or 1, for each of the {len(rows)} rows of {path}; it holds {len(labels)}"
+        )
     return [int(label) for label in labels]
 
 
@@ -89,7 +93,9 @@ def _openbookqa(row: dict, place: str) -> dict:
     if "question_stem" in row:
         question = {"question_stem": field(row, "question_stem", place)}
         return question | {"choices": field(row, "choices", place, dict), "answerKey": field(row, "answerKey", place)}
-    return {"question_stem": field(row, "query", place)} | _labelled_choices(row, _choices(row, "choices", place), place)
+    return {"question_stem": field(row, "query", place)} | _labelled_choices(
+        row, _choices(row, "choices", place), place
+    )
 
 
 def _choices(row: dict, name: str, place: str, count: int | None = None) -> list[str]:

@@ -7,7 +7,7 @@ import random
 import re
 from typing import Any
 
-from modegpt.calibration.texts import Documents
+from modegpt.data.texts import Documents
 from modegpt.errors import UserError
 
 TASK = "next_sentence"
@@ -33,9 +33,14 @@ def next_sentence_rows(documents: Documents) -> list[dict[str, Any]]:
             if len(answer.split()) >= LEAST_WORDS:
                 answered.append((number, " ".join(context), answer))
     if len({number for number, _, _ in answered}) < NUM_CHOICES:
-        raise UserError(f"evaluation.zeroshot.tasks: {TASK} needs a text of at least {NUM_CHOICES} documents of {CONTEXT_SENTENCES + 1} sentences")
+        raise UserError(
+            f"evaluation.zeroshot.tasks: {TASK} needs a text of at least {NUM_CHOICES} documents of {CONTEXT_SENTENCES + 1} sentences"
+        )
     draw = random.Random(0)
-    return [_row(context, answer, _others(draw, answered, number, answer), draw.randrange(NUM_CHOICES)) for number, context, answer in answered]
+    return [
+        _row(context, answer, _others(draw, answered, number, answer), draw.randrange(NUM_CHOICES))
+        for number, context, answer in answered
+    ]
 
 
 def _others(draw: random.Random, answered: list[tuple[int, str, str]], number: int, answer: str) -> list[str]:

@@ -50,7 +50,9 @@ def token_fingerprint(token_ids: Tensor) -> str:
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_tokens: int, progress: Progress) -> dict[str, float | int]:
+def perplexity(
+    model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_tokens: int, progress: Progress
+) -> dict[str, float | int]:
     """``exp`` of the mean negative log-likelihood (nats) of the tokens of non-overlapping windows.
 
     Each window is scored on its own: its first token is given, the other ``window - 1`` are predicted. This is the
@@ -70,7 +72,9 @@ def perplexity(model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_
         for batch in batches:
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-            scores = token_log_likelihoods(logits.flatten(0, 1), batch[:, 1:].flatten(), what=f"perplexity on windows of {window}")
+            scores = token_log_likelihoods(
+                logits.flatten(0, 1), batch[:, 1:].flatten(), what=f"perplexity on windows of {window}"
+            )
             total -= scores.double().sum().item()
             bar.update(len(batch))
     num_predicted_tokens = num_windows * (window - 1)

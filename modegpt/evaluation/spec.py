@@ -31,8 +31,14 @@ class PerplexitySpec:
         if isinstance(self.windows, int) and not isinstance(self.windows, bool):
             self.windows = [self.windows]
         if self.windows != "auto":
-            if isinstance(self.windows, str) or not self.windows or not all(isinstance(window, int) for window in self.windows):
-                raise UserError(f"evaluation.perplexity.windows={self.windows} should be auto or a list of lengths, such as [2048]")
+            if (
+                isinstance(self.windows, str)
+                or not self.windows
+                or not all(isinstance(window, int) for window in self.windows)
+            ):
+                raise UserError(
+                    f"evaluation.perplexity.windows={self.windows} should be auto or a list of lengths, such as [2048]"
+                )
             if min(self.windows) < 2:
                 raise UserError(f"evaluation.perplexity.windows={list(self.windows)}: a window needs at least 2 tokens")
         _at_least("evaluation.perplexity.batch_tokens", self.batch_tokens, 1)
@@ -58,7 +64,9 @@ class ZeroShotSpec:
         if isinstance(self.tasks, str):
             self.tasks = [self.tasks]
         if self.tasks is not None and (not self.tasks or not all(isinstance(task, str) for task in self.tasks)):
-            raise UserError(f"evaluation.zeroshot.tasks={self.tasks} should be tiny, paper or a list of task names; null scores none")
+            raise UserError(
+                f"evaluation.zeroshot.tasks={self.tasks} should be tiny, paper or a list of task names; null scores none"
+            )
         _at_least("evaluation.zeroshot.batch_size", self.batch_size, 1)
         if self.limit is not None:
             _at_least("evaluation.zeroshot.limit", self.limit, 1)
@@ -130,7 +138,9 @@ class ThroughputSpec:
         for each in self.workloads:
             longest = each.length + (self.decode_tokens if each.phase == "decode" else 0)
             if longest > context:
-                raise UserError(f"evaluation.throughput.{each.phase}: {each.batch_size}x{each.length} needs {longest} tokens, the model's context is {context}")
+                raise UserError(
+                    f"evaluation.throughput.{each.phase}: {each.batch_size}x{each.length} needs {longest} tokens, the model's context is {context}"
+                )
 
 
 @dataclass

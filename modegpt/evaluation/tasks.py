@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modegpt.calibration.texts import Documents, hub_access, read_rows
+from modegpt.data.embedded import task_configs
+from modegpt.data.hub import hub_access
+from modegpt.data.texts import Documents, read_rows
 from modegpt.errors import UserError
-from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.isolation import isolated_harness
+from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.next_sentence import TASK as NEXT_SENTENCE
 from modegpt.evaluation.next_sentence import next_sentence_config, next_sentence_rows
-from modegpt.tiny.tasks import task_configs
 
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 
@@ -49,9 +50,13 @@ def load_tasks(names: Sequence[str], *, data_path: str | None, documents: Docume
     tiny = {name: config for name, config in embedded.items() if name in wanted}
     for name in wanted:
         if name.startswith("tiny") and name not in tiny:
-            raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; the embedded ones are {', '.join(embedded)}")
+            raise UserError(
+                f"unknown task {name!r} in evaluation.zeroshot.tasks; the embedded ones are {', '.join(embedded)}"
+            )
     made = {name: _next_sentence(documents) for name in wanted if name == NEXT_SENTENCE}
-    local = {name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny | made}
+    local = {
+        name: _local_config(name, data_path) for name in wanted if data_path is not None and name not in tiny | made
+    }
     local |= made | {name: _in_memory(config, _read_data_files(config)) for name, config in tiny.items()}
     tasks: dict[str, Any] = {}
     with isolated_harness():
@@ -74,7 +79,10 @@ def load_tasks(names: Sequence[str], *, data_path: str | None, documents: Docume
 def task_fingerprint(task: Any, *, limit: int | None) -> str:
     """sha256 of what a task asks: its prompt templates and every item scored."""
     config = task.dump_config()
-    templates = {key: str(config.get(key)) for key in ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter")}
+    templates = {
+        key: str(config.get(key))
+        for key in ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "target_delimiter")
+    }
     digest = hashlib.sha256(json.dumps(templates, sort_keys=True).encode())
     for _, doc in task.doc_iterator(limit=limit):
         digest.update(json.dumps(dict(doc), sort_keys=True, default=str).encode())
@@ -99,12 +107,16 @@ def _local_config(name: str, data_path: str) -> dict[str, Any]:
 
 def _next_sentence(documents: Documents | None) -> dict[str, Any]:
     if documents is None:
-        raise UserError(f"evaluation.zeroshot.tasks: {NEXT_SENTENCE} is made from the text of the perplexity; name one by evaluation.perplexity.source")
+        raise UserError(
+            f"evaluation.zeroshot.tasks: {NEXT_SENTENCE} is made from the text of the perplexity; name one by evaluation.perplexity.source"
+        )
     return _in_memory(next_sentence_config(), {"test": next_sentence_rows(documents)})
 
 
 def _read_data_files(config: dict[str, Any]) -> dict[str, list[dict]]:
-    return {split: [row for _, row in read_rows(file)] for split, file in config["dataset_kwargs"]["data_files"].items()}
+    return {
+        split: [row for _, row in read_rows(file)] for split, file in config["dataset_kwargs"]["data_files"].items()
+    }
 
 
 def _in_memory(config: dict[str, Any], rows_by_split: dict[str, list[dict]]) -> dict[str, Any]:
@@ -112,7 +124,12 @@ def _in_memory(config: dict[str, Any], rows_by_split: dict[str, list[dict]]) -> 
     import datasets
 
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in rows_by_split.items()})
-    return config | {"dataset_path": None, "dataset_name": None, "dataset_kwargs": None, "custom_dataset": lambda **_: data}
+    return config | {
+        "dataset_path": None,
+        "dataset_name": None,
+        "dataset_kwargs": None,
+        "custom_dataset": lambda **_: data,
+    }
 
 
 def _hold_rows(task: Any) -> None:
@@ -131,7 +148,11 @@ def _other_tasks(names: list[str]) -> dict[str, Any]:
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, [*manager.all_tasks, "tiny", "paper", NEXT_SENTENCE], n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else "see `lm-eval ls tasks` for the names, or use tiny or paper"
+            hint = (
+                f"did you mean {', '.join(close)}?"
+                if close
+                else "see `lm-eval ls tasks` for the names, or use tiny or paper"
+            )
             raise UserError(f"unknown task {name!r} in evaluation.zeroshot.tasks; {hint}")
     with hub_access(f"the data of {', '.join(names)}", "these tasks need the hub, or its cache"):
         return manager.load(names)["tasks"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from modegpt.architectures import block_linear_parameters, layer_shapes
+from modegpt.cost.work import forward_cost
 from modegpt.evaluation.spec import ThroughputSpec, Workload
-from modegpt.work import forward_cost
+from modegpt.models import block_linear_parameters, layer_shapes
 
 DENSE = "dense"
 """The model that the others are compared with."""
@@ -45,7 +45,9 @@ class Roof:
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one more token of context needs: ``sum over layers of H_kv (r_qk + r_v)`` elements."""
-    return dtype.itemsize * sum(shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config))
+    return dtype.itemsize * sum(
+        shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
+    )
 
 
 def work_of(model: PreTrainedModel, workload: Workload) -> Work:
@@ -60,7 +62,9 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
         flops = 2 * batch * (length * block + head + attended * length * (length + 1) / 2)
         return Work(flops=flops, bytes=model.dtype.itemsize * (block + head))
     cache = batch * length * cache_bytes_per_token(model.config, model.dtype)
-    return Work(flops=2 * batch * (block + head + attended * length), bytes=model.dtype.itemsize * (block + head) + cache)
+    return Work(
+        flops=2 * batch * (block + head + attended * length), bytes=model.dtype.itemsize * (block + head) + cache
+    )
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Roof:
@@ -75,7 +79,13 @@ def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int = 2048, 
 
 
 def measure(
-    models: Mapping[str, PreTrainedModel], workloads: Sequence[Workload], *, repeats: int, decode_tokens: int, roof: Roof, say: Callable[[str], None]
+    models: Mapping[str, PreTrainedModel],
+    workloads: Sequence[Workload],
+    *,
+    repeats: int,
+    decode_tokens: int,
+    roof: Roof,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Time every workload on every model, the models taking turns within each repeat, in an order that rotates.
 
@@ -110,20 +120,28 @@ def measure(
         for label, model in models.items():
             entry = _entry(workload, label, samples, num_steps)
             ideal = roof.seconds(work_of(models[DENSE], workload)) / roof.seconds(work_of(model, workload))
-            entry |= {"peak_memory_bytes": peaks[label], "ideal_speedup": ideal, "share_of_ideal": entry["speedup"] / ideal}
+            entry |= {
+                "peak_memory_bytes": peaks[label],
+                "ideal_speedup": ideal,
+                "share_of_ideal": entry["speedup"] / ideal,
+            }
             results.append(entry)
             say(describe(entry))
     return results
 
 
-def beside_dense(dense: PreTrainedModel, compressed: PreTrainedModel | None, spec: ThroughputSpec, *, say: Callable[[str], None]) -> dict[str, Any]:
+def beside_dense(
+    dense: PreTrainedModel, compressed: PreTrainedModel | None, spec: ThroughputSpec, *, say: Callable[[str], None]
+) -> dict[str, Any]:
     """``measure`` of a dense model and what it was compressed to, as it stands in a record.
 
     Returns ``ceiling`` (the machine's rates), ``measurements``, and by model ``cache_bytes_per_token``.
     """
     models = {DENSE: dense.eval()} | ({} if compressed is None else {COMPRESSED: compressed.eval()})
     roof = measure_roof(dense.device, dense.dtype)
-    measurements = measure(models, spec.workloads, repeats=spec.repeats, decode_tokens=spec.decode_tokens, roof=roof, say=say)
+    measurements = measure(
+        models, spec.workloads, repeats=spec.repeats, decode_tokens=spec.decode_tokens, roof=roof, say=say
+    )
     cache = {label: cache_bytes_per_token(model.config, model.dtype) for label, model in models.items()}
     return {"ceiling": vars(roof), "cache_bytes_per_token": cache, "measurements": measurements}
 
@@ -146,11 +164,21 @@ def describe_model(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, 
         "sparsity": 1 - blocks[0] / blocks[1],
         "cache_bytes_per_token": cache,
         "cache_share": cache / cache_bytes_per_token(dense.config, dense.dtype),
-        "layers": [{"mlp": shape.intermediate_size, "query_key": shape.qk_head_dim, "value_output": shape.v_head_dim, "num_kv_heads": shape.num_kv_heads} for shape in layer_shapes(model.config)],
+        "layers": [
+            {
+                "mlp": shape.intermediate_size,
+                "query_key": shape.qk_head_dim,
+                "value_output": shape.v_head_dim,
+                "num_kv_heads": shape.num_kv_heads,
+            }
+            for shape in layer_shapes(model.config)
+        ],
     }
 
 
-def _entry(workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int) -> dict[str, Any]:
+def _entry(
+    workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int
+) -> dict[str, Any]:
     wall, cpu = ([sample[each] / num_steps for sample in samples[label]] for each in (0, 1))
     ratios = [dense[0] / own[0] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
     cpu_ratios = [dense[1] / own[1] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
@@ -170,7 +198,9 @@ def _entry(workload: Workload, label: str, samples: Mapping[str, list[tuple[floa
 def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int) -> Callable[[], object]:
     """One measurement of ``workload``, to be repeated: prompts and caches are made here."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (workload.batch_size, workload.length), generator=generator).to(model.device)
+    prompt = torch.randint(model.config.vocab_size, (workload.batch_size, workload.length), generator=generator).to(
+        model.device
+    )
 
     @torch.inference_mode()
     def prefill(cache: DynamicCache | None = None) -> Tensor:

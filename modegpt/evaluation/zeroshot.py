@@ -9,13 +9,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.evaluation.isolation import isolated_harness
+from modegpt.evaluation.items import ACCURACIES, pack
 from modegpt.progress import Progress
-from modegpt.records.items import ACCURACIES, pack
 
 # The metric of a task is acc_norm where the task reports one and acc otherwise, as in the paper (WinoGrande reports acc
 # alone). The embedded pronoun task mirrors WinoGrande, so it is read the same way.
 METRIC_EXCEPTIONS = {"tiny_pronoun": "acc"}
-BOOTSTRAP_ITERATIONS = 100  # only metrics without a closed-form standard error draw them; 0 would drop the closed forms too
+BOOTSTRAP_ITERATIONS = (
+    100  # only metrics without a closed-form standard error draw them; 0 would drop the closed forms too
+)
 
 
 def zeroshot(
@@ -38,7 +40,7 @@ def zeroshot(
         encodings: tokens by request, filled here; pass the same dict for another model with this tokenizer.
 
     Returns task name -> ``metric, value, stderr, acc, acc_stderr, acc_norm, acc_norm_stderr`` (the last four where reported),
-    ``num_items, num_truncated``, ``right`` (which items were answered right by ``metric``, see ``modegpt.records.items``; of accuracies); and ``"mean"`` -> ``value, stderr, num_tasks, limit`` over the tasks that report an accuracy.
+    ``num_items, num_truncated``, ``right`` (which items were answered right by ``metric``, see ``modegpt.evaluation.items``; of accuracies); and ``"mean"`` -> ``value, stderr, num_tasks, limit`` over the tasks that report an accuracy.
     A standard error is None where it has no meaning (one item). Raises UserError on NaN or infinite logits.
     """
     with progress.bar(total=0, description="zero-shot tasks", unit="token") as bar, isolated_harness():
@@ -46,9 +48,17 @@ def zeroshot(
 
         from modegpt.evaluation.harness_model import HarnessModel
 
-        scorer = HarnessModel(model, tokenizer, batch_size=batch_size, max_length=max_length, encodings=encodings, bar=bar)
+        scorer = HarnessModel(
+            model, tokenizer, batch_size=batch_size, max_length=max_length, encodings=encodings, bar=bar
+        )
         with _observed(tasks) as items:
-            raw = evaluate(lm=scorer, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS, log_samples=False)
+            raw = evaluate(
+                lm=scorer,
+                task_dict={"tasks": dict(tasks)},
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=False,
+            )
     scores = {name: _task_score(name, raw["results"][name], items[name]) for name in tasks}
     for name, score in scores.items():
         score["num_truncated"] = scorer.num_truncated[name]
@@ -97,7 +107,9 @@ def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, 
     # the harness names a metric "acc,none": the metric and the filter of the answers
     values = {key.split(",")[0]: value for key, value in reversed(raw.items()) if "," in key}
     metrics = [metric for metric in reversed(values) if not metric.endswith("_stderr")]
-    metric = METRIC_EXCEPTIONS.get(name) or next((known for known in ("acc_norm", "acc") if known in metrics), metrics[0])
+    metric = METRIC_EXCEPTIONS.get(name) or next(
+        (known for known in ("acc_norm", "acc") if known in metrics), metrics[0]
+    )
     kept = dict.fromkeys(known for known in ("acc", "acc_norm", metric) if known in metrics)
     stderr = _number(values.get(f"{metric}_stderr"))
     score = {"metric": metric, "value": values[metric], "stderr": stderr, "num_items": raw["sample_len"]}

@@ -23,7 +23,11 @@ def write_benchmark(path: Path, content: Mapping[str, Any]) -> Path:
     Raises UserError for NaN, inf and what JSON cannot hold, or a place that cannot be written.
     """
     program = f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}"
-    record = {"created": timestamp(), "command": command_line(sys.argv[1:], program=program), "provenance": provenance()} | portable(dict(content))
+    record = {
+        "created": timestamp(),
+        "command": command_line(sys.argv[1:], program=program),
+        "provenance": provenance(),
+    } | portable(dict(content))
     for problem in json_problems(record):
         raise UserError(problem)
     try:

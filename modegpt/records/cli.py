@@ -12,7 +12,7 @@ from modegpt.errors import UserError
 from modegpt.records.schema import flatten
 from modegpt.records.scores import Score, accuracies, all_scores, difference_stderr, perplexities
 from modegpt.records.store import RECORD, RecordStore, load_record
-from modegpt.report.summary import ABSENT, number, percent, summary, text_table
+from modegpt.records.summary import ABSENT, number, percent, summary, text_table
 
 MIN_PREFIX = 4
 
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         return subparser
 
     which = "a record: its hash (the first digits will do), its name, its directory or its file"
-    add("list", _list, "one line a record, and the runs that failed").add_argument("--experiment", help="only this experiment")
+    add("list", _list, "one line a record, and the runs that failed").add_argument(
+        "--experiment", help="only this experiment"
+    )
     show = add("show", _show, "one record as a table")
     show.add_argument("record", help=which)
     show.add_argument("--json", action="store_true", help="the record itself")
@@ -60,7 +62,9 @@ def _list(store: RecordStore, arguments: argparse.Namespace) -> int:
     records = [load_record(path) for path in store.paths()]
     failed = store.errors()
     if arguments.experiment is not None:
-        records, failed = ([each for each in of if each["experiment"] == arguments.experiment] for of in (records, failed))
+        records, failed = (
+            [each for each in of if each["experiment"] == arguments.experiment] for of in (records, failed)
+        )
     if records:
         headers = ["hash", "experiment", "name", "model", "method", "sparsity", "perplexity", "zero-shot"]
         print(text_table(headers, map(_line, records), num_left=5))
@@ -107,7 +111,12 @@ def _compare(store: RecordStore, arguments: argparse.Namespace) -> int:
     keys = dict.fromkeys(key for setting in settings for key in setting)
     differing = [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings[1:])]
     if differing:
-        print(text_table(["setting", *heads], [[key, *(str(setting.get(key, ABSENT)) for setting in settings)] for key in differing]))
+        print(
+            text_table(
+                ["setting", *heads],
+                [[key, *(str(setting.get(key, ABSENT)) for setting in settings)] for key in differing],
+            )
+        )
     else:
         print("the configurations are equal")
 
@@ -117,10 +126,21 @@ def _compare(store: RecordStore, arguments: argparse.Namespace) -> int:
         present = [column.get(name) for column in columns]
         rows.append([name, *(_pair(score) if score else ABSENT for score in present)])
         if any(score and score.is_accuracy for score in present):
-            rows.append(["  over the first (points)", ABSENT, *(_over_the_first(name, columns[0], column, records[0], record) for column, record in zip(columns[1:], records[1:], strict=True))])
+            rows.append(
+                [
+                    "  over the first (points)",
+                    ABSENT,
+                    *(
+                        _over_the_first(name, columns[0], column, records[0], record)
+                        for column, record in zip(columns[1:], records[1:], strict=True)
+                    ),
+                ]
+            )
     shares = [("removed, block-linear", "achieved_sparsity"), ("removed, whole model", "whole_model_sparsity")]
     rows += [[label, *(percent((record["compression"] or {}).get(key)) for record in records)] for label, key in shares]
-    rows.append(["seconds", *(number(sum(stage["seconds"] for stage in record["cost"]["stages"])) for record in records)])
+    rows.append(
+        ["seconds", *(number(sum(stage["seconds"] for stage in record["cost"]["stages"])) for record in records)]
+    )
     print()
     print(text_table(["score", *heads], rows))
     return 0
@@ -131,7 +151,9 @@ def _pair(score: Score) -> str:
     return f"{show(score.final)} (dense {show(score.dense)})"
 
 
-def _over_the_first(name: str, first: dict[str, Score], other: dict[str, Score], first_record: dict, record: dict) -> str:
+def _over_the_first(
+    name: str, first: dict[str, Score], other: dict[str, Score], first_record: dict, record: dict
+) -> str:
     """A difference of accuracies in points; with a paired standard error where both were asked the same items."""
     if name not in first or name not in other:
         return ABSENT

@@ -50,11 +50,17 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "recovery": recovery.get("name", "none"),
         "recovery_targets": recovery.get("targets"),
         "calibration": calibration.get("source"),
-        **{f"calibration_{key}": calibration.get(key) for key in ("seed", "num_samples", "sequence_length", "num_tokens")},
+        **{
+            f"calibration_{key}": calibration.get(key)
+            for key in ("seed", "num_samples", "sequence_length", "num_tokens")
+        },
         **{f"seed_{name}": seed for name, seed in record["seeds"].items()},
         **{key: compression.get(key, 0.0) for key in ("target_sparsity", "achieved_sparsity", "whole_model_sparsity")},
         **{column: value for score in all_scores(record) for column, value in _columns(score).items()},
-        **{f"retention_{key.replace('.', '_')}": value for key, value in flatten(record["metrics"]["retention"]).items()},
+        **{
+            f"retention_{key.replace('.', '_')}": value
+            for key, value in flatten(record["metrics"]["retention"]).items()
+        },
         **_speeds(record["metrics"].get("throughput")),
         **_mean_errors(compression.get("layers", [])),
         "seconds": sum(stage["seconds"] for stage in stages),
@@ -90,7 +96,10 @@ def _columns(score: Score) -> dict[str, Any]:
         columns |= {f"before_{score.name}": score.before}
     if score.metric != "perplexity":
         columns |= {f"{score.name}_stderr": score.final_stderr, f"dense_{score.name}_stderr": score.dense_stderr}
-        columns |= {f"{score.name}_metric": score.metric, f"retention_{score.name.removeprefix('zeroshot_')}_stderr": score.retention_stderr}
+        columns |= {
+            f"{score.name}_metric": score.metric,
+            f"retention_{score.name.removeprefix('zeroshot_')}_stderr": score.retention_stderr,
+        }
     return columns
 
 

@@ -13,10 +13,22 @@ import torch
 import modegpt
 from modegpt.records.paths import portable
 
-PACKAGES = (
-    "modegpt torch transformers tokenizers safetensors datasets lm_eval accelerate peft numpy scipy "
-    "hydra-core omegaconf wandb".split()
-)
+PACKAGES = [
+    "modegpt",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "lm_eval",
+    "accelerate",
+    "peft",
+    "numpy",
+    "scipy",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+]
 
 
 def provenance() -> dict:

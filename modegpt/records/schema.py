@@ -169,7 +169,9 @@ def _problems(value: Any, spec: Any, key: str) -> Iterator[str]:
                 return
             members = value.items() if spec.container is dict else enumerate(value)
             for name, member in members:
-                yield from _problems(member, spec.spec, _dotted(key, name) if spec.container is dict else f"{key}[{name}]")
+                yield from _problems(
+                    member, spec.spec, _dotted(key, name) if spec.container is dict else f"{key}[{name}]"
+                )
         case dict():
             if not isinstance(value, dict):
                 yield _mistyped(value, "dict", key)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modegpt.records import items
-from modegpt.records.items import ACCURACIES
+from modegpt.evaluation import items
+from modegpt.evaluation.items import ACCURACIES
 
 MEAN = "mean"
 
@@ -13,7 +13,7 @@ MEAN = "mean"
 @dataclass(frozen=True)
 class Score:
     """One figure of merit. Accuracies are shares in [0, 1]; ``retention`` is compressed / dense accuracy, its
-    standard error that of a ratio on the same items (``modegpt.records.items``).
+    standard error that of a ratio on the same items (``modegpt.evaluation.items``).
 
     ``name`` is unique in a record: ``ppl_<text>_<window>`` for a perplexity, ``zeroshot_<task>`` for a task's metric.
     ``compressed`` is None in the record of a dense model; where training followed, ``before`` is what it started from.
@@ -109,12 +109,18 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
 
 def _retention_stderr(dense: Mapping[str, Any], compressed: Mapping[str, Any], task: str) -> float | None:
     tasks = _behind(dense, task)
-    return items.retention_stderr([dense[each] for each in tasks], [compressed[each] for each in tasks]) if compressed else None
+    return (
+        items.retention_stderr([dense[each] for each in tasks], [compressed[each] for each in tasks])
+        if compressed
+        else None
+    )
 
 
 def _behind(scores: Mapping[str, Any], task: str) -> list[str]:
     """The tasks an accuracy is of: itself, or all that the mean is over."""
-    return [each for each in scores if each != MEAN and scores[each]["metric"] in ACCURACIES] if task == MEAN else [task]
+    return (
+        [each for each in scores if each != MEAN and scores[each]["metric"] in ACCURACIES] if task == MEAN else [task]
+    )
 
 
 def _all(record: Mapping[str, Any], kind: str) -> tuple[dict, dict, dict]:

@@ -63,7 +63,9 @@ def load_record(path: Path) -> dict:
     if record["identity"]["hash"] != identity(record["identity"]["decides"]):
         raise UserError(f"{path}: identity.hash is not the hash of identity.decides: the record was changed by hand")
     if record["content_sha256"] != content_hash(record):
-        raise UserError(f"{path}: content_sha256 does not match the content: the record was changed after it was written")
+        raise UserError(
+            f"{path}: content_sha256 does not match the content: the record was changed after it was written"
+        )
     return record
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.architectures import block_linear_parameters
-from modegpt.calibration.texts import Documents, load_documents, tokenize_stream
-from modegpt.calibration.tokens import CalibrationTokens, draw_windows
 from modegpt.config import RunConfig, build
+from modegpt.cost.metering import CostMeter
+from modegpt.data.texts import Documents, load_documents, tokenize_stream
+from modegpt.data.tokens import CalibrationTokens, draw_windows
 from modegpt.errors import UserError
-from modegpt.metering import CostMeter
+from modegpt.models import block_linear_parameters
 from modegpt.progress import Progress
 from modegpt.recovery.lora import Lora
 
@@ -37,18 +37,34 @@ class Recovery:
 
     def decides(self) -> dict[str, Any]:
         """The options that decide the result; windows in one pass only round."""
-        return {"name": self.name} | {key: value for key, value in asdict(self.lora).items() if key != "micro_batch_size"}
+        return {"name": self.name} | {
+            key: value for key, value in asdict(self.lora).items() if key != "micro_batch_size"
+        }
 
     def apply(
-        self, model: PreTrainedModel, before: dict[str, Any], *, score: Callable[[PreTrainedModel], dict[str, Any]], meter: CostMeter, progress: Progress
+        self,
+        model: PreTrainedModel,
+        before: dict[str, Any],
+        *,
+        score: Callable[[PreTrainedModel], dict[str, Any]],
+        meter: CostMeter,
+        progress: Progress,
     ) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
         """Train ``model``, whose scores are ``before``; returns it with its new scores and the record's ``compression.recovery``."""
         with meter.stage(STAGE) as metered:
             # forwards, and backwards through frozen weights: no gradient of theirs is made
             metered.flops += 4.0 * self.lora.epochs * block_linear_parameters(model) * self.tokens.num_tokens
             recovered, report = self.lora.recover(model, self.tokens.ids, seed=self.seed, progress=progress)
-        text = {"num_samples": self.tokens.ids.shape[0], "sequence_length": self.tokens.ids.shape[1], "tokens_sha256": self.tokens.sha256}
-        return recovered, score(recovered), self.decides() | report | text | {"shared_with_test": self.shared, "before": before}
+        text = {
+            "num_samples": self.tokens.ids.shape[0],
+            "sequence_length": self.tokens.ids.shape[1],
+            "tokens_sha256": self.tokens.sha256,
+        }
+        return (
+            recovered,
+            score(recovered),
+            self.decides() | report | text | {"shared_with_test": self.shared, "before": before},
+        )
 
 
 def make_recovery(config: RunConfig) -> Lora | None:
@@ -63,7 +79,9 @@ def make_recovery(config: RunConfig) -> Lora | None:
     if config.method["name"] == "dense":
         raise UserError(f"recovery={name} has no effect with method=dense: there is no compressed model")
     if config.out_of_core.enabled:
-        raise UserError(f"recovery={name} trains the whole compressed model in memory; leave out out_of_core.enabled=true")
+        raise UserError(
+            f"recovery={name} trains the whole compressed model in memory; leave out out_of_core.enabled=true"
+        )
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"recovery={name} needs peft: pip install 'modegpt[recovery]'")
     return lora
@@ -77,11 +95,23 @@ def prepare_recovery(config: RunConfig, lora: Lora, *, tokenizer: PreTrainedToke
     """
     wanted, test, name = config.calibration, config.evaluation.perplexity, config.recovery["name"]
     documents = load_documents(wanted.source, path=wanted.path, split="calibration")
-    shared = shared_share(documents, load_documents(test.source, path=test.path, split="test")) if test and test.source else 0.0
+    shared = (
+        shared_share(documents, load_documents(test.source, path=test.path, split="test"))
+        if test and test.source
+        else 0.0
+    )
     if shared > LARGEST_SHARED:
-        raise UserError(f"recovery={name} would train on the test text: {100 * shared:.0f} % of it stands in the calibration text; choose another calibration text")
+        raise UserError(
+            f"recovery={name} would train on the test text: {100 * shared:.0f} % of it stands in the calibration text; choose another calibration text"
+        )
     stream = tokenize_stream(documents, tokenizer)
-    tokens = draw_windows(stream, num_samples=lora.num_samples, sequence_length=lora.window(context), seed=config.seed, asked_by="recovery")
+    tokens = draw_windows(
+        stream,
+        num_samples=lora.num_samples,
+        sequence_length=lora.window(context),
+        seed=config.seed,
+        asked_by="recovery",
+    )
     return Recovery(name=name, lora=lora, tokens=tokens, shared=shared, seed=config.seed)
 
 

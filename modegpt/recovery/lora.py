@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.architectures import decoder_layers, family_of
-from modegpt.architectures.families import Family
 from modegpt.calibration.gradients import summed_loss
 from modegpt.errors import UserError
+from modegpt.models import decoder_layers, family_of
+from modegpt.models.families import Family
 from modegpt.progress import Progress
 
 LONGEST_AUTO_LENGTH = 1024  # the paper's
@@ -71,10 +71,14 @@ class Lora:
         if self.sequence_length == "auto":
             return min(LONGEST_AUTO_LENGTH, context)
         if self.sequence_length > context:
-            raise UserError(f"recovery.sequence_length={self.sequence_length} is longer than the model's context of {context} tokens; use at most {context}, or auto")
+            raise UserError(
+                f"recovery.sequence_length={self.sequence_length} is longer than the model's context of {context} tokens; use at most {context}, or auto"
+            )
         return self.sequence_length
 
-    def recover(self, model: PreTrainedModel, ids: Tensor, *, seed: int, progress: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def recover(
+        self, model: PreTrainedModel, ids: Tensor, *, seed: int, progress: Progress
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Train on ``ids`` (num_samples, sequence_length) and return the model with its adapters merged, and what happened.
 
         ``model`` is changed, but no tensor that it shares with another is. The same seed gives the same weights on the
@@ -91,7 +95,9 @@ class Lora:
             losses = self._train(adapted, ids, seed=seed, progress=progress)
         report = {
             "num_steps": self.num_steps(len(ids)),
-            "num_trained_parameters": sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
+            "num_trained_parameters": sum(
+                parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad
+            ),
             "num_adapted_linears": num_adapted,
             "losses": losses,
         }
@@ -112,7 +118,9 @@ class Lora:
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about a property that peft reads
+            warnings.filterwarnings(
+                "ignore", category=FutureWarning, module="transformers"
+            )  # about a property that peft reads
             return get_peft_model(model, config)
 
     def num_steps(self, num_samples: int) -> int:
@@ -150,7 +158,9 @@ class Lora:
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise UserError(f"recovery diverged: the loss is {total}; lower recovery.learning_rate, or train in another dtype than {model.dtype}")
+            raise UserError(
+                f"recovery diverged: the loss is {total}; lower recovery.learning_rate, or train in another dtype than {model.dtype}"
+            )
         return total
 
     def learning_rate_share(self, step: int, num_steps: int) -> float:
@@ -163,7 +173,12 @@ def adapted_linears(model: PreTrainedModel, targets: str) -> list[str]:
     """Full names of the linears that get an adapter; a low-rank linear gives both its factors, an empty one none."""
     family = family_of(model.config)
     names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(linear)] for layer in decoder_layers(model) for linear in _linears(family, layer, targets) if linear.weight.numel()]
+    return [
+        names[id(linear)]
+        for layer in decoder_layers(model)
+        for linear in _linears(family, layer, targets)
+        if linear.weight.numel()
+    ]
 
 
 def _linears(family: Family, layer: nn.Module, targets: str) -> Iterator[nn.Linear]:

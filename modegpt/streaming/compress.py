@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.architectures import empty_compressed, merged_tensors
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates
-from modegpt.compression.modegpt import MoDeGPT
-from modegpt.compression.task import Compressed, CompressionTask
-from modegpt.modeling.checkpoints import quiet
-from modegpt.modeling.integrity import check_tensor_finite
+from modegpt.methods.base import Compressed, CompressionTask
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.models import empty_compressed, merged_tensors
+from modegpt.models.checkpoints import quiet
+from modegpt.models.integrity import check_tensor_finite
 from modegpt.streaming.hidden import arguments_alone, embedded
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.shards import SINGLE, Shards, write_index
@@ -53,7 +53,9 @@ class StreamedCompression:
         for index in calibration.progress.track(range(found, num_layers), "compression", unit="layer"):
             with self._layer(index) as layer:
                 statistics = {} if hidden is None else self._observe(hidden, index, names, stage="statistics")
-                shape, changed, report = method.compress_layer(task, index, layer, plan.ranks[index], statistics, generator)
+                shape, changed, report = method.compress_layer(
+                    task, index, layer, plan.ranks[index], statistics, generator
+                )
                 del statistics
                 with calibration.meter.stage("saving"):
                     self._write_layer(index, merged_tensors(task.family, layer, changed))
@@ -78,11 +80,15 @@ class StreamedCompression:
         for path in files.iterdir():
             path.replace(self.workspace.checkpoint / path.name)
         for shard, names in self._outer_shards().items():
-            self.workspace.write({name: self.streamed.tensor(name) for name in names}, shard=shard, num_shards=self._num_shards)
+            self.workspace.write(
+                {name: self.streamed.tensor(name) for name in names}, shard=shard, num_shards=self._num_shards
+            )
         write_index(self.workspace.checkpoint, model.num_parameters())
         shards, tied = Shards(self.workspace.checkpoint), self.streamed.tied
         expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-        assert expected == {name: shards.shape(name) for name in shards.files}, "the files are not the model that was planned"
+        assert expected == {name: shards.shape(name) for name in shards.files}, (
+            "the files are not the model that was planned"
+        )
 
     def _begin(self) -> Position:
         position = Position(influence=self._block_influence() if self.method.allocation.needs_influence else None)
@@ -105,7 +111,12 @@ class StreamedCompression:
         self.workspace.begin_layer(hidden, index)
         with calibration.meter.stage(stage) as metered:
             statistics = calibration.observe(hidden, index, names)
-            calibration.account(metered, calibration.tokens.ids.split(calibration.batch_size), statistics, share=1 / calibration.num_layers)
+            calibration.account(
+                metered,
+                calibration.tokens.ids.split(calibration.batch_size),
+                statistics,
+                share=1 / calibration.num_layers,
+            )
         return statistics
 
     @contextmanager
@@ -122,7 +133,12 @@ class StreamedCompression:
         ids, batch_size = calibration.tokens.ids, calibration.batch_size
         with calibration.meter.stage("embedding"):
             if layer == 0:
-                return embedded(self.streamed, ids, batch_size=batch_size, directory=self.workspace.hidden(0) if self.on_disk else None)
+                return embedded(
+                    self.streamed,
+                    ids,
+                    batch_size=batch_size,
+                    directory=self.workspace.hidden(0) if self.on_disk else None,
+                )
             arguments = arguments_alone(self.streamed, ids, batch_size=batch_size)
             batches = self.workspace.batches(layer, num_batches=-(-len(ids) // batch_size), device=self.streamed.device)
             return HiddenStates(batches=batches if self.on_disk else list(batches), arguments=arguments)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modegpt.calibration.stream import HiddenStates, embed
-from modegpt.modeling.checkpoints import sync
+from modegpt.models.checkpoints import sync
 from modegpt.streaming.model import StreamedModel
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modegpt.compression.modegpt import MoDeGPT
-from modegpt.compression.task import Compressed, CompressionTask, Method
 from modegpt.config import OutOfCoreConfig
+from modegpt.cost.metering import peak_memory_bytes
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.evaluation.spec import EvaluationSpec
-from modegpt.metering import peak_memory_bytes
-from modegpt.modeling.card import model_card
-from modegpt.modeling.checkpoints import publish
+from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.models.card import model_card
+from modegpt.models.checkpoints import publish
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.memory import Prediction, check_fits, gib, predict
@@ -48,26 +48,45 @@ class OutOfCore:
         for place, parts in self.prediction.record().items():
             spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "total")
             available = gib(self.available[place])
-            progress.say(f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); {available} are available")
+            progress.say(
+                f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); {available} are available"
+            )
 
     def score(self, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
         """``evaluate`` of the dense model, layer by layer."""
         return _score(self.streamed, evaluation, label=label, progress=progress)
 
     def compress(
-        self, method: Method, task: CompressionTask, *, destination: Path, decides: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+        self,
+        method: Method,
+        task: CompressionTask,
+        *,
+        destination: Path,
+        decides: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> Compressed:
         """Compress into a workspace beside ``destination``, going on where an earlier process of the same run was stopped."""
         assert isinstance(method, MoDeGPT)
         chosen = {name: value for name, value in decides.items() if name != "evaluation"}
-        settings = {**chosen, "batch_size": task.calibration.batch_size, "device": self.streamed.device.type, "torch": torch.__version__}
+        settings = {
+            **chosen,
+            "batch_size": task.calibration.batch_size,
+            "device": self.streamed.device.type,
+            "torch": torch.__version__,
+        }
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self.workspace, progress = Workspace(destination, key, settings), task.calibration.progress
         for other in self.workspace.others():
-            progress.say(f"{other} is left of a run with other settings; it is not used (remove it if that run is not wanted)")
-        job = StreamedCompression(method, task, self.streamed, self.workspace, on_disk=self.options.hidden_states == "disk")
+            progress.say(
+                f"{other} is left of a run with other settings; it is not used (remove it if that run is not wanted)"
+            )
+        job = StreamedCompression(
+            method, task, self.streamed, self.workspace, on_disk=self.options.hidden_states == "disk"
+        )
         if (position := self.workspace.position()) is not None and position.next_layer:
-            progress.say(f"going on from layer {position.next_layer} of {job.task.calibration.num_layers}, left in {self.workspace.directory}")
+            progress.say(
+                f"going on from layer {position.next_layer} of {job.task.calibration.num_layers}, left in {self.workspace.directory}"
+            )
         compressed, found = job.run()
         with task.calibration.meter.stage("saving"):
             job.complete(compressed.model, tokenizer)
@@ -105,14 +124,26 @@ def open_dense(path: str, *, dtype: str, device: str, options: OutOfCoreConfig) 
 def check_streams(method: Method | None, *, name: str, save_model: str | None, evaluation: EvaluationSpec) -> None:
     """Raises UserError unless a run of ``method`` can be done out of core."""
     if type(method) is not MoDeGPT:
-        raise UserError(f"method={name} needs the whole model in memory; out_of_core.enabled=true goes with method=modegpt, random or magnitude")
+        raise UserError(
+            f"method={name} needs the whole model in memory; out_of_core.enabled=true goes with method=modegpt, random or magnitude"
+        )
     if save_model is None:
-        raise UserError("out of core the compressed model exists only on disk: say where with output.save_model=DIRECTORY (or auto)")
+        raise UserError(
+            "out of core the compressed model exists only on disk: say where with output.save_model=DIRECTORY (or auto)"
+        )
     if evaluation.throughput.workloads:
-        raise UserError("speed is measured with the whole model in memory: out_of_core.enabled=true goes without evaluation.throughput")
+        raise UserError(
+            "speed is measured with the whole model in memory: out_of_core.enabled=true goes without evaluation.throughput"
+        )
     if evaluation.zeroshot and evaluation.zeroshot.tasks:
-        raise UserError("zero-shot tasks need the whole model in memory: with out_of_core.enabled=true set evaluation.zeroshot.tasks=null")
+        raise UserError(
+            "zero-shot tasks need the whole model in memory: with out_of_core.enabled=true set evaluation.zeroshot.tasks=null"
+        )
 
 
-def _score(streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
-    return evaluate(streamed.model, evaluation, label=label, progress=progress, score_windows=partial(streamed_perplexity, streamed))
+def _score(
+    streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress
+) -> dict[str, dict]:
+    return evaluate(
+        streamed.model, evaluation, label=label, progress=progress, score_windows=partial(streamed_perplexity, streamed)
+    )

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from modegpt.architectures import dense_shape
 from modegpt.calibration.moments import CHUNK_ROWS
-from modegpt.compression.modegpt import MoDeGPT
-from modegpt.compression.task import CompressionTask
+from modegpt.cost.metering import peak_memory_bytes
 from modegpt.decompositions.modules import Variant
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation
 from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
-from modegpt.metering import peak_memory_bytes
+from modegpt.methods.base import CompressionTask
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.models import dense_shape
 from modegpt.streaming.model import StreamedModel
 
 FLOAT64 = 8
@@ -88,10 +88,16 @@ class Prediction:
 
     def record(self) -> dict[str, dict[str, int]]:
         """For the run's record."""
-        return {where: {"total": sum(parts.values()), **parts} for where, parts in (("host", self.host), ("device", self.device)) if parts}
+        return {
+            where: {"total": sum(parts.values()), **parts}
+            for where, parts in (("host", self.host), ("device", self.device))
+            if parts
+        }
 
 
-def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, evaluation: PreparedEvaluation, *, on_disk: bool) -> Prediction:
+def predict(
+    method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, evaluation: PreparedEvaluation, *, on_disk: bool
+) -> Prediction:
     """The peak of ``method`` on ``task`` and of the scores around it; ``on_disk``: hidden states of the calibration lie in files."""
     config, model = streamed.model.config, streamed.model
     shape, itemsize = dense_shape(config), model.dtype.itemsize
@@ -99,9 +105,14 @@ def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, eva
     most_kept = n if method.allocation.needs_influence else max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
     sizes = Sizes(config.hidden_size, n, config.num_attention_heads, shape.num_kv_heads, shape.qk_head_dim, most_kept)
     state = model.state_dict()
-    layer_sizes = [state[name].numel() * itemsize for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0.")]
+    layer_sizes = [
+        state[name].numel() * itemsize for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0.")
+    ]
     tied = streamed.tied
-    outer_sizes = {head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in tied] for head in (False, True)}
+    outer_sizes = {
+        head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in tied]
+        for head in (False, True)
+    }
     layer, largest = sum(layer_sizes), max(*layer_sizes, *outer_sizes[True])
 
     length = tokens.ids.shape[1]
@@ -111,12 +122,24 @@ def predict(method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, eva
     activations = batch_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
     names = method.required_statistics(family)
     statistics = FLOAT64 * sum(STATISTIC_ELEMENTS[name](sizes) for name in names)
-    chunk = FLOAT64 * min(CHUNK_ROWS[task.calibration.precision], batch_tokens) * max(n, sizes.H * sizes.d) * 2 if names else 0
-    solver = FLOAT64 * max((solver_elements(variant, sizes) for variant in method.variants(family).values() if variant is not None), default=0)
+    chunk = (
+        FLOAT64 * min(CHUNK_ROWS[task.calibration.precision], batch_tokens) * max(n, sizes.H * sizes.d) * 2
+        if names
+        else 0
+    )
+    solver = FLOAT64 * max(
+        (solver_elements(variant, sizes) for variant in method.variants(family).values() if variant is not None),
+        default=0,
+    )
 
     moments = {
         "embedding": {"weights": sum(outer_sizes[False]) + largest, "hidden states": hidden},
-        "observing": {"weights": layer + max(layer_sizes), "statistics": statistics, "activations": activations + chunk, "hidden states": hidden},
+        "observing": {
+            "weights": layer + max(layer_sizes),
+            "statistics": statistics,
+            "activations": activations + chunk,
+            "hidden states": hidden,
+        },
         "decomposing": {"weights": layer, "statistics": statistics, "solver": solver, "hidden states": hidden},
         "saving": {"weights": 2 * layer, "statistics": statistics, "hidden states": hidden},
     }
@@ -196,14 +219,20 @@ def _group_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
     for _, controllers, path in groups:
         if controllers not in ("", "memory"):
             continue
-        top, limit, usage = (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else (root, "memory.max", "memory.current")
+        top, limit, usage = (
+            (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else (root, "memory.max", "memory.current")
+        )
         folder = top / path.lstrip("/")
         for place in (folder, *folder.parents):
             try:
                 text = (place / limit).read_text().strip()
                 counts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
                 if text != "max":
-                    left.append(max(0, int(text) - int((place / usage).read_text()) + int(counts.get("inactive_file", 0))))
+                    left.append(
+                        max(0, int(text) - int((place / usage).read_text()) + int(counts.get("inactive_file", 0)))
+                    )
             except (OSError, ValueError):
                 pass
             if place == top:

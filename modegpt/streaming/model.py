@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from modegpt.architectures import decoder_layers, family_of, unfused
 from modegpt.errors import UserError
-from modegpt.modeling.checkpoints import located
-from modegpt.modeling.integrity import check_tensor_finite, fingerprint_tensors
+from modegpt.models import decoder_layers, family_of, unfused
+from modegpt.models.checkpoints import located
+from modegpt.models.integrity import check_tensor_finite, fingerprint_tensors
 from modegpt.streaming.shards import Shards
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,13 +37,17 @@ class StreamedModel:
         Raises UserError for what is not a whole local checkpoint of a supported family in safetensors form.
         """
         if not path.startswith(("embedded:", "/", ".", "~")) and not Path(path).exists():
-            raise UserError(f"out_of_core reads a local directory and {path} is none; download it first: model=local model.path=DIRECTORY")
+            raise UserError(
+                f"out_of_core reads a local directory and {path} is none; download it first: model=local model.path=DIRECTORY"
+            )
         with located(path) as source:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             family_of(config)
             shards = Shards(Path(source))
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=_dtype(dtype, config.dtype, shards), trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=_dtype(dtype, config.dtype, shards), trust_remote_code=False
+                )
             if (Path(source) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(source)
             native = model
@@ -80,14 +84,18 @@ class StreamedModel:
     def outer_names(self, *, head: bool) -> list[str]:
         """Names of the tensors outside the layers: embeddings and final norm, with the output head or without."""
         base = f"{self.model.base_model_prefix}."
-        return [name for name in self.sources if not name.startswith(self.layers_prefix) and (head or name.startswith(base))]
+        return [
+            name for name in self.sources if not name.startswith(self.layers_prefix) and (head or name.startswith(base))
+        ]
 
     @contextmanager
     def outer(self, *, head: bool) -> Iterator[PreTrainedModel]:
         """The model with everything but its layers loaded (and but its ``head``, where that is not wanted)."""
         names = [name for name in self.outer_names(head=head) if name not in self.tied]
         self._fill_buffers()
-        self.model.load_state_dict({name: self.tensor(name).to(self.device) for name in names}, strict=False, assign=True)
+        self.model.load_state_dict(
+            {name: self.tensor(name).to(self.device) for name in names}, strict=False, assign=True
+        )
         self.model.tie_weights()
         try:
             yield self.model
@@ -138,7 +146,9 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, slice]]:
     """Where each tensor of ``model`` is stored; ``native`` has the maps that ``model``'s family stores as one still fused."""
     family, tied, expected = family_of(model.config), _tied(model), model.state_dict()
-    fused = {part: (whole, parts) for whole, parts in family.fused.items() for part in parts} if native is not model else {}
+    fused = (
+        {part: (whole, parts) for whole, parts in family.fused.items() for part in parts} if native is not model else {}
+    )
     base = f"{model.base_model_prefix}."
 
     def stored(name: str) -> str | None:
@@ -166,7 +176,9 @@ def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) ->
         sources[name] = sources[original] = sources[original] or sources[name]
     missing = sorted(name for name, found in sources.items() if found is None)
     if missing:
-        raise UserError(f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model")
+        raise UserError(
+            f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model"
+        )
     for name, (found, rows) in sources.items():
         shape, wanted = shards.shape(found), list(expected[name].shape)
         if (shape != wanted and rows == slice(None)) or shape[1:] != wanted[1:]:

@@ -5,16 +5,22 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modegpt.architectures import decoder_layers
 from modegpt.calibration.stream import advance, layers_replaced
 from modegpt.evaluation.perplexity import perplexity
+from modegpt.models import decoder_layers
 from modegpt.progress import Progress
 from modegpt.streaming.hidden import embedded
 from modegpt.streaming.model import StreamedModel
 
 
 def streamed_perplexity(
-    streamed: StreamedModel, model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_tokens: int, progress: Progress
+    streamed: StreamedModel,
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    window: int,
+    batch_tokens: int,
+    progress: Progress,
 ) -> dict[str, float | int]:
     """``evaluation.perplexity.perplexity``, to the bit, of the model that ``streamed`` holds on disk (``model``: its skeleton).
 

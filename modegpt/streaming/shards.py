@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modegpt.errors import UserError
-from modegpt.modeling.checkpoints import sync
-from modegpt.modeling.integrity import read_json
+from modegpt.models.checkpoints import sync
+from modegpt.models.integrity import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -30,7 +30,9 @@ class Shards:
             with safe_open(directory / SINGLE, framework="pt") as file:
                 self.files = dict.fromkeys(file.keys(), SINGLE)
         else:
-            raise UserError(f"{directory} has no safetensors weights, which out-of-core compression reads; save the model again with save_pretrained")
+            raise UserError(
+                f"{directory} has no safetensors weights, which out-of-core compression reads; save the model again with save_pretrained"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

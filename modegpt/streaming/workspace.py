@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modegpt.architectures import LayerShape
 from modegpt.calibration.stream import HiddenStates
 from modegpt.errors import UserError
-from modegpt.modeling.integrity import read_json
+from modegpt.models import LayerShape
+from modegpt.models.integrity import read_json
 from modegpt.streaming.hidden import DiskBatches, write_batch
 from modegpt.streaming.shards import shard_name, write_shard, write_text
 
@@ -70,7 +70,9 @@ class Workspace:
 
     def others(self) -> list[Path]:
         """Partial folders of the same destination that other settings left."""
-        return sorted(path for path in self.directory.parent.glob(f"{self.destination.name}.partial-*") if path != self.directory)
+        return sorted(
+            path for path in self.directory.parent.glob(f"{self.destination.name}.partial-*") if path != self.directory
+        )
 
     def position(self) -> Position | None:
         """Where an earlier process got to; None at the beginning."""
@@ -78,7 +80,9 @@ class Workspace:
         if not path.is_file():
             return None
         stored = read_json(path)
-        shapes = [LayerShape(**{**shape, "extra_biases": tuple(shape["extra_biases"])}) for shape in stored.pop("shapes")]
+        shapes = [
+            LayerShape(**{**shape, "extra_biases": tuple(shape["extra_biases"])}) for shape in stored.pop("shapes")
+        ]
         return Position(shapes=shapes, **stored)
 
     def hidden(self, layer: int) -> Path:
@@ -92,7 +96,10 @@ class Workspace:
     def begin_layer(self, hidden: HiddenStates, index: int) -> None:
         """Where batches are on disk, let layer ``index`` write its output apart from its input."""
         if isinstance(hidden.batches, DiskBatches):
-            for stale in (self.hidden(index - 1), self.hidden(index + 1)):  # done with, and begun by a process that was killed
+            for stale in (
+                self.hidden(index - 1),
+                self.hidden(index + 1),
+            ):  # done with, and begun by a process that was killed
                 shutil.rmtree(stale, ignore_errors=True)
             hidden.batches = hidden.batches.turned(self.hidden(index + 1))
 

@@ -15,7 +15,13 @@ def draw(seed: int) -> tuple[list[float], float, float, float, list[float]]:
     r = standard_random.Random(seed)
     influence = [r.expovariate(8.0) for _ in range(r.randint(2, 40))]
     sparsity = r.uniform(0.05, 0.6)
-    return influence, sparsity, 10 ** r.uniform(-3, 1), r.uniform(sparsity, 0.95), [r.uniform(0.5, 2.0) for _ in influence]
+    return (
+        influence,
+        sparsity,
+        10 ** r.uniform(-3, 1),
+        r.uniform(sparsity, 0.95),
+        [r.uniform(0.5, 2.0) for _ in influence],
+    )
 
 
 def mean(phi, weights=None):
@@ -105,7 +111,8 @@ def test_random_has_the_spread_of_entropic_in_another_order():
     influence = [0.4, 0.1, 0.2, 0.35, 0.05, 0.6]
     options = dict(epsilon=0.2, cap=0.8)
     draws = [
-        allocate.random(influence, 0.3, generator=torch.Generator().manual_seed(seed), **options) for seed in (0, 0, 1, 2, 3)
+        allocate.random(influence, 0.3, generator=torch.Generator().manual_seed(seed), **options)
+        for seed in (0, 0, 1, 2, 3)
     ]
     assert draws[0] == draws[1]
     assert len({tuple(phi) for phi in draws}) >= 3

@@ -7,7 +7,10 @@ import pytest
 from modegpt.allocation.exchange import allowed_ranks, exchange, hull
 from modegpt.allocation.ranks import ModuleBudget, integer_ranks, removed_parameters
 
-MLP, QK = ModuleBudget(size=8, unit=1, parameters_per_dimension=3), ModuleBudget(size=6, unit=2, parameters_per_dimension=4)
+MLP, QK = (
+    ModuleBudget(size=8, unit=1, parameters_per_dimension=3),
+    ModuleBudget(size=6, unit=2, parameters_per_dimension=4),
+)
 LAYERS = [{"mlp": MLP, "query_key": QK}] * 2
 
 
@@ -15,7 +18,10 @@ def quadratic(weight: float, size: int) -> list[float]:
     return [weight * k**2 for k in range(size + 1)]
 
 
-COSTS = [{"mlp": quadratic(1.0, 8), "query_key": quadratic(9.0, 6)}, {"mlp": quadratic(3.0, 8), "query_key": quadratic(0.5, 6)}]
+COSTS = [
+    {"mlp": quadratic(1.0, 8), "query_key": quadratic(9.0, 6)},
+    {"mlp": quadratic(3.0, 8), "query_key": quadratic(0.5, 6)},
+]
 
 
 def total_cost(ranks: list[dict[str, int]]) -> float:
@@ -42,7 +48,10 @@ def test_budget_is_exact_and_cost_near_the_best(sparsity: float) -> None:
 
 
 def test_frozen_and_overridden_modules_keep_their_ranks() -> None:
-    layers = [{"mlp": MLP, "query_key": ModuleBudget(6, 2, 4, frozen=True)}, {"mlp": ModuleBudget(8, 1, 3, sparsity=0.5), "query_key": QK}]
+    layers = [
+        {"mlp": MLP, "query_key": ModuleBudget(6, 2, 4, frozen=True)},
+        {"mlp": ModuleBudget(8, 1, 3, sparsity=0.5), "query_key": QK},
+    ]
     start = integer_ranks([0.3, 0.3], layers)
     plan = exchange(COSTS, layers, start, cap=0.9)
     assert plan.ranks[0]["query_key"] == 6 and plan.ranks[1]["mlp"] == 4
@@ -50,7 +59,10 @@ def test_frozen_and_overridden_modules_keep_their_ranks() -> None:
 
 
 def test_no_module_loses_more_than_the_cap() -> None:
-    costs = [{"mlp": [0.0] * 9, "query_key": quadratic(1e6, 6)}, {"mlp": quadratic(1e6, 8), "query_key": quadratic(1e6, 6)}]
+    costs = [
+        {"mlp": [0.0] * 9, "query_key": quadratic(1e6, 6)},
+        {"mlp": quadratic(1e6, 8), "query_key": quadratic(1e6, 6)},
+    ]
     plan = exchange(costs, LAYERS, integer_ranks([0.3] * 2, LAYERS), cap=0.5)
     assert plan.ranks[0]["mlp"] == 4
     assert allowed_ranks(QK, 0.5) == [6, 4] and allowed_ranks(MLP, 0.9)[-1] == 1

@@ -28,7 +28,11 @@ def draw(seed: int, rank_multiple: int = 1):
     r = random.Random(seed)
     H_kv = r.choice([1, 2, 4])
     shape = dict(
-        d_h=r.choice([32, 64, 96]), n=r.randint(100, 300), d=r.choice([16, 32, 64]), H=H_kv * r.choice([1, 2, 3]), H_kv=H_kv
+        d_h=r.choice([32, 64, 96]),
+        n=r.randint(100, 300),
+        d=r.choice([16, 32, 64]),
+        H=H_kv * r.choice([1, 2, 3]),
+        H_kv=H_kv,
     )
     layers = [layer(rank_multiple, **shape) for _ in range(r.randint(2, 12))]
     influence = [r.random() for _ in layers]
@@ -37,7 +41,11 @@ def draw(seed: int, rank_multiple: int = 1):
 
 
 def removed(ranks, layers) -> int:
-    return sum((m.size - kept[name]) * m.parameters_per_dimension for kept, modules in zip(ranks, layers) for name, m in modules.items())
+    return sum(
+        (m.size - kept[name]) * m.parameters_per_dimension
+        for kept, modules in zip(ranks, layers)
+        for name, m in modules.items()
+    )
 
 
 def total(layers) -> int:
@@ -118,7 +126,17 @@ def test_zero_sparsity_keeps_everything():
 
 def test_full_size_is_allowed_where_the_multiple_does_not_divide_it():
     module = ModuleBudget(size=173, unit=64, parameters_per_dimension=10)
-    assert [module.nearest_rank(10 * r) for r in (0, 20, 30, 45, 76, 78, 109, 140, 142)] == [173, 173, 128, 128, 128, 64, 64, 64, 0]
+    assert [module.nearest_rank(10 * r) for r in (0, 20, 30, 45, 76, 78, 109, 140, 142)] == [
+        173,
+        173,
+        128,
+        128,
+        128,
+        64,
+        64,
+        64,
+        0,
+    ]
     assert module.nearest_rank(10 * 22) == 173 and module.nearest_rank(10 * 23) == 128
     assert module.nearest_rank(-50) == 173
     assert module.move(173, -1) == 128 and module.move(128, 1) == 173 and module.move(173, 1) is None
@@ -183,7 +201,9 @@ def test_rank_of_zero_names_layer_and_module():
     with pytest.raises(UserError, match="layer 0, value_output"):
         integer_ranks([0.1], [layer(value_output=dict(sparsity=0.99))])
     with pytest.raises(UserError, match="layer 0, mlp"):
-        integer_ranks([0.7], [layer(128, query_key=dict(frozen=True), value_output=dict(frozen=True))], budget="nearest")
+        integer_ranks(
+            [0.7], [layer(128, query_key=dict(frozen=True), value_output=dict(frozen=True))], budget="nearest"
+        )
 
 
 def test_a_small_absorbing_module_is_never_emptied():

@@ -22,13 +22,29 @@ sample_record = _sample.sample_record
 sample_throughput = _sample.sample_throughput
 
 
-def write(root: Path, name: str, *, model: str = "tiny-llama", skip: Iterable[int] = (), text: str = "tiny", **changes: Any) -> list[Path]:
+def write(
+    root: Path, name: str, *, model: str = "tiny-llama", skip: Iterable[int] = (), text: str = "tiny", **changes: Any
+) -> list[Path]:
     """One record for each setting of ``experiments/<name>.yaml`` but those at the positions ``skip``."""
     each = experiment(name)
-    return [write_one(root, each, settings, model=model, text=text, **changes) for index, settings in enumerate(each.settings) if index not in set(skip)]
+    return [
+        write_one(root, each, settings, model=model, text=text, **changes)
+        for index, settings in enumerate(each.settings)
+        if index not in set(skip)
+    ]
 
 
-def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: str = "tiny-llama", text: str = "tiny", limited: bool = False, weights: str = "a", **more: Any) -> Path:
+def write_one(
+    root: Path,
+    each: Experiment,
+    settings: dict[str, Any],
+    *,
+    model: str = "tiny-llama",
+    text: str = "tiny",
+    limited: bool = False,
+    weights: str = "a",
+    **more: Any,
+) -> Path:
     """One invented record with these settings."""
     sparsity, seed = settings.get("compression.sparsity", 0.3), settings.get("seed", 0)
     method = settings.get("method", "modegpt_plus" if INGREDIENTS in settings else "modegpt")
@@ -44,21 +60,47 @@ def write_one(root: Path, each: Experiment, settings: dict[str, Any], *, model: 
     for entries in (scores, record["metrics"]["dense"]["perplexity"]):
         for entry in entries.values():
             entry["mean_nll"] = math.log(entry["value"])
-    record["cost"]["stages"] += [{"name": "compression", "seconds": 3.0 * weight, "flops": 1.0, "bytes": 0.0}, {"name": "layers", "within": "compression", "seconds": 1.0 * weight, "flops": 1.0, "bytes": 0.0}]
+    record["cost"]["stages"] += [
+        {"name": "compression", "seconds": 3.0 * weight, "flops": 1.0, "bytes": 0.0},
+        {"name": "layers", "within": "compression", "seconds": 1.0 * weight, "flops": 1.0, "bytes": 0.0},
+    ]
     for task, entry in record["metrics"]["compressed"]["zeroshot"].items():
-        entry["value"] = accuracy = record["metrics"]["dense"]["zeroshot"][task]["value"] - 0.05 * sparsity * weight - 0.01 * seed
+        entry["value"] = accuracy = (
+            record["metrics"]["dense"]["zeroshot"][task]["value"] - 0.05 * sparsity * weight - 0.01 * seed
+        )
         record["metrics"]["retention"][task] = accuracy / record["metrics"]["dense"]["zeroshot"][task]["value"]
     if "recovery.targets" in settings:  # which takes one nat off
-        before = {"perplexity": {name: {"value": math.e * entry["value"]} for name, entry in scores.items()}, "zeroshot": {"mean": {"value": 0.25}}}
-        record["compression"]["recovery"] = {"name": "lora", "targets": settings["recovery.targets"], "num_steps": 1, "before": before}
+        before = {
+            "perplexity": {name: {"value": math.e * entry["value"]} for name, entry in scores.items()},
+            "zeroshot": {"mean": {"value": 0.25}},
+        }
+        record["compression"]["recovery"] = {
+            "name": "lora",
+            "targets": settings["recovery.targets"],
+            "num_steps": 1,
+            "before": before,
+        }
     if each.name == "throughput":
         record["metrics"]["throughput"] = sample_throughput(1 + sparsity)
     record["model"] |= {"name": model, "weights_sha256": weights * 64}
     record["metrics"]["limited"] = limited
     record["seeds"] = {"seed": seed, "calibration": seed}
     record["experiment"] = each.folder
-    chosen = {key: record["config"][key] for key in ("method", "decomposition", "allocation", "compression", "module", "calibration", "recovery") if key in record["config"]}
-    record["identity"] = {"decides": {"seed": seed, "chosen": chosen, "model": [model, weights], "calibration": [text, seed], "evaluation": {}, "limited": limited}}
+    chosen = {
+        key: record["config"][key]
+        for key in ("method", "decomposition", "allocation", "compression", "module", "calibration", "recovery")
+        if key in record["config"]
+    }
+    record["identity"] = {
+        "decides": {
+            "seed": seed,
+            "chosen": chosen,
+            "model": [model, weights],
+            "calibration": [text, seed],
+            "evaluation": {},
+            "limited": limited,
+        }
+    }
     record["name"] = model
     swept = " ".join(f"'{key}={value}'" for key, value in settings.items())
     record["command"] = f"modegpt {swept} +experiments={each.name} model={model} output.root=elsewhere threads=1"
@@ -71,7 +113,9 @@ def _position(each: Experiment, settings: dict[str, Any]) -> int:
     """Where the settings' methods or variants stand in their lists; for methods, in that of ``methods``."""
     position = 0
     for key, value in settings.items():
-        listed = dict.fromkeys(other[key] for other in (experiment("methods") if key == "method" else each).settings if key in other)
+        listed = dict.fromkeys(
+            other[key] for other in (experiment("methods") if key == "method" else each).settings if key in other
+        )
         if key not in ("seed", "compression.sparsity") and value in listed:
             position += list(listed).index(value)
     return position

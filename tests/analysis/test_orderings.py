@@ -43,15 +43,21 @@ def test_one_side_alone_says_nothing() -> None:
 
 
 def test_the_paper_s_row_at_50_percent_gives_every_pair_in_its_order() -> None:
-    found = published_orderings([each for each in load_published() if each.table.startswith("MoDeGPT Table 3") and each.rate == "50"])
+    found = published_orderings(
+        [each for each in load_published() if each.table.startswith("MoDeGPT Table 3") and each.rate == "50"]
+    )
     order = ["modegpt", "llm_surgeon", "slicegpt", "llm_pruner", "shortgpt"]  # 11.88, 15.38, 24.82, 31.05, 268.11
-    assert {(first, second) for first, second, _, _ in found} == {(a, b) for i, a in enumerate(order) for b in order[i + 1 :]}
+    assert {(first, second) for first, second, _, _ in found} == {
+        (a, b) for i, a in enumerate(order) for b in order[i + 1 :]
+    }
     [table] = found["modegpt", "slicegpt", "50", "perplexity"]
     assert table.endswith("Llama-2-7B: 11.88, 24.82")
 
 
 def test_a_higher_zero_shot_mean_is_better() -> None:
-    found = published_orderings([each for each in load_published() if "70B table" in each.table and each.metric == "zeroshot_avg_pct"])
+    found = published_orderings(
+        [each for each in load_published() if "70B table" in each.table and each.metric == "zeroshot_avg_pct"]
+    )
     assert list(found) == [("modegpt", "slicegpt", "30", "zeroshot_mean")]
 
 

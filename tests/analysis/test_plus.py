@@ -12,7 +12,7 @@ from analysis.cells import Column, groups
 from analysis.figures import draw, lines
 from analysis.runs import load_runs
 from analysis.tables import RATE, Table, build
-from modegpt.records.items import pack
+from modegpt.evaluation.items import pack
 from modegpt.records.store import RecordStore
 
 TABLES = {spec.name: spec for spec in plus.TABLES}
@@ -22,7 +22,11 @@ COMPARED = ("modegpt", "modegpt_plus")
 
 def write(store, root: Path, name: str, **changes) -> None:
     """The records of an experiment, of ``methods`` those that are compared."""
-    other = [index for index, settings in enumerate(store.experiment(name).settings) if settings.get("method", "modegpt") not in COMPARED]
+    other = [
+        index
+        for index, settings in enumerate(store.experiment(name).settings)
+        if settings.get("method", "modegpt") not in COMPARED
+    ]
     store.write(root, name, skip=other, **changes)
 
 
@@ -49,7 +53,9 @@ def test_excess_and_its_reduction(store, tmp_path: Path) -> None:
     own, other = ([excess(store, method, 0.3, seed) for seed in range(3)] for method in ("modegpt_plus", "modegpt"))
     assert cells["MoDeGPT plus"].values == pytest.approx(own)
     assert cells["MoDeGPT (entropic)"].values == pytest.approx(other)
-    assert cells["Less than entropic (%)"].values == pytest.approx([100 * (1 - a / b) for a, b in zip(own, other, strict=True)])
+    assert cells["Less than entropic (%)"].values == pytest.approx(
+        [100 * (1 - a / b) for a, b in zip(own, other, strict=True)]
+    )
     assert cells["Less than entropic (%)"].mean < 0, "invented records: plus comes later in the list, and is worse"
     assert cells["Less than entropic (%)"].spread > 0
     assert len(cells["Less than uniform (%)"].records) == 6
@@ -59,10 +65,18 @@ def test_excess_and_its_reduction(store, tmp_path: Path) -> None:
 def test_a_comparison_needs_both_sides(store, tmp_path: Path) -> None:
     for name in plus.OWN:
         write(store, tmp_path, name)
-    [lost] = [run for run in load_runs(tmp_path) if run.setting("method") == "modegpt" and run.setting(RATE) == 0.3 and run.setting("seed") == 0]
+    [lost] = [
+        run
+        for run in load_runs(tmp_path)
+        if run.setting("method") == "modegpt" and run.setting(RATE) == 0.3 and run.setting("seed") == 0
+    ]
     (tmp_path / lost.path).unlink()
     built = table(tmp_path, "plus_excess")
-    assert {name: cell.refused for name, cell in row(built, "30 %").items()} == {"MoDeGPT (entropic)": "incomplete", "MoDeGPT plus": None, "Less than entropic (%)": "incomplete"}
+    assert {name: cell.refused for name, cell in row(built, "30 %").items()} == {
+        "MoDeGPT (entropic)": "incomplete",
+        "MoDeGPT plus": None,
+        "Less than entropic (%)": "incomplete",
+    }
     assert row(built, "20 %")["Less than entropic (%)"].values
     [missing] = built.missing
     assert "1 of 65 runs of `methods`" in missing
@@ -73,12 +87,18 @@ def test_comparisons_pair_seeds(store, tmp_path: Path) -> None:
     [group] = groups(load_runs(tmp_path), ["plus_cost"], per_perplexity=False)
     weight = {method: 1 + store.method_position(method) for method in COMPARED}
     column = Column("x", "compression_seconds", compared="ratio", against={"method": "modegpt"})
-    assert group.cell(column, {"method": "modegpt_plus"}).values == pytest.approx([weight["modegpt_plus"] / weight["modegpt"]] * 3)
+    assert group.cell(column, {"method": "modegpt_plus"}).values == pytest.approx(
+        [weight["modegpt_plus"] / weight["modegpt"]] * 3
+    )
     difference = Column("x", "compression_seconds", compared="difference", against={"method": "modegpt"}, scale=2)
-    assert group.cell(difference, {"method": "modegpt_plus"}).values == pytest.approx([2 * 4.0 * (weight["modegpt_plus"] - weight["modegpt"])] * 3)
+    assert group.cell(difference, {"method": "modegpt_plus"}).values == pytest.approx(
+        [2 * 4.0 * (weight["modegpt_plus"] - weight["modegpt"])] * 3
+    )
     assert group.cell(column, {"method": "modegpt"}).values == (1, 1, 1)
     assert group.cell(replace(column, floor=4.0 * weight["modegpt"]), {"method": "modegpt_plus"}).values
-    assert not group.cell(replace(column, floor=4.1 * weight["modegpt"]), {"method": "modegpt_plus"}).values, "next to nothing is not compared with"
+    assert not group.cell(replace(column, floor=4.1 * weight["modegpt"]), {"method": "modegpt_plus"}).values, (
+        "next to nothing is not compared with"
+    )
 
 
 def test_ablation(store, tmp_path: Path) -> None:
@@ -89,7 +109,9 @@ def test_ablation(store, tmp_path: Path) -> None:
     assert [each.labels[0] for each in all_but_one.blocks[0][1]][0].startswith("All")
     names = list(dict.fromkeys(settings[plus.INGREDIENTS] for settings in store.experiment("plus_ablation").settings))
     assert len(labels) + len(all_but_one.blocks[0][1]) == len(names) + 1, "all of them, and `all` in both"
-    assert {column.label for column in alone.columns} == {f"{rate} %{more}" for rate in (10, 30, 50) for more in ("", ": less (%)")}
+    assert {column.label for column in alone.columns} == {
+        f"{rate} %{more}" for rate in (10, 30, 50) for more in ("", ": less (%)")
+    }
     values = [log((4 + 10 * 0.5 * (1 + position)) / 4) for position in range(len(names))]
     cells = next(each for each in all_but_one.blocks[0][1] if each.labels == ("Without refit",)).cells
     position = names.index("without_refit")
@@ -123,14 +145,18 @@ def test_named_series_are_drawn(store, tmp_path: Path) -> None:
     assert drawn["modegpt_plus"].xs == pytest.approx((9.9, 19.9, 29.9, 39.9, 49.9))
     spec = FIGURES["plus_domain"]
     [first, _] = groups(runs, spec.experiments, per_perplexity=True, per_text=False, where=spec.where)
-    assert {line.series: line.xs for line in lines(spec, first)} == dict.fromkeys(COMPARED, ("tiny corpus", "WikiText-2"))
+    assert {line.series: line.xs for line in lines(spec, first)} == dict.fromkeys(
+        COMPARED, ("tiny corpus", "WikiText-2")
+    )
     assert draw(spec, runs) is not None
 
 
 def test_the_error_of_a_difference_in_accuracy_comes_from_the_items(store, tmp_path: Path) -> None:
     for name in ("zeroshot", "zeroshot_seeds"):
         write(store, tmp_path, name)
-    assert row(table(tmp_path, "plus_paper_rates"), "30 %")["Standard error of that"].values == (), "these records have no items"
+    assert row(table(tmp_path, "plus_paper_rates"), "30 %")["Standard error of that"].values == (), (
+        "these records have no items"
+    )
     paper, own = ({"num_items": 4, "right": pack(right)} for right in ([1, 1, 1, 0], [1, 0, 1, 1]))
     for run in load_runs(tmp_path):
         for task, score in run.record["metrics"]["compressed"]["zeroshot"].items():
@@ -140,5 +166,7 @@ def test_the_error_of_a_difference_in_accuracy_comes_from_the_items(store, tmp_p
         RecordStore(tmp_path).write({key: value for key, value in run.record.items() if key != "content_sha256"})
     cells = row(table(tmp_path, "plus_paper_rates"), "30 %")
     num_tasks = 5
-    assert cells["Standard error of that"].values == pytest.approx([100 * stdev([0, -1, 0, 1]) / 2 / num_tasks**0.5] * 3)
+    assert cells["Standard error of that"].values == pytest.approx(
+        [100 * stdev([0, -1, 0, 1]) / 2 / num_tasks**0.5] * 3
+    )
     assert cells["Plus over entropic (points)"].mean < 0 and len(cells["Standard error of that"].records) == 6

@@ -12,17 +12,38 @@ from analysis.runs import Run, load_runs
 @pytest.fixture
 def figure() -> Published:
     """MoDeGPT on Llama-2 7B at 30 %: 7.51 on windows of 4096."""
-    [found] = [each for each in load_published() if each.table.startswith("MoDeGPT Table 3") and (each.model, each.method, each.rate) == ("Llama-2-7B", "MoDeGPT", "30")]
+    [found] = [
+        each
+        for each in load_published()
+        if each.table.startswith("MoDeGPT Table 3")
+        and (each.model, each.method, each.rate) == ("Llama-2-7B", "MoDeGPT", "30")
+    ]
     assert (found.value, found.window) == ("7.51", "4096")
     return found
 
 
-def paper_run(store, root: Path, *, model: str = "llama2-7b", window: int = 4096, samples: int = 128, allocation: str = "entropic", sparsity: float = 0.3) -> list[Run]:
+def paper_run(
+    store,
+    root: Path,
+    *,
+    model: str = "llama2-7b",
+    window: int = 4096,
+    samples: int = 128,
+    allocation: str = "entropic",
+    sparsity: float = 0.3,
+) -> list[Run]:
     """One run in the paper's setting, but for what is asked for."""
     score = {"value": 7.0, "window": window, "num_windows": 9, "num_predicted_tokens": 9, "mean_nll": 1.9}
     scores = {"perplexity": {f"ppl_wikitext2_{window}": score}, "zeroshot": {}}
     metrics = {"dense": scores, "compressed": scores, "retention": {}, "limited": False}
-    calibration = {"source": "wikitext2", "num_samples": samples, "sequence_length": 2048, "seed": 0, "num_tokens": 1, "tokens_sha256": "c" * 64}
+    calibration = {
+        "source": "wikitext2",
+        "num_samples": samples,
+        "sequence_length": 2048,
+        "seed": 0,
+        "num_tokens": 1,
+        "tokens_sha256": "c" * 64,
+    }
     settings = {"method": "modegpt", "compression.sparsity": sparsity, "allocation": allocation, "seed": 0}
     store.write_one(root, store.experiment("methods"), settings, model=model, metrics=metrics, calibration=calibration)
     return load_runs(root)
@@ -34,7 +55,11 @@ def test_the_same_setting_matches(store, tmp_path: Path, figure: Published) -> N
     assert match.difference == pytest.approx(7.0 - 7.51)
 
 
-@pytest.mark.parametrize("change", [{"window": 2048}, {"model": "llama3-8b"}, {"samples": 64}, {"allocation": "uniform"}, {"sparsity": 0.2}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [{"window": 2048}, {"model": "llama3-8b"}, {"samples": 64}, {"allocation": "uniform"}, {"sparsity": 0.2}],
+    ids=lambda change: next(iter(change)),
+)
 def test_any_difference_keeps_them_apart(store, tmp_path: Path, figure: Published, change: dict) -> None:
     [match] = beside(paper_run(store, tmp_path, **change), lambda each: each == figure)
     assert match.ours.values == () and match.difference is None
@@ -44,6 +69,8 @@ def test_other_scales_never_match(figure: Published) -> None:
     assert metric_of(figure) == ("ppl_wikitext2_4096", 1.0)
     assert metric_of(replace(figure, metric="avg5_pct")) == ("zeroshot_mean", 100.0)
     assert metric_of(replace(figure, metric="piqa_acc_pct")) is None
-    assert metric_of(replace(figure, metric="zeroshot5_avg_pct (acc for PIQA/ARC-e/WinoG, acc_norm HellaS/ARC-c)")) is None
+    assert (
+        metric_of(replace(figure, metric="zeroshot5_avg_pct (acc for PIQA/ARC-e/WinoG, acc_norm HellaS/ARC-c)")) is None
+    )
     assert metric_of(replace(figure, window="")) is None
     assert same_model("llama3.1-8b", "Llama-3.1-8B") and not same_model("llama3-8b", "Llama-3.1-8B")

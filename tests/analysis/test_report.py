@@ -12,7 +12,7 @@ from analysis.figures import lines
 from analysis.runs import load_runs
 from analysis.specs import FIGURES, TABLES
 from analysis.style import CYCLE, LOOKS
-from modegpt.compression.methods import METHODS
+from modegpt.methods.registry import METHODS
 
 SPECS = {spec.name: spec for spec in FIGURES}
 

@@ -29,7 +29,9 @@ def test_means_spreads_and_marks(store, tmp_path: Path) -> None:
     store.write(tmp_path, "methods")
     store.write(tmp_path, "methods_seeds")
     built = table(tmp_path, "methods_perplexity")
-    assert [heading for heading, _ in built.blocks] == [f"tiny-llama, perplexity on tiny corpus, {window}-token windows" for window in (256, 128)]
+    assert [heading for heading, _ in built.blocks] == [
+        f"tiny-llama, perplexity on tiny corpus, {window}-token windows" for window in (256, 128)
+    ]
     random, magnitude, modegpt = (row(built, name) for name in ("Random", "Magnitude", "MoDeGPT"))
     # 4 + 10 * sparsity * 1 + 0.1 * seed over seeds 0, 1, 2
     assert random.cells[2].values == pytest.approx((7.0, 7.1, 7.2))
@@ -74,7 +76,9 @@ def test_limited_and_mixed_versions_are_left_out(store, tmp_path: Path) -> None:
 
 def test_mixed_settings_have_no_mean(store, tmp_path: Path) -> None:
     store.write(tmp_path, "seeds")
-    place = store.write_one(tmp_path, store.experiment("seeds"), {"seed": 1, "method": "modegpt", "allocation": "uniform"})
+    place = store.write_one(
+        tmp_path, store.experiment("seeds"), {"seed": 1, "method": "modegpt", "allocation": "uniform"}
+    )
     assert place.is_file()
     [built] = build(SPECS["seeds"], load_runs(tmp_path))[:1]
     assert row(built, "MoDeGPT").cells[0].refused == "mixed settings"
@@ -84,7 +88,9 @@ def test_texts_and_windows_are_kept_apart(store, tmp_path: Path) -> None:
     store.write(tmp_path, "methods", text="tiny")
     store.write(tmp_path, "methods", text="alpaca")
     found = groups(load_runs(tmp_path), ("methods",), per_perplexity=True)
-    assert [(group.text, group.perplexity) for group in found] == [(text, f"ppl_tiny_{window}") for text in ("alpaca", "tiny") for window in (256, 128)]
+    assert [(group.text, group.perplexity) for group in found] == [
+        (text, f"ppl_tiny_{window}") for text in ("alpaca", "tiny") for window in (256, 128)
+    ]
     cell = found[0].cell(Column("", "perplexity"), {"method": "random", "compression.sparsity": 0.3})
     assert len(cell.values) == 1
 
@@ -115,18 +121,36 @@ def test_formats_hold_the_same_numbers(store, tmp_path: Path) -> None:
     assert r"Random & \textbf{5.10 $\pm$ 0.10 (3)}" in latex(built)
     assert latex(built).count(r"\midrule") == 2 and r"10 \%" in latex(built)
     rows = list(csv.DictReader(io.StringIO(tidy_csv(built))))
-    [line] = [line for line in rows if line["Method"] == "Random" and line["quantity"] == "10 %" and "256-token" in line["block"]]
-    assert (float(line["mean"]), float(line["sample_standard_deviation"]), line["n"]) == (pytest.approx(5.1), pytest.approx(0.1), "3")
+    [line] = [
+        line
+        for line in rows
+        if line["Method"] == "Random" and line["quantity"] == "10 %" and "256-token" in line["block"]
+    ]
+    assert (float(line["mean"]), float(line["sample_standard_deviation"]), line["n"]) == (
+        pytest.approx(5.1),
+        pytest.approx(0.1),
+        "3",
+    )
     assert len(line["records"].split()) == 3
 
 
 def test_recovery_stands_beside_what_it_started_from(store, tmp_path: Path) -> None:
     store.write(tmp_path, "recovery")
     built = table(tmp_path, "recovery")
-    assert [column.label for column in built.columns] == ["Perplexity before", "after", "Zero-shot mean before (%)", "after (%)"]
+    assert [column.label for column in built.columns] == [
+        "Perplexity before",
+        "after",
+        "Zero-shot mean before (%)",
+        "after (%)",
+    ]
     dense, *rows = built.blocks[0][1]
     assert dense.cells[0].values == () and len(rows) == 12
-    assert {row.labels[1:] for row in rows} == {("MoDeGPT", "MLP"), ("MoDeGPT", "all"), ("SliceGPT", "MLP"), ("SliceGPT", "all")}
+    assert {row.labels[1:] for row in rows} == {
+        ("MoDeGPT", "MLP"),
+        ("MoDeGPT", "all"),
+        ("SliceGPT", "MLP"),
+        ("SliceGPT", "all"),
+    }
     for each in rows:
         before, after = each.cells[0].mean, each.cells[1].mean
         assert before == pytest.approx(2.718281828 * after) and each.cells[2].mean == pytest.approx(25.0)
@@ -136,11 +160,21 @@ def test_speeds_stand_beside_the_dense_model_of_their_own_run(store, tmp_path: P
     """Twice as fast at 100 %: a speed-up of one plus the rate, which the fixture's methods share."""
     store.write(tmp_path, "throughput")
     tokens, latency, speedup = (table(tmp_path, f"throughput_{name}") for name in ("tokens", "latency", "speedup"))
-    assert [column.label for column in tokens.columns] == ["decode 8 x 64", "dense", "decode 1 x 64", "dense", "prefill 1 x 64", "dense"]
+    assert [column.label for column in tokens.columns] == [
+        "decode 8 x 64",
+        "dense",
+        "decode 1 x 64",
+        "dense",
+        "prefill 1 x 64",
+        "dense",
+    ]
     half = [row.cells for row in tokens.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
     assert [cell.mean for cell in half] == pytest.approx([3000, 2000, 750, 500, 1500, 1000])
     half = [row.cells for row in latency.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
     assert [cell.mean for cell in half] == pytest.approx([8 / 3, 4, 4 / 3, 2, 128 / 3, 64])
     half = [row.cells for row in speedup.blocks[0][1] if row.labels == ("50 %", "SliceGPT")][0]
     assert [cell.mean for cell in half] == pytest.approx([1.5, 2, 1.5, 2, 1.5, 2, 384, 49.9])
-    assert all(table.missing == () and not any(mark for row in table.blocks[0][1] for mark in row.marks) for table in (tokens, latency))
+    assert all(
+        table.missing == () and not any(mark for row in table.blocks[0][1] for mark in row.marks)
+        for table in (tokens, latency)
+    )

@@ -10,12 +10,21 @@ from analysis.throughput import FILE, throughput
 
 def test_the_table_is_the_measurement(tmp_path: Path) -> None:
     assert throughput(tmp_path) == []
-    shared = {"speedup": 1.5, "ideal_speedup": 2.0, "share_of_ideal": 0.75, "tokens_per_second": 64.0, "model": "30% exact"}
+    shared = {
+        "speedup": 1.5,
+        "ideal_speedup": 2.0,
+        "share_of_ideal": 0.75,
+        "tokens_per_second": 64.0,
+        "model": "30% exact",
+    }
     measured = {
         "settings": {"device": "cpu", "threads": 1, "dtype": "float32"},
         "provenance": {"hardware": {"cpu": "a processor", "gpus": []}},
         "models": {"dense": {"num_parameters": 374_000_000}},
-        "measurements": [shared | {"phase": "prefill", "batch_size": 4, "length": 32}, shared | {"phase": "decode", "batch_size": 8, "length": 512}],
+        "measurements": [
+            shared | {"phase": "prefill", "batch_size": 4, "length": 32},
+            shared | {"phase": "decode", "batch_size": 8, "length": 512},
+        ],
     }
     path = tmp_path / FILE
     path.parent.mkdir()

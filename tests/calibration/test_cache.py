@@ -12,7 +12,10 @@ import torch
 from modegpt.calibration.cache import STALE_SECONDS, StatisticsCache, statistics_key
 from tests.processes import CLEAN
 
-STATISTICS = {"mlp.C": torch.eye(8, dtype=torch.float64) * 3, "layer.influence": torch.tensor(0.25, dtype=torch.float64)}
+STATISTICS = {
+    "mlp.C": torch.eye(8, dtype=torch.float64) * 3,
+    "layer.influence": torch.tensor(0.25, dtype=torch.float64),
+}
 NAMES = frozenset(STATISTICS)
 
 
@@ -86,7 +89,10 @@ def share(barrier: Barrier, root: Path, key: str, max_bytes: int, num_rounds: in
 def test_eight_processes_share_the_cache(tmp_path: Path, own_key: bool) -> None:
     barrier, num_rounds = CLEAN.Barrier(8), 15
     max_bytes = 5000 if own_key else 10**6
-    workers = [CLEAN.Process(target=share, args=(barrier, tmp_path, f"k{number * own_key}", max_bytes, num_rounds)) for number in range(8)]
+    workers = [
+        CLEAN.Process(target=share, args=(barrier, tmp_path, f"k{number * own_key}", max_bytes, num_rounds))
+        for number in range(8)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from modegpt.architectures import decoder_layers, dense_shape, family_of
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import NAMES
 from modegpt.errors import UserError
-from tests.architectures.family_table import CONFIGS, dense_model
-from tests.baselines.task_of import task_of
+from modegpt.models import decoder_layers, dense_shape, family_of
+from tests.methods.task_of import task_of
+from tests.models.family_table import CONFIGS, dense_model
 
 EVERYTHING = frozenset(NAMES)
 
@@ -30,7 +30,9 @@ def inputs_and_outputs(calibration: Calibration) -> tuple[dict[str, tuple[Tensor
     family = family_of(model.config)
 
     def keep(key: str):
-        return lambda _, args, out: seen.__setitem__(key, (args[0].reshape(-1, args[0].shape[-1]).double(), out.reshape(-1, out.shape[-1]).double()))
+        return lambda _, args, out: seen.__setitem__(
+            key, (args[0].reshape(-1, args[0].shape[-1]).double(), out.reshape(-1, out.shape[-1]).double())
+        )
 
     handles = []
     for index, layer in enumerate(decoder_layers(model)):
@@ -38,8 +40,17 @@ def inputs_and_outputs(calibration: Calibration) -> tuple[dict[str, tuple[Tensor
             handles.append(getattr(family, role)(layer).register_forward_hook(keep(f"{index}.{role}")))
     residual: dict[int, Tensor] = {}
     for index, layer in enumerate(decoder_layers(model)):
-        handles.append(layer.register_forward_pre_hook(lambda _, args, kwargs, i=index: residual.__setitem__(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True))
-    handles.append(decoder_layers(model)[-1].register_forward_hook(lambda _, __, out: residual.__setitem__(len(decoder_layers(model)), out)))
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, i=index: residual.__setitem__(i, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        )
+    handles.append(
+        decoder_layers(model)[-1].register_forward_hook(
+            lambda _, __, out: residual.__setitem__(len(decoder_layers(model)), out)
+        )
+    )
     with torch.no_grad():
         model(calibration.tokens.ids, use_cache=False)
     for handle in handles:
@@ -60,9 +71,14 @@ def test_statistics_equal_brute_force(name: str) -> None:
     calibration = calibration_of(name)
     d = dense_shape(calibration.model.config).qk_head_dim
     seen, residual = inputs_and_outputs(calibration)
-    for index, (layer, statistics) in enumerate(zip(decoder_layers(calibration.model), calibration.statistics(EVERYTHING), strict=True)):
+    for index, (layer, statistics) in enumerate(
+        zip(decoder_layers(calibration.model), calibration.statistics(EVERYTHING), strict=True)
+    ):
         assert statistics.keys() == EVERYTHING
-        heads = {role: seen[f"{index}.{role}"][1].unflatten(-1, (-1, d)).transpose(0, 1) for role in ("query", "key", "value")}
+        heads = {
+            role: seen[f"{index}.{role}"][1].unflatten(-1, (-1, d)).transpose(0, 1)
+            for role in ("query", "key", "value")
+        }
         bias = calibration.family.value(layer).bias
         bias = torch.zeros(len(heads["value"]), d) if bias is None else bias.detach().view(-1, d)
         group = len(heads["query"]) // len(heads["value"])
@@ -108,7 +124,9 @@ def test_query_key_states_are_those_the_attention_multiplies(name: str, monkeypa
     config = calibration.model.config
     num_heads, num_kv_heads = config.num_attention_heads, dense_shape(config).num_kv_heads
     scale = dense_shape(config).qk_head_dim ** 0.5 if name == "opt" else 1.0  # OPT scales its queries beforehand
-    for (query, key), statistics in zip(received, calibration.statistics(frozenset({"query_key.C_Q", "query_key.C_K"})), strict=True):
+    for (query, key), statistics in zip(
+        received, calibration.statistics(frozenset({"query_key.C_Q", "query_key.C_K"})), strict=True
+    ):
         key = key if key.shape[1] == num_kv_heads else key[:, :: num_heads // num_kv_heads]
         close(statistics["query_key.C_Q"], torch.einsum("bhti,bhtj->hij", query * scale, query * scale))
         close(statistics["query_key.C_K"], torch.einsum("bhti,bhtj->hij", key, key))
@@ -140,7 +158,10 @@ def test_a_cache_with_a_gap_is_completed(tmp_path: Path) -> None:
     whole = list(calibration_of("llama", cache).statistics(frozenset({"mlp.C"})))
     (cache.directory / "layer001.mlp.C.safetensors").unlink()
     repaired = calibration_of("llama", cache)
-    assert all(torch.equal(one["mlp.C"], other["mlp.C"]) for one, other in zip(whole, repaired.statistics(frozenset({"mlp.C"})), strict=True))
+    assert all(
+        torch.equal(one["mlp.C"], other["mlp.C"])
+        for one, other in zip(whole, repaired.statistics(frozenset({"mlp.C"})), strict=True)
+    )
     assert repaired.meter.forward_passes == pytest.approx(2 / 3)
     wider = list(calibration_of("llama", cache).statistics(frozenset({"mlp.C", "mlp.mean"})))
     reference = list(calibration_of("llama").statistics(frozenset({"mlp.mean"})))

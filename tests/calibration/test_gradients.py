@@ -3,14 +3,18 @@
 import torch
 
 from modegpt.calibration.gradients import output_sensitivity, summed_loss
-from tests.architectures.family_table import dense_model
-from tests.baselines.task_of import task_of
+from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model
 
 
 def test_output_sensitivity_is_the_squared_slope_of_the_loss() -> None:
     model = dense_model("opt").double()
     task = task_of(model, 0.3, num_samples=2)
-    linears = [linear for layer in model.model.decoder.layers for linear in (task.family.output(layer), task.family.down(layer))]
+    linears = [
+        linear
+        for layer in model.model.decoder.layers
+        for linear in (task.family.output(layer), task.family.down(layer))
+    ]
     weights = output_sensitivity(task.calibration, linears, batch_size=1)
     ids = task.calibration.tokens.ids
     assert all(weight.shape == ids.shape for weight in weights)
@@ -28,8 +32,12 @@ def test_output_sensitivity_is_the_squared_slope_of_the_loss() -> None:
                     losses.append(summed_loss(model, ids[window : window + 1]))
                 hook.remove()
             slopes.append((losses[0] - losses[1]) / (2 * step))
-        torch.testing.assert_close(weight[window, token].double(), torch.stack(slopes).square().sum(), rtol=1e-4, atol=1e-10)
-        assert weight[:, :-1].min() > 0 and weight[:, -1].max() == 0  # nothing is predicted from the last token of a window
+        torch.testing.assert_close(
+            weight[window, token].double(), torch.stack(slopes).square().sum(), rtol=1e-4, atol=1e-10
+        )
+        assert (
+            weight[:, :-1].min() > 0 and weight[:, -1].max() == 0
+        )  # nothing is predicted from the last token of a window
 
 
 def test_nothing_is_left_on_the_model() -> None:

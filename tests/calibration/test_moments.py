@@ -67,7 +67,9 @@ def test_regression_moments_are_those_of_one_product(monkeypatch: pytest.MonkeyP
     assert sums.num_rows == 60
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="half-precision products summed in float32 exist on CUDA only")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="half-precision products summed in float32 exist on CUDA only"
+)
 def test_half_precision_products_are_exact_on_a_gpu() -> None:
     rows = torch.randn(5000, 1, 3000, device="cuda", dtype=torch.bfloat16)
     moment = SecondMoment.zeros(1, 3000, device="cuda", precision=torch.float32)

@@ -11,15 +11,15 @@ import torch
 
 from modegpt.calibration.world import World, join_world
 from modegpt.errors import UserError
-from tests.baselines.task_of import task_of
+from tests.methods.task_of import task_of
 
 NAMES = frozenset({"mlp.C", "mlp.mean", "query_key.C_Q", "value_output.G", "layer.influence"})
 WORKER = """
 import sys, torch
 from torch import distributed
 from modegpt.calibration.world import join_world
-from tests.architectures.family_table import dense_model
-from tests.baselines.task_of import task_of
+from tests.models.family_table import dense_model
+from tests.methods.task_of import task_of
 from tests.calibration.test_world import NAMES
 torch.manual_seed(0)
 world, calls = join_world("cpu"), []
@@ -34,13 +34,30 @@ world.leave()
 
 
 def torchrun(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        *arguments,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
-def test_pooled_statistics_are_those_of_one_process(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.architectures.family_table import dense_model
+def test_pooled_statistics_are_those_of_one_process(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.models.family_table import dense_model
 
     monkeypatch.chdir(repository)
     (tmp_path / "worker.py").write_text(WORKER)
@@ -58,12 +75,28 @@ def test_pooled_statistics_are_those_of_one_process(tmp_path: Path, repository: 
             assert float((one[name] - whole[name]).norm()) <= 1e-12 * float(whole[name].norm())
 
 
-def test_a_run_under_torchrun_writes_the_record_of_one_process(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_under_torchrun_writes_the_record_of_one_process(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(repository)
-    options = ["quiet=true", "tracking=disabled", "evaluation=none", "calibration.num_samples=16", "calibration.sequence_length=32", "cache.max_bytes=0", "output.pictures=false"]
+    options = [
+        "quiet=true",
+        "tracking=disabled",
+        "evaluation=none",
+        "calibration.num_samples=16",
+        "calibration.sequence_length=32",
+        "cache.max_bytes=0",
+        "output.pictures=false",
+    ]
     runs = {"two": torchrun("-m", "modegpt", f"output.root={tmp_path / 'two'}", *options)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs["one"] = subprocess.run([sys.executable, "-m", "modegpt", f"output.root={tmp_path / 'one'}", *options], capture_output=True, text=True, env=environment, check=False)
+    runs["one"] = subprocess.run(
+        [sys.executable, "-m", "modegpt", f"output.root={tmp_path / 'one'}", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     records = {}
     for name, done in runs.items():
         assert done.returncode == 0, done.stderr
@@ -74,7 +107,9 @@ def test_a_run_under_torchrun_writes_the_record_of_one_process(tmp_path: Path, r
     for one, two in zip(records["one"]["compression"]["layers"], records["two"]["compression"]["layers"], strict=True):
         assert one["ranks"] == two["ranks"]
         assert one["relative_error"] == pytest.approx(two["relative_error"], rel=1e-9)
-    assert records["one"]["compression"]["influence"] == pytest.approx(records["two"]["compression"]["influence"], rel=1e-10)
+    assert records["one"]["compression"]["influence"] == pytest.approx(
+        records["two"]["compression"]["influence"], rel=1e-10
+    )
 
 
 def test_shares_are_disjoint_and_complete() -> None:

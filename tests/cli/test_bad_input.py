@@ -6,27 +6,45 @@ from collections.abc import Callable
 
 import pytest
 
-from modegpt.compression.methods import make_method
 from modegpt.config import build
 from modegpt.decompositions import MLP_VARIANTS
 from modegpt.errors import UserError
+from modegpt.methods.registry import make_method
 
 BAD = {
-    "unknown key": (["compression.sparsty=0.2"], "error: compression.sparsty is not known; choose from", "did you mean sparsity?"),
+    "unknown key": (
+        ["compression.sparsty=0.2"],
+        "error: compression.sparsty is not known; choose from",
+        "did you mean sparsity?",
+    ),
     "unknown top-level key": (["modle=x"], "did you mean model?"),
     "unknown key of a variant": (["decomposition.mlp.rigde=1"], "choose from name, ridge"),
     "forced key": (["++compression.ratio=1"], "compression.ratio is not known; choose from budget,"),
     "added key": (["+nonsense=1"], "nonsense is not known; choose from"),
-    "unknown option": (["decomposition/mlp=nystrm"], "decomposition/mlp=nystrm is not known; choose from", "did you mean nystrom?"),
-    "unknown group": (["decomposition/mpl=nystrom"], "error: decomposition/mpl is not known", "did you mean decomposition/mlp?"),
+    "unknown option": (
+        ["decomposition/mlp=nystrm"],
+        "decomposition/mlp=nystrm is not known; choose from",
+        "did you mean nystrom?",
+    ),
+    "unknown group": (
+        ["decomposition/mpl=nystrom"],
+        "error: decomposition/mpl is not known",
+        "did you mean decomposition/mlp?",
+    ),
     "unknown model": (["model=tiny-lama"], "did you mean tiny-llama?"),
     "type of a number": (["compression.sparsity=much"], "compression.sparsity:", "'much'", "Float"),
     "type of an integer": (["calibration.num_samples=1.5"], "calibration.num_samples:", "Integer"),
     "type of a section": (["compression=0.3"], "compression:"),
     "sparsity 1": (["compression.sparsity=1"], "compression.sparsity=1.0 is outside [0, 1)"),
     "sparsity below 0": (["compression.sparsity=-0.1"], "compression.sparsity=-0.1 is outside [0, 1)"),
-    "module sparsity": (["compression.module_sparsity.query_key=1.2"], "compression.module_sparsity.query_key=1.2 is outside [0, 1)"),
-    "layer sparsity": (["allocation=explicit", "compression.layer_sparsity=[0.1,2]"], "compression.layer_sparsity=2.0 is outside"),
+    "module sparsity": (
+        ["compression.module_sparsity.query_key=1.2"],
+        "compression.module_sparsity.query_key=1.2 is outside [0, 1)",
+    ),
+    "layer sparsity": (
+        ["allocation=explicit", "compression.layer_sparsity=[0.1,2]"],
+        "compression.layer_sparsity=2.0 is outside",
+    ),
     "budget": (["compression.budget=close"], "compression.budget=close is not known; choose from exact, nearest"),
     "skipped layer": (["compression.skip_layers=[-1]"], "compression.skip_layers=-1"),
     "no samples": (["calibration.num_samples=0"], "calibration.num_samples=0 is too small: at least 1"),
@@ -43,13 +61,19 @@ BAD = {
     "sweep without the flag": (["seed=1,2"], "add --multirun"),
     "grammar": (["seed=["], "cannot read the override seed=["),
     "flag": (["--sparsity"], "--sparsity", "modegpt --help"),
-    "launcher": (["--multirun", "hydra/launcher=slurm", "seed=1,2"], "hydra/launcher=slurm is not known", "modegpt[sweep]"),
+    "launcher": (
+        ["--multirun", "hydra/launcher=slurm", "seed=1,2"],
+        "hydra/launcher=slurm is not known",
+        "modegpt[sweep]",
+    ),
     "sweep of a wrong key": (["--multirun", "sede=1,2"], "error: sede is not known", "did you mean seed?"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [(case[0], case[1:]) for case in BAD.values()], ids=BAD)
-def test_one_line(job: Callable, capfd: pytest.CaptureFixture, tmp_path, arguments: list[str], expected: tuple[str, ...]) -> None:
+def test_one_line(
+    job: Callable, capfd: pytest.CaptureFixture, tmp_path, arguments: list[str], expected: tuple[str, ...]
+) -> None:
     code, calls = job(*arguments, f"output.root={tmp_path}/results")
     output = capfd.readouterr()
     assert code != 0 and calls == []
@@ -64,7 +88,10 @@ def test_one_line(job: Callable, capfd: pytest.CaptureFixture, tmp_path, argumen
 def test_in_a_fresh_process(process: Callable) -> None:
     finished = process("compression.sparsity=1")
     assert finished.returncode == 1
-    assert finished.stderr == "error: compression.sparsity=1.0 is outside [0, 1): it is the share of the weights to remove\n"
+    assert (
+        finished.stderr
+        == "error: compression.sparsity=1.0 is outside [0, 1): it is the share of the weights to remove\n"
+    )
 
 
 def test_a_defect_keeps_its_traceback(process: Callable) -> None:
@@ -90,7 +117,9 @@ def test_traceback_on_request(job: Callable, capfd: pytest.CaptureFixture, monke
         (MemoryError("cannot allocate"), "error: out of memory"),
     ],
 )
-def test_errors_of_the_main_job(job: Callable, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, raised: BaseException, line: str) -> None:
+def test_errors_of_the_main_job(
+    job: Callable, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, raised: BaseException, line: str
+) -> None:
     def run(config: object, *, command: str) -> None:
         raise raised
 

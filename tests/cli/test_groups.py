@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from modegpt.allocation.policies import POLICIES
-from modegpt.calibration.texts import SOURCES
 from modegpt.cli.schema import config_directory, config_groups
-from modegpt.compression.methods import METHODS, make_method
 from modegpt.config import TEXT_SOURCES, RunConfig, build
+from modegpt.data.texts import SOURCES
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from modegpt.methods.registry import METHODS, make_method
 from modegpt.recovery.job import RECOVERIES
 
 REGISTRIES: dict[str, Mapping[str, type]] = {
@@ -84,7 +84,9 @@ def test_every_method_is_made(job: Callable, name: str) -> None:
     assert make_method(composed(job, f"method={name}")) is not None
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group in REGISTRIES for name in options(group) if name != "none"])
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in REGISTRIES for name in options(group) if name != "none"]
+)
 def test_options_name_every_hyper_parameter(group: str, name: str) -> None:
     written = OmegaConf.load(config_directory() / group / f"{name}.yaml")
     assert set(written) - {"name"} == {option.name for option in fields(REGISTRIES[group][name])}
@@ -114,7 +116,11 @@ def test_the_configuration_arrives_as_written(job: Callable) -> None:
     )
     assert code == 0
     assert config.model.name == "tiny-opt"
-    assert (config.compression.sparsity, config.compression.module_sparsity.mlp, config.compression.skip_layers) == (0.5, 0.2, [0, 5])
+    assert (config.compression.sparsity, config.compression.module_sparsity.mlp, config.compression.skip_layers) == (
+        0.5,
+        0.2,
+        [0, 5],
+    )
     assert config.decomposition.mlp == {"name": "elimination", "ridge": 1e-6, "block": 64}
     assert (config.calibration.sequence_length, config.calibration.seed, config.seed) == (512, 7, 7)
     assert command.startswith("modegpt model=tiny-opt compression.sparsity=0.5")

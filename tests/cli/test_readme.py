@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-TABLES = [example for line in README.splitlines() if line.startswith("| ") for example in re.findall(r"`([^`]+=[^`]+)`", line)]
+TABLES = [
+    example for line in README.splitlines() if line.startswith("| ") for example in re.findall(r"`([^`]+=[^`]+)`", line)
+]
 COMMANDS = re.findall(r"^ {4}(?:\.venv/bin/)?modegpt (.+)$", README, flags=re.MULTILINE)
 
 
@@ -26,7 +28,16 @@ def test_sweep_composes(job: Callable, command: str, tmp_path: Path) -> None:
     own += ["compression.sparsity=0.5"] * ("+experiments=" in command)
     code, calls = job(*own, f"output.root={tmp_path}")
     assert code == 0 and len(calls) > 1
-    assert job("--cfg", "hydra", "-p", "hydra.launcher", *(argument for argument in arguments if argument.startswith("hydra")))[0] == 0
+    assert (
+        job(
+            "--cfg",
+            "hydra",
+            "-p",
+            "hydra.launcher",
+            *(argument for argument in arguments if argument.startswith("hydra")),
+        )[0]
+        == 0
+    )
 
 
 def test_the_readme_has_examples() -> None:

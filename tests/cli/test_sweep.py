@@ -20,13 +20,17 @@ def test_a_failure_is_named_and_alone(process: Callable, tmp_path: Path, launche
     assert finished.returncode == 1
     assert done(tmp_path / "results") == ["done-0.1-0", "done-0.2-0"]
     *_, failed, last = finished.stderr.splitlines()
-    assert failed.startswith("failed: job 1 (compression.sparsity=0.5") and failed.endswith("unexpected ValueError: planned failure")
+    assert failed.startswith("failed: job 1 (compression.sparsity=0.5") and failed.endswith(
+        "unexpected ValueError: planned failure"
+    )
     assert last.startswith("error: 1 of 3 jobs of the sweep failed")
 
 
 @pytest.mark.slow
 def test_submitit_loses_neither_a_failed_nor_a_killed_job(process: Callable, tmp_path: Path) -> None:
-    finished = process("--multirun", "compression.sparsity=0.5,0.6,0.1", f"output.root={tmp_path}/results", "hydra/launcher=node")
+    finished = process(
+        "--multirun", "compression.sparsity=0.5,0.6,0.1", f"output.root={tmp_path}/results", "hydra/launcher=node"
+    )
     assert finished.returncode == 1
     assert "failed: job 0 (compression.sparsity=0.5" in finished.stderr
     assert "failed: job 1 (compression.sparsity=0.6" in finished.stderr and "left no outcome" in finished.stderr
@@ -50,11 +54,18 @@ def test_a_faultless_sweep_leaves_only_results(process: Callable, tmp_path: Path
     root = tmp_path / "results"
     finished = process("--multirun", "seed=1,2", "compression.sparsity=0.1,0.2", f"output.root={root}")
     assert finished.returncode == 0, finished.stderr
-    assert [path.relative_to(root).as_posix() for path in sorted(root.rglob("*"))] == ["done-0.1-1", "done-0.1-2", "done-0.2-1", "done-0.2-2"]
+    assert [path.relative_to(root).as_posix() for path in sorted(root.rglob("*"))] == [
+        "done-0.1-1",
+        "done-0.1-2",
+        "done-0.2-1",
+        "done-0.2-2",
+    ]
     assert (root / "done-0.2-1").read_text() == f"modegpt seed=1 compression.sparsity=0.2 output.root={root}"
 
 
-def test_a_sweep_says_where_it_is_and_the_time_left(job: Callable, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_says_where_it_is_and_the_time_left(
+    job: Callable, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moments = iter((0.0, 60.0, 180.0))
     monkeypatch.setattr(modegpt.cli.sweep.time, "monotonic", lambda: next(moments))
     job("-m", "seed=1,2,3", f"output.root={tmp_path}/results")

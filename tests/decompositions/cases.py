@@ -39,7 +39,9 @@ class MLPCase:
         return float((dense - h_kept @ W_D).square().sum() / dense.square().sum())
 
 
-def mlp_case(*, T: int = 120, d_h: int = 10, n: int = 24, gated: bool = True, bias: bool = False, seed: int = 0) -> MLPCase:
+def mlp_case(
+    *, T: int = 120, d_h: int = 10, n: int = 24, gated: bool = True, bias: bool = False, seed: int = 0
+) -> MLPCase:
     weights = MLPWeights(
         W_U=normal(d_h, n, seed=seed),
         W_G=normal(d_h, n, seed=seed + 1) if gated else None,
@@ -86,13 +88,21 @@ def query_key_states(weights: QueryKeyWeights, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def query_key_case(
-    *, heads: tuple[int, int], T: int = 60, d_h: int = 12, d: int = 8, rope: bool = True, bias: bool = False, seed: int = 0
+    *,
+    heads: tuple[int, int],
+    T: int = 60,
+    d_h: int = 12,
+    d: int = 8,
+    rope: bool = True,
+    bias: bool = False,
+    seed: int = 0,
 ) -> QueryKeyCase:
     H, H_kv = heads
     spread = torch.logspace(0, -1, d, dtype=torch.float64)
     weights = QueryKeyWeights(
         W_Q=normal(H, d_h, d, seed=seed) * spread.roll(seed),
-        W_K=normal(H_kv, d_h, d, seed=seed + 1) * torch.stack([spread.roll(3 * k + 1) for k in range(H_kv)]).unsqueeze(1),
+        W_K=normal(H_kv, d_h, d, seed=seed + 1)
+        * torch.stack([spread.roll(3 * k + 1) for k in range(H_kv)]).unsqueeze(1),
         b_Q=normal(H, d, seed=seed + 2) if bias else None,
         b_K=normal(H_kv, d, seed=seed + 3) if bias else None,
         rope=rope,

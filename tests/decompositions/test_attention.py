@@ -33,7 +33,12 @@ def features(dense: AttentionStates, pairs: bool) -> Tensor:
 def test_sensitivity_is_the_derivative_of_the_output(pairs: bool) -> None:
     dense = states()
     c, logits, step = features(dense, pairs), dense.q @ dense.keys().mT + dense.bias, 1e-6
-    changes = torch.stack([((logits + step * c[..., f]).softmax(-1) - (logits - step * c[..., f]).softmax(-1)) @ dense.v / (2 * step) for f in range(c.shape[-1])])
+    changes = torch.stack(
+        [
+            ((logits + step * c[..., f]).softmax(-1) - (logits - step * c[..., f]).softmax(-1)) @ dense.v / (2 * step)
+            for f in range(c.shape[-1])
+        ]
+    )
     expected = torch.einsum("fbhtm,gbhtm->hfg", changes, changes)
     torch.testing.assert_close(output_sensitivity(dense, pairs=pairs), expected, rtol=1e-6, atol=1e-7)
 
@@ -65,7 +70,10 @@ def test_elimination_with_refit_is_the_exact_greedy_choice(pairs: bool, ridge: f
     num_blocks = 4 if pairs else 8
     alive = list(range(num_blocks))
     for num_kept in range(num_blocks - 1, 0, -1):
-        errors = {block: sum(refitted_error(head, [b for b in alive if b != block], num_blocks, pairs, ridge) for head in M) for block in alive}
+        errors = {
+            block: sum(refitted_error(head, [b for b in alive if b != block], num_blocks, pairs, ridge) for head in M)
+            for block in alive
+        }
         alive.remove(min(errors, key=errors.get))
         kept, a = eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge)
         assert kept.tolist() == alive

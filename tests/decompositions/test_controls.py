@@ -20,11 +20,14 @@ def test_mlp_magnitude(gated):
     W = case.weights
     result = MLPMagnitude()(W, case.statistics, 9, generator())
     scores = [
-        float(W.W_U[:, j].norm() * W.W_D[j].norm() * (W.W_G[:, j].norm() if gated else 1.0)) for j in range(W.inner_size)
+        float(W.W_U[:, j].norm() * W.W_D[j].norm() * (W.W_G[:, j].norm() if gated else 1.0))
+        for j in range(W.inner_size)
     ]
     assert result.kept.tolist() == sorted(sorted(range(W.inner_size), key=lambda j: -scores[j])[:9])
     assert torch.equal(result.weights.W_D, W.W_D[result.kept])
-    assert result.relative_error == pytest.approx(case.output_error(case.h[:, result.kept], result.weights.W_D), rel=1e-9)
+    assert result.relative_error == pytest.approx(
+        case.output_error(case.h[:, result.kept], result.weights.W_D), rel=1e-9
+    )
 
 
 @heads

@@ -6,7 +6,7 @@ from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.modules import QueryKeyStatistics
 from modegpt.decompositions.selection import query_key_relative_error, sum_pairs
 from modegpt.errors import UserError
-from tests.decompositions.cases import HEADS, generator, matrix_root, normal, query_key_case
+from tests.decompositions.cases import HEADS, generator, matrix_root, query_key_case
 
 heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 
@@ -40,7 +40,11 @@ def test_slices_match_the_logits_of_the_kept_dims(heads, rope, bias):
     result = QueryKeyCR()(case.weights, case.statistics, 4, generator())
     group = len(case.Q) // len(case.K)
     oracle = torch.stack(
-        [Q[:, kept] @ case.K[h // group][:, kept].mT for h, Q in enumerate(case.Q) for kept in [result.kept[h // group]]]
+        [
+            Q[:, kept] @ case.K[h // group][:, kept].mT
+            for h, Q in enumerate(case.Q)
+            for kept in [result.kept[h // group]]
+        ]
     )
     torch.testing.assert_close(case.logits(result.weights), oracle)
     dense = case.logits()

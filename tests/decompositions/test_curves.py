@@ -5,7 +5,14 @@ import torch
 
 from modegpt.decompositions import MLPElimination, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
-from modegpt.decompositions.modules import MLPStatistics, MLPWeights, QueryKeyStatistics, QueryKeyWeights, ValueOutputStatistics, ValueOutputWeights
+from modegpt.decompositions.modules import (
+    MLPStatistics,
+    MLPWeights,
+    QueryKeyStatistics,
+    QueryKeyWeights,
+    ValueOutputStatistics,
+    ValueOutputWeights,
+)
 
 GENERATOR = torch.Generator()
 
@@ -16,7 +23,9 @@ def gram(*shape: int) -> torch.Tensor:
 
 
 def test_mlp() -> None:
-    weights = MLPWeights(*(torch.randn(6, 10, dtype=torch.float64) for _ in range(2)), torch.randn(10, 6, dtype=torch.float64))
+    weights = MLPWeights(
+        *(torch.randn(6, 10, dtype=torch.float64) for _ in range(2)), torch.randn(10, 6, dtype=torch.float64)
+    )
     C = gram(10)
     (curve, order), total = mlp_curve(C, weights.W_D, ridge=0.0), float((weights.W_D * (C @ weights.W_D)).sum())
     for rank in range(1, 10):
@@ -39,7 +48,9 @@ def test_value_output() -> None:
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_query_key(rope: bool) -> None:
-    weights = QueryKeyWeights(torch.randn(4, 12, 6, dtype=torch.float64), torch.randn(2, 12, 6, dtype=torch.float64), rope=rope)
+    weights = QueryKeyWeights(
+        torch.randn(4, 12, 6, dtype=torch.float64), torch.randn(2, 12, 6, dtype=torch.float64), rope=rope
+    )
     C_Q, C_K = gram(4, 6), gram(2, 6)
     curve, order = query_key_curve(C_Q, C_K, rope=rope)
     unit = 2 if rope else 1

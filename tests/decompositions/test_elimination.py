@@ -88,7 +88,9 @@ def test_massive_activations_do_not_change_the_choice():
     scale[[3, 17]] = 1000
     plain = MLPElimination()(case.weights, case.statistics, 18, generator())
     case.h = case.h * scale
-    case.weights = type(case.weights)(W_U=case.weights.W_U * scale, W_G=case.weights.W_G, W_D=case.weights.W_D / scale[:, None])
+    case.weights = type(case.weights)(
+        W_U=case.weights.W_U * scale, W_G=case.weights.W_G, W_D=case.weights.W_D / scale[:, None]
+    )
     scaled = MLPElimination()(case.weights, case.statistics, 18, generator())
     assert torch.equal(plain.kept, scaled.kept)
     assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
@@ -118,7 +120,11 @@ def test_value_columns_fold_the_bias():
 
 def test_larger_problem_stays_accurate():
     """400 removals by downdates, against the refitted error of the final set."""
-    h = normal(1500, 500, seed=0) @ torch.diag(torch.logspace(0, -3, 500, dtype=torch.float64)) @ normal(500, 500, seed=1)
+    h = (
+        normal(1500, 500, seed=0)
+        @ torch.diag(torch.logspace(0, -3, 500, dtype=torch.float64))
+        @ normal(500, 500, seed=1)
+    )
     W = normal(500, 20, seed=2)
     removed, costs = eliminate(h.mT @ h, W, 100, ridge=0.0, block=64)
     kept = sorted(set(range(500)) - set(removed.tolist()))

@@ -14,7 +14,9 @@ def test_well_conditioned_factor_is_plain_cholesky():
     torch.testing.assert_close(factor.root(), torch.linalg.cholesky(C), rtol=1e-12, atol=1e-12)
     B = normal(3, 7, 4, seed=1)
     torch.testing.assert_close(factor.solve(B), torch.linalg.solve(C, B), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(factor.inverse_diagonal(), torch.linalg.inv(C).diagonal(dim1=-2, dim2=-1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        factor.inverse_diagonal(), torch.linalg.inv(C).diagonal(dim1=-2, dim2=-1), rtol=1e-10, atol=0
+    )
 
 
 def test_singular_matrix_is_jittered_and_reported():
@@ -56,7 +58,9 @@ def test_dead_channels_get_nothing_and_are_counted():
     B = X.mT @ normal(30, 2, seed=1)
     W = factor.solve(B)
     assert (W[[1, 4]] == 0).all()
-    torch.testing.assert_close(W[alive], torch.linalg.solve((X.mT @ X)[alive][:, alive], B[alive]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        W[alive], torch.linalg.solve((X.mT @ X)[alive][:, alive], B[alive]), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_all_dead():

@@ -21,7 +21,9 @@ def test_ridge_leverage_against_eigendecomposition(ridge):
     eigenvalues, U = torch.linalg.eigh(C)
     oracle = (U.square() * (eigenvalues / (eigenvalues + lam))).sum(dim=1)
     torch.testing.assert_close(ridge_leverage(C, ridge), oracle, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(oracle, (C @ torch.linalg.inv(C + lam * torch.eye(len(C), dtype=C.dtype))).diagonal(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        oracle, (C @ torch.linalg.inv(C + lam * torch.eye(len(C), dtype=C.dtype))).diagonal(), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("gated,bias", FORMS)
@@ -66,7 +68,9 @@ def test_columns_keep_the_same_channels_without_the_solve():
     columns = MLPColumns()(case.weights, case.statistics, 9, generator())
     assert torch.equal(columns.kept, nystrom.kept)
     assert torch.equal(columns.weights.W_D, case.weights.W_D[columns.kept])
-    assert columns.relative_error == pytest.approx(case.output_error(case.h[:, columns.kept], columns.weights.W_D), rel=1e-9)
+    assert columns.relative_error == pytest.approx(
+        case.output_error(case.h[:, columns.kept], columns.weights.W_D), rel=1e-9
+    )
     assert columns.relative_error > nystrom.relative_error
 
 

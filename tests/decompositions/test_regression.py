@@ -43,7 +43,9 @@ def test_error_and_maps_are_those_of_the_rows() -> None:
     S = torch.tensor([0, 3, 4, 6])
     assert moments(z, t).kept(S).error(W) == pytest.approx(float((z[:, S] @ W - t).square().sum()), rel=1e-9)
     dense = torch.randn(7, 3, dtype=torch.float64)
-    assert moments(z, t).aimed(dense).kept(S).error(W) == pytest.approx(float((z[:, S] @ W - z @ dense).square().sum()), rel=1e-9)
+    assert moments(z, t).aimed(dense).kept(S).error(W) == pytest.approx(
+        float((z[:, S] @ W - z @ dense).square().sum()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("num_rows", [6, 12, 60])

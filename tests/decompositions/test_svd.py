@@ -5,7 +5,14 @@ from modegpt.decompositions import MLPSVD, QueryKeySVD, ValueOutputSVD, ValueOut
 from modegpt.decompositions.modules import LowRank, ValueOutputStatistics
 from modegpt.decompositions.svd import product_svd
 from modegpt.errors import UserError
-from tests.decompositions.cases import HEADS, generator, matrix_root, mlp_case, normal, query_key_case, value_output_case
+from tests.decompositions.cases import (
+    HEADS,
+    generator,
+    matrix_root,
+    mlp_case,
+    query_key_case,
+    value_output_case,
+)
 
 heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 

@@ -36,7 +36,9 @@ def tensors(value) -> list[torch.Tensor]:
 
 def cast(weights, dtype):
     values = {f.name: getattr(weights, f.name) for f in fields(weights)}
-    return replace(weights, **{name: value.to(dtype) for name, value in values.items() if isinstance(value, torch.Tensor)})
+    return replace(
+        weights, **{name: value.to(dtype) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    )
 
 
 @variants
@@ -55,7 +57,9 @@ def test_inputs_are_untouched(module, name, group):
     statistics = case.statistics
     before = copy.deepcopy((case.weights, statistics))
     REGISTRIES[module][name]()(case.weights, statistics, case.weights.inner_size // 2, generator())
-    for new, old in zip(tensors(case.weights) + tensors(statistics), tensors(before[0]) + tensors(before[1]), strict=True):
+    for new, old in zip(
+        tensors(case.weights) + tensors(statistics), tensors(before[0]) + tensors(before[1]), strict=True
+    ):
         assert torch.equal(new, old)
 
 

@@ -41,7 +41,9 @@ def test_another_key_is_another_score(tmp_path):
 OTHER = [{"key": KEY, "scores": {"perplexity": {}}}, {"key": {}, "scores": SCORES}]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1}', b"\xff\xfe", *(json.dumps(other).encode() for other in OTHER)])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"key": 1}', b"\xff\xfe", *(json.dumps(other).encode() for other in OTHER)]
+)
 def test_damaged_file_is_computed_anew(tmp_path, damage):
     compute = Compute()
     cached_scores(KEY, compute, directory=tmp_path)

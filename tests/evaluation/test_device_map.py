@@ -8,11 +8,11 @@ import torch
 
 from modegpt.cli.main import main
 from modegpt.config import ModelConfig
+from modegpt.data.embedded import model_path
 from modegpt.errors import UserError
-from modegpt.modeling.checkpoints import load_model
-from modegpt.modeling.integrity import fingerprint_weights
+from modegpt.models.checkpoints import load_model
+from modegpt.models.integrity import fingerprint_weights
 from modegpt.records.store import load_record
-from modegpt.tiny import model_path
 
 TINY = str(model_path("tiny-llama"))
 
@@ -29,7 +29,14 @@ def test_weights_on_disk_change_nothing(memory: str) -> None:
 
 def test_a_run_scores_it_as_the_whole_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
-    settings = ["method=dense", "tracking=disabled", "quiet=true", "cache.max_bytes=0", "evaluation.zeroshot.limit=8", "output.pictures=false"]
+    settings = [
+        "method=dense",
+        "tracking=disabled",
+        "quiet=true",
+        "cache.max_bytes=0",
+        "evaluation.zeroshot.limit=8",
+        "output.pictures=false",
+    ]
     maps = {"whole": [], "spread": ["model.device_map=auto", "model.max_memory=[cpu:600KB]"]}
     records = []
     for name, own in maps.items():
@@ -55,4 +62,7 @@ def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
 
 
 def test_limits_are_read_by_place() -> None:
-    assert ModelConfig(name="m", path="m", device_map="auto", max_memory=["0:70GiB", "cpu:1.5GB"]).memory_limits == {0: "70GiB", "cpu": "1.5GB"}
+    assert ModelConfig(name="m", path="m", device_map="auto", max_memory=["0:70GiB", "cpu:1.5GB"]).memory_limits == {
+        0: "70GiB",
+        "cpu": "1.5GB",
+    }

@@ -41,7 +41,11 @@ def test_record_form(spec, tokenizer, model):
     model.train()
     scores = evaluate(model, prepared, label="dense", progress=QUIET)
     assert not model.training
-    assert list(scores["perplexity"]) == ["ppl_jsonl_16", "ppl_jsonl_64"] and list(scores["zeroshot"]) == ["arc_easy", "winogrande", "mean"]
+    assert list(scores["perplexity"]) == ["ppl_jsonl_16", "ppl_jsonl_64"] and list(scores["zeroshot"]) == [
+        "arc_easy",
+        "winogrande",
+        "mean",
+    ]
     assert scores["perplexity"]["ppl_jsonl_16"]["num_tokens"] == prepared.text.token_ids.numel()
     assert scores["perplexity"]["ppl_jsonl_16"]["tokens_sha256"] == prepared.text.sha256
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
@@ -76,7 +80,12 @@ def test_refused_before_any_forward_pass(spec, tokenizer, model, tmp_path):
 
     (tmp_path / "short.txt").write_text("ten chars.")
     refused("longer than the model's context of 64", windows=[128])
-    refused("short.txt holds 11 tokens, less than one window of 64", source="text", path=str(tmp_path / "short.txt"), windows="auto")
+    refused(
+        "short.txt holds 11 tokens, less than one window of 64",
+        source="text",
+        path=str(tmp_path / "short.txt"),
+        windows="auto",
+    )
     refused("cannot read", path=str(tmp_path / "absent"))
     refused("unknown text source", source="wiki")
     refused("is not a folder", data_path=str(tmp_path / "absent"))
@@ -125,7 +134,10 @@ def test_retention():
         }
 
     kept = retention(scores(0.8, 4.0), scores(0.6, 6.0))
-    assert kept == {"zeroshot": {"a": pytest.approx(0.75), "mean": pytest.approx(0.75)}, "perplexity_increase": {"ppl_tiny_256": 1.5}}
+    assert kept == {
+        "zeroshot": {"a": pytest.approx(0.75), "mean": pytest.approx(0.75)},
+        "perplexity_increase": {"ppl_tiny_256": 1.5},
+    }
     assert retention(scores(0.0, 1.0), scores(0.1, 1.0))["zeroshot"]["a"] is None
     with pytest.raises(AssertionError):
         retention(scores(0.8, 4.0), {"perplexity": {}, "zeroshot": {}})
@@ -163,7 +175,9 @@ def test_configurations_are_specs(repository):
     with initialize_config_dir(str(folder.parent), version_base="1.3"):
         for name, (source, tasks) in expected.items():
             config = OmegaConf.to_container(compose(f"evaluation/{name}"))["evaluation"]
-            spec = EvaluationSpec(perplexity=PerplexitySpec(**config["perplexity"]), zeroshot=ZeroShotSpec(**config["zeroshot"]))
+            spec = EvaluationSpec(
+                perplexity=PerplexitySpec(**config["perplexity"]), zeroshot=ZeroShotSpec(**config["zeroshot"])
+            )
             assert (spec.perplexity.source, spec.zeroshot.tasks) == (source, tasks)
 
 

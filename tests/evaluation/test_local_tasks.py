@@ -19,7 +19,10 @@ def scored(task) -> list[tuple[list[tuple[str, str]], int]]:
     for instance in task.instances:
         items.setdefault(instance.doc_id, []).append(instance.args)
     docs = list(task.eval_docs)
-    return [(items[index], task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)) for index, doc in enumerate(docs)]
+    return [
+        (items[index], task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc))
+        for index, doc in enumerate(docs)
+    ]
 
 
 def expected_qa(question: str, choices: list[str], gold: int) -> tuple[list[tuple[str, str]], int]:
@@ -34,9 +37,15 @@ def test_scored_strings(task_folder):
     tasks = load_tasks(["paper", "openbookqa"], data_path=str(task_folder))
     assert list(tasks) == [*PAPER_TASKS, "openbookqa"]
     for name in ("arc_easy", "arc_challenge"):
-        assert scored(tasks[name]) == [expected_qa(asked(row["question"]), row["choices"], row["gold"]) for row in ROWS[name]]
-    assert scored(tasks["openbookqa"]) == [expected_qa(row["query"], row["choices"], row["gold"]) for row in ROWS["openbookqa"]]
-    solutions = [expected_qa(asked(row["goal"]), [row["sol1"], row["sol2"]], gold) for gold, row in enumerate(ROWS["piqa"])]
+        assert scored(tasks[name]) == [
+            expected_qa(asked(row["question"]), row["choices"], row["gold"]) for row in ROWS[name]
+        ]
+    assert scored(tasks["openbookqa"]) == [
+        expected_qa(row["query"], row["choices"], row["gold"]) for row in ROWS["openbookqa"]
+    ]
+    solutions = [
+        expected_qa(asked(row["goal"]), [row["sol1"], row["sol2"]], gold) for gold, row in enumerate(ROWS["piqa"])
+    ]
     assert scored(tasks["piqa"]) == solutions
     hellaswag = scored(tasks["hellaswag"])
     # the harness's own cleaning: the label in front, the second part capitalised, [title] read as a full stop
@@ -53,11 +62,16 @@ def test_loading_and_fingerprints_draw_no_bars(task_folder, capfd):
 
 
 def winogrande_strings(rows: list[dict]) -> list:
-    return [([(context, f" {row['continuation'].strip()}") for context in row["context_options"]], row["gold"]) for row in rows]
+    return [
+        ([(context, f" {row['continuation'].strip()}") for context in row["context_options"]], row["gold"])
+        for row in rows
+    ]
 
 
 def test_winogrande_sentences_give_back_their_strings(task_folder):
-    assert scored(load_tasks(["winogrande"], data_path=str(task_folder))["winogrande"]) == winogrande_strings(ROWS["winogrande"])
+    assert scored(load_tasks(["winogrande"], data_path=str(task_folder))["winogrande"]) == winogrande_strings(
+        ROWS["winogrande"]
+    )
     first = local_rows("winogrande", task_folder)[0]
     assert first == {"sentence": "Ann saw Eve so _ waved to her.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 
@@ -65,7 +79,9 @@ def test_winogrande_sentences_give_back_their_strings(task_folder):
 def test_real_winogrande_gives_back_its_strings(shared_dir):
     folder = shared_dir / "data" / "zeroshot"
     rows = [json.loads(line) for line in (folder / "winogrande.jsonl").open()]
-    assert len(rows) == 1267 and scored(load_tasks(["winogrande"], data_path=str(folder))["winogrande"]) == winogrande_strings(rows)
+    assert len(rows) == 1267 and scored(
+        load_tasks(["winogrande"], data_path=str(folder))["winogrande"]
+    ) == winogrande_strings(rows)
 
 
 def test_rows_in_the_tasks_own_columns_pass_unchanged(tmp_path):
@@ -84,10 +100,18 @@ def test_rows_in_the_tasks_own_columns_pass_unchanged(tmp_path):
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("arc_easy", {"question": "Q", "choices": ["a"], "gold": 1}, "line 1: gold 1 is not the index of one of 1 choices"),
+        (
+            "arc_easy",
+            {"question": "Q", "choices": ["a"], "gold": 1},
+            "line 1: gold 1 is not the index of one of 1 choices",
+        ),
         ("arc_easy", {"question": "Q", "gold": 1}, "line 1 has no field 'choices'"),
         ("winogrande", {"context_options": ["a"], "continuation": "b", "gold": 0}, "should be a list of 2 texts"),
-        ("hellaswag", {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 4}, "label 4 is not the index"),
+        (
+            "hellaswag",
+            {"activity_label": "x", "ctx_a": "a", "ctx_b": "b", "endings": ["c"], "label": 4},
+            "label 4 is not the index",
+        ),
         ("openbookqa", {"question": "Q", "choices": ["a"], "gold": 0}, "line 1 has no field 'query'"),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, not 0 or 1"),
     ],
@@ -101,7 +125,9 @@ def test_bad_rows_are_named(tmp_path, task, row, message):
 def test_bad_folders_are_named(task_folder):
     with pytest.raises(UserError, match="nowhere is not a folder; it should hold piqa"):
         load_tasks(["piqa"], data_path="nowhere")
-    with pytest.raises(UserError, match="task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"):
+    with pytest.raises(
+        UserError, match="task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
+    ):
         load_tasks(["boolq"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").write_text("0\n")
     with pytest.raises(UserError, match="piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):

@@ -2,19 +2,27 @@
 
 import pytest
 
-from modegpt.calibration.texts import Documents, load_documents
+from modegpt.data.texts import Documents, load_documents
 from modegpt.errors import UserError
 from modegpt.evaluation.next_sentence import NUM_CHOICES, next_sentence_rows
 from modegpt.evaluation.tasks import load_tasks, task_fingerprint
 from tests.evaluation.test_local_tasks import scored
 
 NAMES = ("Ann", "Bob", "Cem", "Dee", "Eve")
-STORIES = Documents("jsonl", tuple(f"{name} had a cat. It was\n\nred. {name} said, \"Go home now!\" They ran. {name} slept. {name} woke up early." for name in NAMES))
+STORIES = Documents(
+    "jsonl",
+    tuple(
+        f'{name} had a cat. It was\n\nred. {name} said, "Go home now!" They ran. {name} slept. {name} woke up early.'
+        for name in NAMES
+    ),
+)
 
 
 def test_rows() -> None:
     rows = next_sentence_rows(STORIES)
-    assert [row["context"] for row in rows] == [context for name in NAMES for context in (f"{name} had a cat. It was red.", f"They ran. {name} slept.")]
+    assert [row["context"] for row in rows] == [
+        context for name in NAMES for context in (f"{name} had a cat. It was red.", f"They ran. {name} slept.")
+    ]
     for row, name in zip(rows, (name for name in NAMES for _ in range(2)), strict=True):
         answer = f'{name} said, "Go home now!"' if row["context"].endswith("red.") else f"{name} woke up early."
         assert row["choices"][row["gold"]] == answer
@@ -29,10 +37,14 @@ def test_short_answers_are_not_asked() -> None:
         next_sentence_rows(Documents("jsonl", texts))
 
 
-@pytest.mark.parametrize(("texts", "message"), [
-    (("One sentence only.",) * 9, "at least 4 documents of 3 sentences"),
-    (("A cat sat. A dog sat. The same for all of them.",) * 9, "too few different sentences"),
-], ids=["no answers", "one answer"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("One sentence only.",) * 9, "at least 4 documents of 3 sentences"),
+        (("A cat sat. A dog sat. The same for all of them.",) * 9, "too few different sentences"),
+    ],
+    ids=["no answers", "one answer"],
+)
 def test_a_text_without_choices_is_refused(texts: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         next_sentence_rows(Documents("text", texts))
@@ -41,9 +53,13 @@ def test_a_text_without_choices_is_refused(texts: tuple[str, ...], message: str)
 def test_the_harness_scores_these_strings() -> None:
     task = load_tasks(["next_sentence"], data_path="a folder for other tasks", documents=STORIES)["next_sentence"]
     rows = next_sentence_rows(STORIES)
-    assert scored(task) == [([(row["context"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows]
+    assert scored(task) == [
+        ([(row["context"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows
+    ]
     others = Documents("jsonl", STORIES.texts[:4])
-    assert task_fingerprint(task, limit=None) != task_fingerprint(load_tasks(["next_sentence"], data_path=None, documents=others)["next_sentence"], limit=None)
+    assert task_fingerprint(task, limit=None) != task_fingerprint(
+        load_tasks(["next_sentence"], data_path=None, documents=others)["next_sentence"], limit=None
+    )
 
 
 def test_it_needs_a_text() -> None:

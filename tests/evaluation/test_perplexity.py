@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from modegpt.calibration.texts import load_documents, tokenize_stream
+from modegpt.data.texts import load_documents, tokenize_stream
 from modegpt.errors import UserError
 from modegpt.evaluation import likelihood
 from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
@@ -45,7 +45,9 @@ def test_equals_the_naive_loop(model, token_ids, window):
 def test_batch_and_chunk_do_not_matter(model, token_ids, batch_tokens, monkeypatch):
     reference = perplexity(model, token_ids, window=16, batch_tokens=16, progress=QUIET)["value"]
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", 700)  # 7 rows at a time
-    assert perplexity(model, token_ids, window=16, batch_tokens=batch_tokens, progress=QUIET)["value"] == pytest.approx(reference, rel=1e-6)
+    assert perplexity(model, token_ids, window=16, batch_tokens=batch_tokens, progress=QUIET)["value"] == pytest.approx(
+        reference, rel=1e-6
+    )
 
 
 def test_tail_is_dropped(model, token_ids):
@@ -99,7 +101,9 @@ def test_real_model_reads_stories_well(shared_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = shared_dir / "models" / "stories260K"
-    stories = load_documents("jsonl", path=str(shared_dir / "data" / "tinystories" / "eval_200.jsonl"), split="test", max_documents=30)
+    stories = load_documents(
+        "jsonl", path=str(shared_dir / "data" / "tinystories" / "eval_200.jsonl"), split="test", max_documents=30
+    )
     token_ids = tokenize_stream(stories, AutoTokenizer.from_pretrained(directory))
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     # 4.04 story by story; packed windows begin mid-story

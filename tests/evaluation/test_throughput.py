@@ -10,10 +10,10 @@ import torch
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import ThroughputSpec, Workload
 from modegpt.evaluation.throughput import Roof, Work, beside_dense, cache_bytes_per_token, measure, work_of
-from modegpt.modeling.checkpoints import save_checkpoint
-from modegpt.modeling.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from tests.architectures.family_table import CONFIGS, dense_model, sliced_model
-from tests.modeling.saved import tiny_tokenizer
+from modegpt.models.checkpoints import save_checkpoint
+from modegpt.models.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from tests.models.family_table import CONFIGS, dense_model, sliced_model
+from tests.models.saved import tiny_tokenizer
 from tests.scripts import load_script
 
 
@@ -21,17 +21,23 @@ def test_work_by_hand() -> None:
     """Llama of width 32, 4 query and 2 key/value heads of 8, MLP 40, 3 layers, vocabulary 61."""
     model = dense_model("llama")
     block, head = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 40), 61 * 32
-    assert work_of(model, Workload("prefill", 2, 5)) == Work(flops=2 * 2 * (5 * block + head + 3 * 4 * 16 * 15), bytes=4 * (block + head))
+    assert work_of(model, Workload("prefill", 2, 5)) == Work(
+        flops=2 * 2 * (5 * block + head + 3 * 4 * 16 * 15), bytes=4 * (block + head)
+    )
     cache = 3 * 2 * 16 * 4
     assert cache_bytes_per_token(model.config, torch.float32) == cache
-    assert work_of(model, Workload("decode", 2, 5)) == Work(flops=2 * 2 * (block + head + 3 * 4 * 16 * 5), bytes=4 * (block + head) + 2 * 5 * cache)
+    assert work_of(model, Workload("decode", 2, 5)) == Work(
+        flops=2 * 2 * (block + head + 3 * 4 * 16 * 5), bytes=4 * (block + head) + 2 * 5 * cache
+    )
     assert Roof(10.0, 100.0).seconds(Work(20.0, 100.0)) == 2.0 and Roof(10.0, 100.0).seconds(Work(1.0, 300.0)) == 3.0
 
 
 def test_work_of_a_sliced_model_by_hand() -> None:
     """A residual stream of 24 of 32: every map that reads or writes it, two shortcuts a layer, and attention and cache as they were."""
     config = CONFIGS["llama"].to_dict()
-    model = SlicedLlamaForCausalLM(SlicedLlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}, stream_sizes=[24] * 7))
+    model = SlicedLlamaForCausalLM(
+        SlicedLlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}, stream_sizes=[24] * 7)
+    )
     block, head = 3 * (24 * (32 + 16 + 16 + 32) + 3 * 24 * 40 + 2 * 24 * 24), 61 * 24
     assert work_of(model, Workload("decode", 2, 5)).flops == 2 * 2 * (block + head + 3 * 4 * 16 * 5)
     assert cache_bytes_per_token(model.config, torch.float32) == cache_bytes_per_token(CONFIGS["llama"], torch.float32)
@@ -40,8 +46,12 @@ def test_work_of_a_sliced_model_by_hand() -> None:
 def test_a_record_holds_both_models_and_the_machine() -> None:
     dense, lines = dense_model("llama"), []
     smaller = sliced_model(dense)[0]
-    found = beside_dense(dense, smaller, ThroughputSpec(prefill=["1x4"], decode=["2x4"], repeats=1, decode_tokens=1), say=lines.append)
-    assert [(each["phase"], each["model"]) for each in found["measurements"]] == [(phase, model) for phase in ("prefill", "decode") for model in ("dense", "compressed")]
+    found = beside_dense(
+        dense, smaller, ThroughputSpec(prefill=["1x4"], decode=["2x4"], repeats=1, decode_tokens=1), say=lines.append
+    )
+    assert [(each["phase"], each["model"]) for each in found["measurements"]] == [
+        (phase, model) for phase in ("prefill", "decode") for model in ("dense", "compressed")
+    ]
     assert found["cache_bytes_per_token"]["compressed"] < found["cache_bytes_per_token"]["dense"] and len(lines) == 4
     assert min(found["ceiling"].values()) > 0
     alone = beside_dense(dense, None, ThroughputSpec(decode=["1x4"], repeats=1, decode_tokens=1), say=lines.append)
@@ -55,9 +65,18 @@ def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
     for label, model in models.items():
         model.register_forward_pre_hook(lambda *_, label=label: order.append(label))
     lines: list[str] = []
-    results = measure(models, [Workload("prefill", 1, 6), Workload("decode", 2, 6)], repeats=2, decode_tokens=3, roof=Roof(1e9, 1e9), say=lines.append)
+    results = measure(
+        models,
+        [Workload("prefill", 1, 6), Workload("decode", 2, 6)],
+        repeats=2,
+        decode_tokens=3,
+        roof=Roof(1e9, 1e9),
+        say=lines.append,
+    )
     assert order[:6] == ["dense", "smaller", "smaller", "dense", "dense", "smaller"], "a rotating order"
-    assert [(each["phase"], each["model"], len(each["samples_seconds"])) for each in results] == [(phase, label, 2) for phase in ("prefill", "decode") for label in models]
+    assert [(each["phase"], each["model"], len(each["samples_seconds"])) for each in results] == [
+        (phase, label, 2) for phase in ("prefill", "decode") for label in models
+    ]
     assert all(each["seconds"] > 0 and each["tokens_per_second"] > 0 for each in results)
     assert results[0]["speedup"] == results[0]["ideal_speedup"] == 1.0 < results[1]["ideal_speedup"]
     assert len(lines) == 4 and "of an ideal" in lines[1]
@@ -73,14 +92,16 @@ def test_a_wrong_workload_is_explained(text: str) -> None:
 
 def test_a_workload_beyond_the_context_is_refused() -> None:
     ThroughputSpec(prefill=["1x16"], decode=["1x8"], decode_tokens=8).check(16)
-    with pytest.raises(UserError, match=r"evaluation.throughput.decode: 1x9 needs 17 tokens, the model's context is 16"):
+    with pytest.raises(
+        UserError, match=r"evaluation.throughput.decode: 1x9 needs 17 tokens, the model's context is 16"
+    ):
         ThroughputSpec(decode=["1x9"], decode_tokens=8).check(16)
     with pytest.raises(UserError, match="evaluation.throughput.repeats=0"):
         ThroughputSpec(repeats=0)
 
 
 def test_shapes_are_those_the_method_would_plan() -> None:
-    bench = load_script("bench_inference")
+    bench = load_script("benchmarks/bench_inference")
     config = CONFIGS["llama"]
     config = type(config)(**{**config.to_dict(), "num_hidden_layers": 8, "intermediate_size": 128})
     shapes = bench.planned_shapes(config, 0.3, {"mlp": 8, "query_key": 2, "value_output": 2})
@@ -93,13 +114,32 @@ def test_the_scripts_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "whole", {})
     save_checkpoint(sliced_model(model)[0], tiny_tokenizer(), tmp_path / "part", {})
     output = tmp_path / "bench" / "throughput.json"
-    options = ["--prefill", "1x4", "--decode", "2x4", "--repeats", "1", "--decode-tokens", "1", "--device", "cpu", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["experiments/throughput.py", *options])
-    throughput = load_script("throughput")
+    options = [
+        "--prefill",
+        "1x4",
+        "--decode",
+        "2x4",
+        "--repeats",
+        "1",
+        "--decode-tokens",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/throughput.py", *options])
+    throughput = load_script("benchmarks/throughput")
     monkeypatch.setattr(throughput, "measure_roof", lambda *_, **__: Roof(1e9, 1e9))
     assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "part"), *options]) == 0
     record = json.loads(output.read_text())
-    assert record["kind"] == "throughput" and record["models"]["part"]["cache_share"] < 1 and record["provenance"]["packages"]["torch"]
-    assert str(tmp_path) not in output.read_text() and [path.name for path in output.parent.iterdir()] == ["throughput.json"]
+    assert (
+        record["kind"] == "throughput"
+        and record["models"]["part"]["cache_share"] < 1
+        and record["provenance"]["packages"]["torch"]
+    )
+    assert str(tmp_path) not in output.read_text() and [path.name for path in output.parent.iterdir()] == [
+        "throughput.json"
+    ]
     assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "nothing"), *options]) == 2
     assert "no model directory" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 import random
-import sys
 import types
 
 import datasets
@@ -16,10 +15,10 @@ from tqdm import tqdm
 from modegpt.errors import UserError
 from modegpt.evaluation import tasks as task_module
 from modegpt.evaluation.isolation import isolated_harness
+from modegpt.evaluation.items import unpack
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import mean_score, zeroshot
 from modegpt.progress import Progress
-from modegpt.records.items import unpack
 from tests.evaluation.conftest import ROWS
 
 QUIET = Progress(quiet=True)
@@ -75,12 +74,22 @@ def test_likelihoods_equal_the_harness_wrapper(wide_model, tokenizer, task_folde
     requests = requests_of(load_tasks(["paper", "openbookqa"], data_path=str(task_folder)))
     stock, ours, scorer = both_wrappers(wide_model, tokenizer, requests, max_length=max_length)
     assert_same(stock, ours)
-    longer = sum(len("".join(request.args)) + 1 > max_length + 1 for request in requests)  # one token a character, and BOS
+    longer = sum(
+        len("".join(request.args)) + 1 > max_length + 1 for request in requests
+    )  # one token a character, and BOS
     assert scorer.num_truncated.total() == longer and (longer > 0) == (max_length == 48)
 
 
 def test_odd_requests_equal_the_harness_wrapper(wide_model, tokenizer):
-    pairs = [("", " from nothing"), ("a ", "b"), ("a", " b"), ("a", " c"), ("", "<s>x"), ("a", " b"), ("line\n", "next")]
+    pairs = [
+        ("", " from nothing"),
+        ("a ", "b"),
+        ("a", " b"),
+        ("a", " c"),
+        ("", "<s>x"),
+        ("a", " b"),
+        ("line\n", "next"),
+    ]
     pairs += [("<s>given", " bos"), ("<s>given", " two")]
     requests = [types.SimpleNamespace(args=pair, task_name="odd") for pair in pairs]
     stock, ours, scorer = both_wrappers(wide_model, tokenizer, requests, max_length=512)
@@ -155,7 +164,9 @@ def test_batch_size_and_kept_tokens_do_not_matter(wide_model, tokenizer, task_fo
 def test_equal_inputs_share_a_forward_pass(wide_model, tokenizer):
     pairs = [("The animal is a", f" {letter}") for letter in "abcdefgh"]
     rows = []
-    handle = wide_model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    handle = wide_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     ours = our_wrapper(wide_model, tokenizer, max_length=512, batch_size=4)
     values = ours.loglikelihood([types.SimpleNamespace(args=pair, task_name="t") for pair in pairs])
     handle.remove()
@@ -225,7 +236,7 @@ def test_tiny_tasks_are_read_by_their_kind(wide_model, tokenizer, tmp_path, monk
             "doc_to_choice": "choices",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
-    monkeypatch.setitem(sys.modules, "modegpt.tiny.tasks", types.SimpleNamespace(task_configs=lambda: configs))
+    monkeypatch.setattr("modegpt.data.embedded.task_configs", lambda: configs)
     scores = score(wide_model, tokenizer, load_tasks(["tiny"], data_path=None))
     assert {name: scores[name]["metric"] for name in configs} == {"tiny_story": "acc_norm", "tiny_pronoun": "acc"}
 
@@ -250,12 +261,16 @@ def test_paper_tasks_from_the_hub(task_folder, monkeypatch):
     hub = load_tasks(["paper"], data_path=None)
     assert list(hub) == list(PAPER_TASKS)
     assert [request.args for request in requests_of(hub)] == [request.args for request in requests_of(local)]
-    fingerprints = [{name: task_fingerprint(task, limit=None) for name, task in tasks.items()} for tasks in (hub, local)]
+    fingerprints = [
+        {name: task_fingerprint(task, limit=None) for name, task in tasks.items()} for tasks in (hub, local)
+    ]
     assert fingerprints[0] == fingerprints[1]
 
 
 def test_unreachable_hub_says_how_to_pass_files():
-    with pytest.raises(UserError, match="data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"):
+    with pytest.raises(
+        UserError, match="data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"
+    ):
         load_tasks(["paper"], data_path=None)
 
 
@@ -280,7 +295,10 @@ def test_fingerprint_follows_items_and_limit(task_folder):
 
 
 def test_a_task_without_accuracy_is_not_averaged():
-    scores = {"a": {"metric": "acc", "value": 0.5, "stderr": 0.1}, "b": {"metric": "word_perplexity", "value": 30.0, "stderr": None}}
+    scores = {
+        "a": {"metric": "acc", "value": 0.5, "stderr": 0.1},
+        "b": {"metric": "word_perplexity", "value": 30.0, "stderr": None},
+    }
     assert mean_score(scores, limit=None) == {"value": 0.5, "stderr": pytest.approx(0.1), "num_tasks": 1, "limit": None}
     assert mean_score({"b": scores["b"]}, limit=None)["value"] is None
 

@@ -14,11 +14,11 @@ from analysis.ingredients import DIRECTORY as INGREDIENTS
 from analysis.ingredients import combination, combinations, title
 from analysis.runs import annotated, hashable, setting
 from modegpt.cli.schema import config_directory
-from modegpt.compression.methods import METHODS, make_method
-from modegpt.compression.plus.method import MoDeGPTPlus
-from modegpt.compression.plus.switches import CHOICES, Switches
 from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.switches import CHOICES, Switches
+from modegpt.methods.registry import METHODS, make_method
 from tests.scripts import load_script
 
 FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
@@ -46,7 +46,9 @@ def test_an_experiment_composes(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert config.tracking.mode == "disabled"
     assert config.model.name == "tiny-llama"
     assert make_method(config) is not None
-    assert all(hashable(setting(annotated(asdict(config)), key)) == value for key, value in last.items()), "the analysis finds what was swept"
+    assert all(hashable(setting(annotated(asdict(config)), key)) == value for key, value in last.items()), (
+        "the analysis finds what was swept"
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,15 +66,23 @@ def test_a_header_says_it_all(name: str) -> None:
 
 def test_every_job_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs = jobs(monkeypatch, tmp_path, "--multirun", "+experiments=layer_sparsity")
-    assert [(config.method["name"], config.compression.sparsity) for config in configs] == [("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    assert [(each["method"], each["compression.sparsity"]) for each in experiment("layer_sparsity").settings] == [("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert [(config.method["name"], config.compression.sparsity) for config in configs] == [
+        ("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)
+    ]
+    assert [(each["method"], each["compression.sparsity"]) for each in experiment("layer_sparsity").settings] == [
+        ("modegpt", rate) for rate in (0.1, 0.2, 0.3, 0.4, 0.5)
+    ]
 
 
 def test_the_tiny_plan_covers_every_experiment() -> None:
-    module = load_script("tiny")
+    module = load_script("experiments/tiny")
     sweeps = module.plan([])
-    assert {sweep.experiment for sweep in sweeps} == set(FILES) - set(module.ELSEWHERE) - (set() if module.OTHER_DOMAIN else {"plus_domain"})  # no other text without the shared folder
-    assert {(sweep.experiment, sweep.model) for sweep in sweeps} < {(sweep.experiment, sweep.model) for sweep in module.plan([], full=True)}
+    assert {sweep.experiment for sweep in sweeps} == set(FILES) - set(module.ELSEWHERE) - (
+        set() if module.OTHER_DOMAIN else {"plus_domain"}
+    )  # no other text without the shared folder
+    assert {(sweep.experiment, sweep.model) for sweep in sweeps} < {
+        (sweep.experiment, sweep.model) for sweep in module.plan([], full=True)
+    }
     for sweep in sweeps:
         assert sweep.num_jobs == len(experiment(sweep.experiment).settings)
     assert {sweep.experiment for sweep in module.plan(["ridge"])} == {"ridge"}
@@ -80,7 +90,14 @@ def test_the_tiny_plan_covers_every_experiment() -> None:
 
 def test_the_analysis_reads_combinations_as_hydra_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     some = ["paper", "only_refit", "all", "without_sequential"]
-    configs = jobs(monkeypatch, tmp_path, "--multirun", "+experiments=plus_ablation", f"+experiments/ingredients={','.join(some)}", "compression.sparsity=0.3")
+    configs = jobs(
+        monkeypatch,
+        tmp_path,
+        "--multirun",
+        "+experiments=plus_ablation",
+        f"+experiments/ingredients={','.join(some)}",
+        "compression.sparsity=0.3",
+    )
     assert [config.method for config in configs] == [combinations()[name] for name in some]
 
 
@@ -95,13 +112,31 @@ def test_every_ingredient_is_ablated() -> None:
     """Each switch that the paper's form turns off stands alone on top of it, and is turned off in all but one."""
     paper, everything = combinations()["paper"], combinations()["all"]
     ingredients = {key for key in paper if paper[key] != everything[key]}
-    alone = {key for name, switches in combinations().items() if name.startswith("only_") for key in switches if switches[key] != paper[key]}
-    missing = {key for name, switches in combinations().items() if name.startswith("with") for key in switches if switches[key] != everything[key]}
+    alone = {
+        key
+        for name, switches in combinations().items()
+        if name.startswith("only_")
+        for key in switches
+        if switches[key] != paper[key]
+    }
+    missing = {
+        key
+        for name, switches in combinations().items()
+        if name.startswith("with")
+        for key in switches
+        if switches[key] != everything[key]
+    }
     assert alone == ingredients | {"fisher"}, "off by default: it needs a gradient"
     assert missing == ingredients | {"fisher", "nested"}, "nested is no ingredient, but what it costs is measured"
-    assert set(combinations()) == {settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings}
-    switches = {option.name for option in fields(Switches) if option.name in CHOICES or isinstance(option.default, bool)}
-    assert switches <= set(OmegaConf.load(INGREDIENTS / "paper.yaml")), "what a new switch is in the paper is said there"
+    assert set(combinations()) == {
+        settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings
+    }
+    switches = {
+        option.name for option in fields(Switches) if option.name in CHOICES or isinstance(option.default, bool)
+    }
+    assert switches <= set(OmegaConf.load(INGREDIENTS / "paper.yaml")), (
+        "what a new switch is in the paper is said there"
+    )
     for key, choices in CHOICES.items():
         assert {combined[key] for combined in combinations().values()} == set(choices)
 
@@ -117,7 +152,10 @@ def test_a_switch_that_a_record_does_not_know_was_off() -> None:
 
 
 def test_nothing_is_forgotten() -> None:
-    swept = {key: {settings[key] for name in FILES for settings in experiment(name).settings if key in settings} for key in ("method", "decomposition/mlp", "decomposition/query_key", "decomposition/value_output")}
+    swept = {
+        key: {settings[key] for name in FILES for settings in experiment(name).settings if key in settings}
+        for key in ("method", "decomposition/mlp", "decomposition/query_key", "decomposition/value_output")
+    }
     assert swept["method"] == set(METHODS) - {"dense"}
     assert swept["decomposition/mlp"] == set(MLP_VARIANTS)
     assert swept["decomposition/query_key"] == set(QUERY_KEY_VARIANTS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modegpt.records.items import pack
+from modegpt.evaluation.items import pack
 
 TASKS = {  # task: (metric, dense, compressed)
     "easy_facts": ("acc_norm", 0.96, 0.9),
@@ -25,18 +25,43 @@ def sample_throughput(speedup: float = 1.5) -> dict:
     for phase, batch_size, milliseconds in (("decode", 8, 4.0), ("decode", 1, 2.0), ("prefill", 1, 64.0)):
         for model, factor in (("dense", 1.0), ("compressed", speedup)):
             seconds, tokens = milliseconds / factor / 1000, batch_size * (64 if phase == "prefill" else 1)
-            entry = {"phase": phase, "batch_size": batch_size, "length": 64, "model": model, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            measurements.append(entry | {"speedup": factor, "ideal_speedup": 2.0 if model == "compressed" else 1.0, "share_of_ideal": factor / 2})
-    return {"ceiling": {"flops_per_second": 1e11, "bytes_per_second": 1e10}, "cache_bytes_per_token": {"dense": 512, "compressed": 384}, "measurements": measurements}
+            entry = {
+                "phase": phase,
+                "batch_size": batch_size,
+                "length": 64,
+                "model": model,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+            measurements.append(
+                entry
+                | {
+                    "speedup": factor,
+                    "ideal_speedup": 2.0 if model == "compressed" else 1.0,
+                    "share_of_ideal": factor / 2,
+                }
+            )
+    return {
+        "ceiling": {"flops_per_second": 1e11, "bytes_per_second": 1e10},
+        "cache_bytes_per_token": {"dense": 512, "compressed": 384},
+        "measurements": measurements,
+    }
 
 
-def sample_record(*, seed: int = 0, sparsity: float = 0.3, method: str = "modegpt", dense: bool = False, **changes: Any) -> dict:
+def sample_record(
+    *, seed: int = 0, sparsity: float = 0.3, method: str = "modegpt", dense: bool = False, **changes: Any
+) -> dict:
     """What a run hands to `RecordStore.write`, as a fresh dict.
 
     ``seed``, ``sparsity`` and ``method`` decide the identity (and move the perplexity); ``dense`` gives a run that only
     scored the dense model; ``changes`` replace top-level keys.
     """
-    decides = {"model": {"weights_sha256": "a" * 64}, "method": "dense" if dense else method, "sparsity": sparsity, "seed": seed}
+    decides = {
+        "model": {"weights_sha256": "a" * 64},
+        "method": "dense" if dense else method,
+        "sparsity": sparsity,
+        "seed": seed,
+    }
     record = {
         "identity": {"decides": decides},
         "name": "tiny-llama dense" if dense else f"tiny-llama {method} {sparsity:g}",
@@ -92,7 +117,8 @@ def sample_record(*, seed: int = 0, sparsity: float = 0.3, method: str = "modegp
         "metrics": {
             "dense": _scores(4.0, column=1),
             "compressed": _scores(4.0 + 5.0 * sparsity + 0.1 * seed, column=2),
-            "retention": {task: compressed / whole for task, (_, whole, compressed) in TASKS.items()} | {"mean": 0.79 / 0.86},
+            "retention": {task: compressed / whole for task, (_, whole, compressed) in TASKS.items()}
+            | {"mean": 0.79 / 0.86},
             "limited": False,
         },
         "cost": {
@@ -125,7 +151,8 @@ def _layer(index: int, sparsity: float) -> dict:
 
 def _scores(perplexity: float, column: int) -> dict:
     accuracy = {
-        task: {"metric": entry[0], "value": entry[column], "stderr": 0.02, "num_items": 200} for task, entry in TASKS.items()
+        task: {"metric": entry[0], "value": entry[column], "stderr": 0.02, "num_items": 200}
+        for task, entry in TASKS.items()
     }
     mean = sum(entry[column] for entry in TASKS.values()) / len(TASKS)
     return {

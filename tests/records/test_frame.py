@@ -74,7 +74,11 @@ def test_speeds_are_columns_by_workload(tmp_path: Path) -> None:
     record["metrics"]["throughput"] = sample_throughput(1.25)
     RecordStore(tmp_path).write(record)
     [row] = load_records(tmp_path).to_dict("records")
-    assert row["decode_8x64_tokens_per_second"] == pytest.approx(2500) and row["dense_decode_8x64_tokens_per_second"] == pytest.approx(2000)
-    assert row["prefill_1x64_milliseconds"] == pytest.approx(51.2) and row["dense_prefill_1x64_milliseconds"] == pytest.approx(64)
+    assert row["decode_8x64_tokens_per_second"] == pytest.approx(2500) and row[
+        "dense_decode_8x64_tokens_per_second"
+    ] == pytest.approx(2000)
+    assert row["prefill_1x64_milliseconds"] == pytest.approx(51.2) and row[
+        "dense_prefill_1x64_milliseconds"
+    ] == pytest.approx(64)
     assert (row["decode_1x64_speedup"], row["decode_1x64_ideal_speedup"], row["speedup_decode"]) == (1.25, 2.0, 1.25)
     assert (row["cache_bytes_per_token"], row["dense_cache_bytes_per_token"]) == (384, 512)

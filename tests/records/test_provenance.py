@@ -18,7 +18,9 @@ ELSEWHERE = os.sep + os.path.join("srv", "alice", "models", "babyllama-105")
 
 def git(directory: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    return subprocess.run(["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_provenance_is_plain_json_without_the_machine() -> None:
@@ -64,7 +66,10 @@ def test_portable_paths(tmp_path: Path) -> None:
     }
     assert portable(f"cannot read {ELSEWHERE}: 3/4 done", tmp_path) == "cannot read .../babyllama-105: 3/4 done"
     assert portable(f"model.path={ELSEWHERE} x", tmp_path) == "model.path=.../babyllama-105 x"
-    assert portable(f"paths=[{ELSEWHERE},{inside.replace(' ', '_')}]", tmp_path) == "paths=[.../babyllama-105,data/a_b.txt]"
+    assert (
+        portable(f"paths=[{ELSEWHERE},{inside.replace(' ', '_')}]", tmp_path)
+        == "paths=[.../babyllama-105,data/a_b.txt]"
+    )
     assert portable(f"file://{ELSEWHERE}", tmp_path) == ".../babyllama-105"
     assert portable(str(tmp_path), tmp_path) == "."
 

@@ -20,7 +20,12 @@ def root(tmp_path: Path) -> Path:
     store.write(sample_record())
     store.write(sample_record(sparsity=0.5, experiment="rates"))
     store.write_error(
-        experiment="rates", name="broken", decides={"sparsity": 0.9}, stage="compress", message="rank 0 in layer 3", command="modegpt"
+        experiment="rates",
+        name="broken",
+        decides={"sparsity": 0.9},
+        stage="compress",
+        message="rank 0 in layer 3",
+        command="modegpt",
     )
     return store.root
 
@@ -69,10 +74,22 @@ def test_compare_says_how_sure_a_difference_is(tmp_path: Path, capsys: pytest.Ca
     paths = [str(store.write(record)) for record in (first, other, elsewhere)]
     lines = run(store.root, capsys, "compare", *paths)[1].splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith("zeroshot_easy_facts"))
-    accuracies = [record["metrics"]["compressed"]["zeroshot"]["easy_facts"]["value"] for record in (first, other, elsewhere)]
+    accuracies = [
+        record["metrics"]["compressed"]["zeroshot"]["easy_facts"]["value"] for record in (first, other, elsewhere)
+    ]
     points = [f"{100 * (accuracy - accuracies[0]):+.1f}" for accuracy in accuracies[1:]]
     stderr = difference_stderr(other, first, "zeroshot_easy_facts")
-    assert lines[at + 1].split() == ["over", "the", "first", "(points)", "-", points[0], "±", f"{100 * stderr:.1f}", points[1]]
+    assert lines[at + 1].split() == [
+        "over",
+        "the",
+        "first",
+        "(points)",
+        "-",
+        points[0],
+        "±",
+        f"{100 * stderr:.1f}",
+        points[1],
+    ]
 
 
 def test_verify(root: Path, capsys: pytest.CaptureFixture) -> None:
@@ -80,12 +97,20 @@ def test_verify(root: Path, capsys: pytest.CaptureFixture) -> None:
     path = RecordStore(root).paths()[1]
     path.write_text(path.read_text().replace("0.499", "0.498"))
     status, out, _ = run(root, capsys, "verify")
-    assert status == 1 and out.startswith(f"{path}: content_sha256 does not match") and out.endswith("2 records, 1 problems\n")
+    assert (
+        status == 1
+        and out.startswith(f"{path}: content_sha256 does not match")
+        and out.endswith("2 records, 1 problems\n")
+    )
 
 
 def test_export(root: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     csv, parquet = tmp_path / "all.csv", tmp_path / "all.parquet"
-    assert run(root, capsys, "export", "--csv", str(csv))[0] == run(root, capsys, "export", "--parquet", str(parquet))[0] == 0
+    assert (
+        run(root, capsys, "export", "--csv", str(csv))[0]
+        == run(root, capsys, "export", "--parquet", str(parquet))[0]
+        == 0
+    )
     for frame in (pandas.read_csv(csv), pandas.read_parquet(parquet)):
         assert sorted(frame["ppl_tiny_256"]) == pytest.approx([5.5, 6.5])
     status, _, err = run(root, capsys, "export", "--csv", str(tmp_path / "no" / "where.csv"))
@@ -109,4 +134,6 @@ def test_an_ambiguous_name_asks_for_more(root: Path, capsys: pytest.CaptureFixtu
 
 def test_looking_at_records_needs_no_torch() -> None:
     code = "import sys, modegpt.records.cli; print(sorted({'torch', 'pandas', 'wandb', 'matplotlib'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

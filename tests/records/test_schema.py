@@ -24,7 +24,11 @@ def changed(record: dict, key: str, value: Any) -> dict:
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("metrics.compressed.perplexity.ppl_tiny_256.value", float("nan"), r"metrics\.compressed\.perplexity\.ppl_tiny_256\.value is nan"),
+        (
+            "metrics.compressed.perplexity.ppl_tiny_256.value",
+            float("nan"),
+            r"metrics\.compressed\.perplexity\.ppl_tiny_256\.value is nan",
+        ),
         ("cost.stages.0.seconds", float("inf"), r"cost\.stages\[0\]\.seconds is inf"),
         ("metrics.dense.zeroshot", torch.zeros(1), r"metrics\.dense\.zeroshot is a Tensor"),
         ("compression.achieved_sparsity", "0.3", r"compression\.achieved_sparsity is '0\.3', expected int \| float"),

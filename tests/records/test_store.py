@@ -158,10 +158,16 @@ def test_an_error_is_no_number_and_goes_with_success(tmp_path: Path) -> None:
     store, record = RecordStore(tmp_path), sample_record()
     run = {"experiment": record["experiment"], "name": record["name"], "decides": decides_of(record)}
     hidden = os.sep + os.path.join("srv", "someone", "weights.bin")
-    path = store.write_error(**run, stage="calibrate", message=f"cannot read {hidden}:\ntoo short", command="modegpt seed=0")
+    path = store.write_error(
+        **run, stage="calibrate", message=f"cannot read {hidden}:\ntoo short", command="modegpt seed=0"
+    )
     assert path.name == "error.json"
     (note,) = store.errors()
-    assert (note["status"], note["stage"], note["message"]) == ("failed", "calibrate", "cannot read .../weights.bin: too short")
+    assert (note["status"], note["stage"], note["message"]) == (
+        "failed",
+        "calibrate",
+        "cannot read .../weights.bin: too short",
+    )
     assert "metrics" not in note and len(load_records(tmp_path)) == 0 and store.existing(**run) is None
     with pytest.raises(UserError):
         load_record(path)

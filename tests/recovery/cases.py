@@ -8,15 +8,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
-from modegpt.baselines.shortgpt import ShortGPT
-from modegpt.baselines.slicegpt import SliceGPT
-from modegpt.baselines.svd import SVD
-from modegpt.compression.modegpt import MoDeGPT
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
-from tests.architectures.family_table import dense_model
-from tests.baselines.task_of import task_of
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.shortgpt import ShortGPT
+from modegpt.methods.slicegpt import SliceGPT
+from modegpt.methods.svd import SVD
+from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model
 
-PAPER = MoDeGPT(mlp=MLP_VARIANTS["nystrom"](), query_key=QUERY_KEY_VARIANTS["cr"](), value_output=VALUE_OUTPUT_VARIANTS["svd"](), allocation=Uniform())
+PAPER = MoDeGPT(
+    mlp=MLP_VARIANTS["nystrom"](),
+    query_key=QUERY_KEY_VARIANTS["cr"](),
+    value_output=VALUE_OUTPUT_VARIANTS["svd"](),
+    allocation=Uniform(),
+)
 COMPRESSED = {
     "llama": ("llama", PAPER),
     "opt": ("opt", PAPER),

@@ -24,10 +24,18 @@ def test_adapters_reach_exactly_the_linears_asked_for(case: str, targets: str) -
     names = adapted_linears(model, targets)
     attention = [name for name in names if ".self_attn." in name]
     assert names and bool(attention) == (targets == "all")
-    inside = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name and "shortcut" not in name and module.weight.numel()}
+    inside = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and "shortcut" not in name and module.weight.numel()
+    }
     assert set(names) == {name for name in inside if targets == "all" or ".self_attn." not in name}
     adapted = Lora(targets=targets, rank=3).adapt(model)
-    carriers = {name.removeprefix("base_model.model.") for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    carriers = {
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
     assert carriers == set(names)
     learning = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(learning) == 2 * len(names) and all("lora_" in name for name in learning)
@@ -36,14 +44,20 @@ def test_adapters_reach_exactly_the_linears_asked_for(case: str, targets: str) -
     loss.backward()
     with_gradient = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert with_gradient == set(learning)
-    frozen = {name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter for name, parameter in adapted.named_parameters() if "lora_" not in name}
+    frozen = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
+        for name, parameter in adapted.named_parameters()
+        if "lora_" not in name
+    }
     assert frozen.keys() == before.keys() and all(torch.equal(frozen[name], before[name]) for name in before)
 
 
 def test_factored_linears_are_adapted_in_both_factors() -> None:
     _, model = compressed("low-rank")
     names = adapted_linears(model, "mlp")
-    assert {name.rpartition(".")[2] for name in names} == {"A", "B"} and len(names) == 2 * 3 * model.config.num_hidden_layers
+    assert {name.rpartition(".")[2] for name in names} == {"A", "B"} and len(
+        names
+    ) == 2 * 3 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("case", COMPRESSED)
@@ -68,7 +82,9 @@ def test_merged_is_what_was_trained(case: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(after, seen[0], rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() > 1e-2, "training changed nothing"
     assert {name: type(module) for name, module in merged.named_modules()} == classes, "nothing of peft is left in it"
-    assert all(torch.equal(tensor, original[name]) for name, tensor in dense.state_dict().items()), "the dense model was trained"
+    assert all(torch.equal(tensor, original[name]) for name, tensor in dense.state_dict().items()), (
+        "the dense model was trained"
+    )
     assert not merged.training and not any(parameter.requires_grad for parameter in merged.parameters())
     assert report["num_adapted_linears"] == len(adapted_linears(merged, "all")) and report["num_steps"] == 16
 
@@ -76,7 +92,10 @@ def test_merged_is_what_was_trained(case: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_loss_goes_down_and_repeats() -> None:
     models = [compressed("llama")[1] for _ in range(3)]  # before the state is read: making one seeds it
     state = torch.get_rng_state()
-    runs = [QUICK.recover(model, windows(model), seed=seed, progress=QUIET) for model, seed in zip(models, (0, 0, 1), strict=True)]
+    runs = [
+        QUICK.recover(model, windows(model), seed=seed, progress=QUIET)
+        for model, seed in zip(models, (0, 0, 1), strict=True)
+    ]
     assert torch.equal(torch.get_rng_state(), state)
     losses = [report["losses"] for _, report in runs]
     assert len(losses[0]) == 16 and losses[0][-1] < 0.9 * losses[0][0]
@@ -88,7 +107,9 @@ def test_the_loss_goes_down_and_repeats() -> None:
 
 def test_micro_batches_change_rounding_only() -> None:
     whole, parts = (
-        Lora(rank=2, learning_rate=1e-3, num_samples=16, batch_size=4, micro_batch_size=size).recover(compressed("llama")[1], windows(compressed("llama")[1]), seed=0, progress=QUIET)
+        Lora(rank=2, learning_rate=1e-3, num_samples=16, batch_size=4, micro_batch_size=size).recover(
+            compressed("llama")[1], windows(compressed("llama")[1]), seed=0, progress=QUIET
+        )
         for size in (None, 1)
     )
     assert parts[1]["losses"] == pytest.approx(whole[1]["losses"], rel=1e-5)
@@ -105,7 +126,11 @@ def test_losses_are_means_of_what_was_seen() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     shares = [Lora(warmup=0.2).learning_rate_share(step, 10) for step in range(10)]
-    assert shares[:3] == [0.5, 1.0, 1.0] and shares[-1] == 1 / 8 and shares == [0.5, 1.0, *sorted(shares[2:], reverse=True)]
+    assert (
+        shares[:3] == [0.5, 1.0, 1.0]
+        and shares[-1] == 1 / 8
+        and shares == [0.5, 1.0, *sorted(shares[2:], reverse=True)]
+    )
     assert Lora(warmup=0.0).learning_rate_share(0, 1) == 1.0
 
 

@@ -6,15 +6,15 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from modegpt.calibration.calibration import Calibration
-from modegpt.calibration.tokens import CalibrationTokens, draw_windows
-from modegpt.compression.modegpt import MoDeGPT
-from modegpt.compression.task import Compressed, CompressionTask
+from modegpt.data.tokens import CalibrationTokens, draw_windows
+from modegpt.methods.base import Compressed, CompressionTask
+from modegpt.methods.modegpt import MoDeGPT
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.workspace import Workspace
-from tests.architectures.family_table import native_model
-from tests.modeling.saved import tiny_tokenizer
+from tests.models.family_table import native_model
+from tests.models.saved import tiny_tokenizer
 
 
 def save_dense(name: str, directory: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "20KB") -> Path:
@@ -35,7 +35,9 @@ def task_on(model: PreTrainedModel, sparsity: float = 0.3) -> CompressionTask:
     return CompressionTask(Calibration(model, tokens_of(model), batch_size=3, progress=Progress(quiet=True)), sparsity)
 
 
-def compress_out_of_core(method: MoDeGPT, dense: Path, destination: Path, *, on_disk: bool = False) -> tuple[Compressed, Path, int]:
+def compress_out_of_core(
+    method: MoDeGPT, dense: Path, destination: Path, *, on_disk: bool = False
+) -> tuple[Compressed, Path, int]:
     """Compress the checkpoint in ``dense``; returns the result, the workspace's checkpoint, and the layers found finished."""
     streamed = StreamedModel.open(str(dense))
     workspace = Workspace(destination, "0" * 12, {})

@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 
 from modegpt.allocation.policies import Entropic, Policy, Uniform
-from modegpt.architectures import block_linear_parameters
-from modegpt.compression.methods import VARIANTS
-from modegpt.compression.modegpt import MODULES, MoDeGPT
 from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, QueryKeyRandom, ValueOutputRandom, ValueOutputSVD
-from modegpt.modeling.checkpoints import load_model, load_tokenizer, save_checkpoint
+from modegpt.methods.modegpt import MODULES, MoDeGPT
+from modegpt.methods.registry import VARIANTS
+from modegpt.models import block_linear_parameters
+from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.streaming.shards import Shards
-from tests.architectures.family_table import CONFIGS, tokens
+from tests.models.family_table import CONFIGS, tokens
 from tests.streaming.streamed_task import compress_out_of_core, save_dense, task_on
 
 
 def paper(allocation: Policy = Uniform(), **changes) -> MoDeGPT:
-    return MoDeGPT(**{"mlp": MLPNystrom(), "query_key": QueryKeyCR(), "value_output": ValueOutputSVD(), "allocation": allocation, **changes})
+    return MoDeGPT(
+        **{
+            "mlp": MLPNystrom(),
+            "query_key": QueryKeyCR(),
+            "value_output": ValueOutputSVD(),
+            "allocation": allocation,
+            **changes,
+        }
+    )
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
@@ -43,7 +51,10 @@ def check_same(method: MoDeGPT, dense: Path, folder: Path, **options) -> None:
     for path in (folder / "in-memory").iterdir():
         if path.suffix in (".json", ".py", ".txt") and "index" not in path.name and "manifest" not in path.name:
             assert (checkpoint / path.name).read_bytes() == path.read_bytes(), path.name
-    ours_index, theirs_index = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (checkpoint, folder / "in-memory"))
+    ours_index, theirs_index = (
+        json.loads((folder / "model.safetensors.index.json").read_text())
+        for folder in (checkpoint, folder / "in-memory")
+    )
     assert ours_index["metadata"] == theirs_index["metadata"]
     again = load_model(str(checkpoint), device="cpu")
     assert torch.equal(again(tokens()).logits, expected.model(tokens()).logits)
@@ -78,4 +89,8 @@ def test_random_choices_follow_one_generator_and_skipped_layers_stay(tmp_path: P
 
 
 def test_nothing_is_observed_where_nothing_is_needed(tmp_path: Path) -> None:
-    check_same(paper(mlp=VARIANTS["mlp"]["svd"](), query_key=None, value_output=None), save_dense("llama", tmp_path / "dense"), tmp_path)
+    check_same(
+        paper(mlp=VARIANTS["mlp"]["svd"](), query_key=None, value_output=None),
+        save_dense("llama", tmp_path / "dense"),
+        tmp_path,
+    )

@@ -8,17 +8,26 @@ import pytest
 import torch
 
 from modegpt.allocation.policies import Uniform
-from modegpt.architectures import read_value_output
-from modegpt.compression.modegpt import MoDeGPT
+from modegpt.cost.metering import peak_memory_bytes
 from modegpt.decompositions import MLP_VARIANTS, MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.modules import MLPStatistics, MLPWeights, Variant
 from modegpt.errors import UserError
-from modegpt.metering import peak_memory_bytes
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.models import read_value_output
 from modegpt.streaming import memory
-from modegpt.streaming.memory import FLOAT64, STATISTIC_ELEMENTS, Prediction, Sizes, check_fits, predict, resident_bytes, solver_elements
 from modegpt.streaming.hidden import embedded
+from modegpt.streaming.memory import (
+    FLOAT64,
+    STATISTIC_ELEMENTS,
+    Prediction,
+    Sizes,
+    check_fits,
+    predict,
+    resident_bytes,
+    solver_elements,
+)
 from modegpt.streaming.model import StreamedModel
-from tests.architectures.family_table import CONFIGS
+from tests.models.family_table import CONFIGS
 from tests.processes import CLEAN
 from tests.streaming.streamed_task import save_dense, task_on
 
@@ -35,7 +44,9 @@ def measure(name: str, n: int, d_h: int, rank: int, results: Queue) -> None:
     """In a process of its own: the bytes that MLP variant ``name`` adds at its fullest."""
     X = torch.randn(n + 200, n, dtype=torch.float64)
     statistics = MLPStatistics(C=X.mT @ X, mean=X.mean(0), C_x=None, num_tokens=n + 200)
-    weights = MLPWeights(W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None)
+    weights = MLPWeights(
+        W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None
+    )
     variant = mlp_variant(name)
     before = resident_bytes()
     CLEAR.write_text("5")
@@ -70,7 +81,9 @@ def test_statistics_have_the_sizes_that_are_counted(name: str, tmp_path: Path) -
         statistics = task.calibration.observe(hidden, 0, frozenset(STATISTIC_ELEMENTS))
         W_V = read_value_output(task.family, layer).W_V
     sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2], k=1)
-    assert {key: value.numel() for key, value in statistics.items()} == {key: count(sizes) for key, count in STATISTIC_ELEMENTS.items()}
+    assert {key: value.numel() for key, value in statistics.items()} == {
+        key: count(sizes) for key, count in STATISTIC_ELEMENTS.items()
+    }
 
 
 def read_width(name: str) -> int:
@@ -86,12 +99,20 @@ def test_the_prediction_counts_what_grows(tmp_path: Path) -> None:
     assert predict(paper(), task, streamed, NOT_SCORED, on_disk=True).host["hidden states"] < host["hidden states"]
     streamed.device = torch.device("cuda")
     elsewhere = predict(paper(), task, streamed, NOT_SCORED, on_disk=False)
-    assert elsewhere.device == {part: size for part, size in host.items() if part != "process"} and elsewhere.host_bytes < elsewhere.host["process"] + 2**20
+    assert (
+        elsewhere.device == {part: size for part, size in host.items() if part != "process"}
+        and elsewhere.host_bytes < elsewhere.host["process"] + 2**20
+    )
 
 
 def test_an_allocation_by_influence_may_leave_a_layer_whole() -> None:
     whole, reduced = (Sizes(d_h=64, n=400, H=4, H_kv=4, d=16, k=k) for k in (400, 280))
-    assert solver_elements(MLPNystrom(), whole) == 6 * 400**2 + 2 * 400 * 64 > solver_elements(MLPNystrom(), reduced) >= 4 * 400**2
+    assert (
+        solver_elements(MLPNystrom(), whole)
+        == 6 * 400**2 + 2 * 400 * 64
+        > solver_elements(MLPNystrom(), reduced)
+        >= 4 * 400**2
+    )
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
@@ -107,7 +128,9 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     assert "calibration.num_samples=4 would fit, or out_of_core.hidden_states=disk" in refusal(1000, 100, 700)
     assert "no number of samples would fit" in refusal(1000, 1000, 700)
     assert "calibration.num_samples" not in refusal(1000, 100, 700, on_disk=True)
-    assert check_fits(Prediction(host={"process": 100}, device={}), task, streamed, on_disk=False, max_host_bytes=101) == {"host": 101}
+    assert check_fits(
+        Prediction(host={"process": 100}, device={}), task, streamed, on_disk=False, max_host_bytes=101
+    ) == {"host": 101}
 
 
 def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:
@@ -116,8 +139,12 @@ def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:
     membership.write_text("0::/jobs/mine\n")
     for name, text in {"memory.max": "max", "memory.current": "5", "memory.stat": "anon 1\ninactive_file 0\n"}.items():
         (group / name).write_text(text)
-    for name, text in {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 150\n"}.items():
+    for name, text in {
+        "memory.max": "1000",
+        "memory.current": "700",
+        "memory.stat": "anon 1\ninactive_file 150\n",
+    }.items():
         (group.parent / name).write_text(text)
     assert memory._group_limits(tmp_path / "fs", membership) == [450]
     assert memory._group_limits(tmp_path / "fs", tmp_path / "absent") == []
-    assert 0 < memory.available_host_bytes()
+    assert memory.available_host_bytes() > 0

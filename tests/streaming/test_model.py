@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modegpt.architectures import decoder_layers
 from modegpt.errors import UserError
 from modegpt.evaluation.perplexity import perplexity
-from modegpt.modeling.checkpoints import load_model
-from modegpt.modeling.integrity import fingerprint_weights
+from modegpt.models import decoder_layers
+from modegpt.models.checkpoints import load_model
+from modegpt.models.integrity import fingerprint_weights
 from modegpt.progress import Progress
 from modegpt.streaming.hidden import embedded
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.score import streamed_perplexity
-from tests.architectures.family_table import tokens
+from tests.models.family_table import tokens
 from tests.streaming.streamed_task import save_dense
 
 FAMILIES = ["llama3-rope-tied", "qwen2-windows", "opt-post-norm-projected", "gemma", "phi3"]
@@ -59,7 +59,9 @@ def test_only_what_is_open_is_loaded(tmp_path: Path) -> None:
 
 def test_batches_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     streamed = StreamedModel.open(str(save_dense("llama", tmp_path / "dense")))
-    memory, disk = (embedded(streamed, tokens(8), batch_size=3, directory=place) for place in (None, tmp_path / "hidden"))
+    memory, disk = (
+        embedded(streamed, tokens(8), batch_size=3, directory=place) for place in (None, tmp_path / "hidden")
+    )
     assert len(disk.batches) == 3 and all(map(torch.equal, memory.batches, disk.batches))
     assert disk.arguments[0].keys() == {3, 2}
 
@@ -70,7 +72,11 @@ def test_names_of_older_checkpoints_are_understood(tmp_path: Path) -> None:
     expected = StreamedModel.open(str(dense)).fingerprint()
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(dense / "model.safetensors").items()}
     save_file(tensors | {"decoder.unused": torch.zeros(2)}, dense / "model.safetensors", metadata={"format": "pt"})
-    assert StreamedModel.open(str(dense)).fingerprint() == expected == fingerprint_weights(load_model(str(dense), device="cpu"))
+    assert (
+        StreamedModel.open(str(dense)).fingerprint()
+        == expected
+        == fingerprint_weights(load_model(str(dense), device="cpu"))
+    )
 
 
 def test_refusals_name_the_cause(tmp_path: Path) -> None:
@@ -86,13 +92,19 @@ def test_refusals_name_the_cause(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="download it first"):
         StreamedModel.open("someone/model")
     with pytest.raises(UserError, match="lacks 1 of its tensors, first model.norm.weight"):
-        StreamedModel.open(with_tensors("missing", {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}))
+        StreamedModel.open(
+            with_tensors("missing", {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
+        )
     with pytest.raises(UserError, match="ties lm_head.weight"):
-        StreamedModel.open(with_tensors("untied", tensors | {"lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}))
+        StreamedModel.open(
+            with_tensors("untied", tensors | {"lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])})
+        )
     with pytest.raises(UserError, match=r"model.norm.weight is \[3\]"):
         StreamedModel.open(with_tensors("misshapen", tensors | {"model.norm.weight": torch.zeros(3)}))
     with pytest.raises(UserError, match="weight model.norm.weight holds NaN"):
-        StreamedModel.open(with_tensors("broken", tensors | {"model.norm.weight": tensors["model.norm.weight"] * torch.nan})).fingerprint()
+        StreamedModel.open(
+            with_tensors("broken", tensors | {"model.norm.weight": tensors["model.norm.weight"] * torch.nan})
+        ).fingerprint()
     (dense / "model.safetensors").rename(dense / "model.bin")
     with pytest.raises(UserError, match="no safetensors weights"):
         StreamedModel.open(str(dense))

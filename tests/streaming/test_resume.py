@@ -11,9 +11,9 @@ import torch
 import modegpt.streaming.workspace as workspace_module
 from modegpt.allocation.policies import Entropic
 from modegpt.calibration.calibration import Calibration
-from modegpt.compression.modegpt import MoDeGPT
 from modegpt.decompositions import MLPRandom, QueryKeyCR, ValueOutputSVD
 from modegpt.errors import UserError
+from modegpt.methods.modegpt import MoDeGPT
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.shards import Shards
 from modegpt.streaming.workspace import POSITION, Position, Workspace
@@ -45,18 +45,49 @@ def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after:
 
 
 MOMENTS = {
-    "in the influence walk": (0, lambda: killed_when(Calibration, "observe", lambda self, hidden, index, names: index == 1, after=True)),
-    "before the first layer": (0, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 0, after=True)),
-    "inside a layer": (1, lambda: killed_when(Calibration, "observe", lambda self, hidden, index, names: index == 1 and len(names) > 1, after=True)),
-    "before a layer is written": (1, lambda: killed_when(Workspace, "write", lambda self, tensors, *, shard, num_shards: shard == 2, after=False)),
-    "with a layer written and no position": (1, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=False)),
+    "in the influence walk": (
+        0,
+        lambda: killed_when(Calibration, "observe", lambda self, hidden, index, names: index == 1, after=True),
+    ),
+    "before the first layer": (
+        0,
+        lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 0, after=True),
+    ),
+    "inside a layer": (
+        1,
+        lambda: killed_when(
+            Calibration, "observe", lambda self, hidden, index, names: index == 1 and len(names) > 1, after=True
+        ),
+    ),
+    "before a layer is written": (
+        1,
+        lambda: killed_when(Workspace, "write", lambda self, tensors, *, shard, num_shards: shard == 2, after=False),
+    ),
+    "with a layer written and no position": (
+        1,
+        lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=False),
+    ),
     "with hidden states written and no position": (
         1,
-        lambda: killed_when(workspace_module, "write_text", lambda path, text: path.name == POSITION and '"next_layer": 2' in text, after=False),
+        lambda: killed_when(
+            workspace_module,
+            "write_text",
+            lambda path, text: path.name == POSITION and '"next_layer": 2' in text,
+            after=False,
+        ),
     ),
-    "between layers": (2, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=True)),
-    "after the last layer": (3, lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 3, after=True)),
-    "with the checkpoint complete": (3, lambda: killed_when(StreamedCompression, "complete", lambda *_: True, after=True)),
+    "between layers": (
+        2,
+        lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 2, after=True),
+    ),
+    "after the last layer": (
+        3,
+        lambda: killed_when(Workspace, "save", lambda self, position, hidden: position.next_layer == 3, after=True),
+    ),
+    "with the checkpoint complete": (
+        3,
+        lambda: killed_when(StreamedCompression, "complete", lambda *_: True, after=True),
+    ),
 }
 """Where a process dies, and how many of the three layers are finished then."""
 
@@ -78,9 +109,13 @@ def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moment, on_disk", [(moment, False) for moment in MOMENTS] + [(moment, True) for moment in ("in the influence walk", "inside a layer", "between layers")]
+    "moment, on_disk",
+    [(moment, False) for moment in MOMENTS]
+    + [(moment, True) for moment in ("in the influence walk", "inside a layer", "between layers")],
 )
-def test_a_killed_run_goes_on_from_the_last_finished_layer(moment: str, on_disk: bool, dense: Path, expected: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_from_the_last_finished_layer(
+    moment: str, on_disk: bool, dense: Path, expected: Path, tmp_path: Path
+) -> None:
     finished, _ = MOMENTS[moment]
     process = CLEAN.Process(target=die, args=(moment, dense, tmp_path / "model", on_disk))
     process.start()

@@ -11,8 +11,8 @@ import modegpt.run
 from modegpt.config import OutOfCoreConfig, OutputConfig, RunConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
-from modegpt.modeling.checkpoints import load_model
-from modegpt.modeling.integrity import MANIFEST, check_files, fingerprint_weights
+from modegpt.models.checkpoints import load_model
+from modegpt.models.integrity import MANIFEST, check_files, fingerprint_weights
 from modegpt.records.store import load_record
 from modegpt.run import run
 from modegpt.streaming.job import OutOfCore
@@ -24,12 +24,17 @@ OUT_OF_CORE = OutOfCoreConfig(enabled=True)
 
 
 def perplexity_alone(folder: Path) -> EvaluationSpec:
-    return EvaluationSpec(PerplexitySpec(source="jsonl", path=str(folder / "text.jsonl"), windows=[128]), ZeroShotSpec(tasks=None))
+    return EvaluationSpec(
+        PerplexitySpec(source="jsonl", path=str(folder / "text.jsonl"), windows=[128]), ZeroShotSpec(tasks=None)
+    )
 
 
 def streamed(results: Path, place: str, **changes: Any) -> Any:
     output = OutputConfig(root=str(results), experiment=place, save_model="auto", pictures=False)
-    return small(results, **{"evaluation": perplexity_alone(results.parent), "output": output, "out_of_core": OUT_OF_CORE, **changes})
+    return small(
+        results,
+        **{"evaluation": perplexity_alone(results.parent), "output": output, "out_of_core": OUT_OF_CORE, **changes},
+    )
 
 
 def run_and_die(config: RunConfig, cache: str) -> None:
@@ -53,7 +58,10 @@ def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, caps
     ours, theirs = load_record(path), load_record(memory)
     details = ours["compression"]["details"].pop("out_of_core")
     assert details["layers_found_finished"] == len(ours["compression"]["layers"])
-    assert 0 < details["measured_peak_bytes"]["host"] and details["predicted_peak_bytes"]["host"]["total"] <= details["available_bytes"]["host"]
+    assert (
+        details["measured_peak_bytes"]["host"] > 0
+        and details["predicted_peak_bytes"]["host"]["total"] <= details["available_bytes"]["host"]
+    )
     for part in ("identity", "metrics", "compression", "calibration", "model"):
         assert ours[part] == theirs[part], part
     models = [place.parent / "model" for place in (path, memory)]
@@ -72,8 +80,14 @@ def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, caps
         ({"method": {"name": "slicegpt"}}, "needs the whole model in memory"),
         ({"method": {"name": "dense"}}, "needs the whole model in memory"),
         ({"output": OutputConfig(root=os.devnull + "-none")}, "output.save_model"),
-        ({"evaluation": EvaluationSpec(PerplexitySpec(source=None), ZeroShotSpec(tasks=["tiny_pronoun"]))}, "zero-shot tasks"),
-        ({"evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"]))}, "goes without evaluation.throughput"),
+        (
+            {"evaluation": EvaluationSpec(PerplexitySpec(source=None), ZeroShotSpec(tasks=["tiny_pronoun"]))},
+            "zero-shot tasks",
+        ),
+        (
+            {"evaluation": EvaluationSpec(None, None, ThroughputSpec(decode=["1x8"]))},
+            "goes without evaluation.throughput",
+        ),
         ({"out_of_core": OutOfCoreConfig(enabled=True, max_host_bytes=2**20)}, "GiB are available"),
     ],
 )

@@ -16,7 +16,10 @@ import pytest
 
 from modegpt.records.store import PARTIAL, RecordStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes in /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes in /proc"),
+]
 
 WORKING = "dense: ppl_jsonl_128"
 """What a job says when its model is loaded and its compression comes next."""
@@ -29,12 +32,28 @@ class Launcher:
 
     def __init__(self, folder: Path, repository: Path, *arguments: str) -> None:
         text = folder / "text.jsonl"
-        text.write_text(json.dumps({"text": "The old baker walked to the market and bought two apples . " * 200}), encoding="utf-8")
-        settings = ["calibration=jsonl", f"calibration.path={text}", "calibration.num_samples=4", "calibration.sequence_length=128"]
-        settings += ["evaluation=jsonl", f"evaluation.perplexity.path={text}", "evaluation.perplexity.windows=[128]", "evaluation.zeroshot=null"]
+        text.write_text(
+            json.dumps({"text": "The old baker walked to the market and bought two apples . " * 200}), encoding="utf-8"
+        )
+        settings = [
+            "calibration=jsonl",
+            f"calibration.path={text}",
+            "calibration.num_samples=4",
+            "calibration.sequence_length=128",
+        ]
+        settings += [
+            "evaluation=jsonl",
+            f"evaluation.perplexity.path={text}",
+            "evaluation.perplexity.windows=[128]",
+            "evaluation.zeroshot=null",
+        ]
         settings += ["tracking=disabled", "threads=1", f"output.root={folder / 'results'}"]
         self.command = [sys.executable, "-m", "modegpt", "--multirun", *arguments, *settings]
-        self.environment = os.environ | {"PYTHONPATH": str(repository), "PYTHONUNBUFFERED": "1", "MODEGPT_CACHE": str(folder / "cache")}
+        self.environment = os.environ | {
+            "PYTHONPATH": str(repository),
+            "PYTHONUNBUFFERED": "1",
+            "MODEGPT_CACHE": str(folder / "cache"),
+        }
         self.folder, self.store = folder, RecordStore(folder / "results")
 
     def launch(self) -> subprocess.Popen:
@@ -96,7 +115,11 @@ def test_killing_a_worker_of_submitit(tmp_path: Path, repository: Path) -> None:
     process = sweep.launch()
 
     def logs(said: str) -> list[Path]:
-        return [log for log in sweep.store.root.glob(".sweeps/*/.submitit/*/*_log.out") if said in log.read_text(encoding="utf-8")]
+        return [
+            log
+            for log in sweep.store.root.glob(".sweeps/*/.submitit/*/*_log.out")
+            if said in log.read_text(encoding="utf-8")
+        ]
 
     log = wait_for(lambda: logs(WORKING))[0]
     [worker] = children(int(log.parent.name))  # submitit calls a job by the process that watches over its worker

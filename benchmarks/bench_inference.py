@@ -1,0 +1,177 @@
+"""Dense against compressed inference on random weights: ``python benchmarks/bench_inference.py [--help]``.
+
+A Llama-shaped model of at least 300M parameters, and what MoDeGPT makes of it: real ranks from its own allocation, on an influence
+profile like that of trained models (low in the middle of the upper half), weights at random, since time does not
+depend on them. Prints each speed-up and its share of the ideal, writes ``results/bench/inference.json`` and draws it beside.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_compression import llama_config
+from matplotlib.figure import Figure
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from modegpt.allocation.allocate import entropic_cap
+from modegpt.allocation.ranks import integer_ranks
+from modegpt.errors import exit_status
+from modegpt.evaluation.spec import Workload
+from modegpt.evaluation.throughput import DENSE, describe_model, measure, measure_roof
+from modegpt.methods.modegpt import MODULES, module_budgets
+from modegpt.models import LayerShape, compressed_config, dense_shape, family_of
+from modegpt.models.families import is_ours
+from modegpt.models.shapes import compressed_class
+from modegpt.records.benchmark import FOLDER, write_benchmark
+
+CAP = 0.85
+MULTIPLES = {"exact": dict.fromkeys(MODULES, 1), "aligned": {"mlp": 64, "query_key": 16, "value_output": 16}}
+GOAL = 0.85
+
+
+def influence_profile(num_layers: int) -> list[float]:
+    """Block influence as trained models have it: high at both ends, lowest at two thirds of the depth."""
+    return [0.02 + (index / num_layers - 0.65) ** 2 for index in range(num_layers)]
+
+
+def planned_shapes(config: PreTrainedConfig, sparsity: float, rank_multiple: dict[str, int]) -> list[LayerShape]:
+    """The layer sizes that MoDeGPT gives a model with that influence."""
+    budgets = module_budgets(config, family_of(config), rank_multiple=rank_multiple, targets={}, frozen=())
+    num_layers, num_kv_heads = config.num_hidden_layers, dense_shape(config).num_kv_heads
+    plan = integer_ranks(entropic_cap(influence_profile(num_layers), sparsity, cap=CAP), [budgets] * num_layers)
+    return [LayerShape(ranks["query_key"], ranks["value_output"], ranks["mlp"], num_kv_heads) for ranks in plan.ranks]
+
+
+def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
+    """The model of ``config``, the family's own class where that is dense, with normal weights made in place."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        model = (compressed_class(config) if is_ours(config) else LlamaForCausalLM)(config).to(dtype)
+    model = model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("rope_index"):
+                kept = torch.rand(
+                    buffer.shape[0], config.dense_head_dim // 2, device=device, generator=generator
+                ).argsort(-1)
+                buffer.copy_(kept[:, : buffer.shape[1]].sort(-1).values)
+    return model.eval()
+
+
+def draw(record: Mapping[str, Any]) -> Figure:
+    """Speed-up over the removed share, a panel for each phase, each workload beside its own ideal (dashed)."""
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    for axis, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        mine = [entry for entry in record["measurements"] if entry["phase"] == phase]
+        for colour, workload in zip(
+            ("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+            dict.fromkeys((entry["batch_size"], entry["length"]) for entry in mine),
+            strict=False,
+        ):
+            entries = [entry for entry in mine if (entry["batch_size"], entry["length"]) == workload]
+            points = sorted(
+                (100 * record["models"][entry["model"]]["sparsity"], entry["speedup"], entry["ideal_speedup"])
+                for entry in entries
+            )
+            removed, speedups, ideals = zip(*points, strict=True)
+            axis.plot(removed, speedups, "o-", color=colour, label=f"{workload[0]} x {workload[1]} tokens")
+            axis.plot(removed, ideals, "--", color=colour, linewidth=0.9)
+        axis.set_title(phase, fontsize=10)
+        axis.set_xlabel("block-linear weights removed (%)", fontsize=9)
+        axis.set_ylabel("speed-up over dense (dashed: ideal)", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main() -> int:
+    """Measure and record; 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=2816)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument(
+        "--multiples", nargs="+", default=["exact"], choices=MULTIPLES, help="rank multiples to compare"
+    )
+    parser.add_argument("--prefill", nargs="+", default=["1x128", "4x64"], metavar="BATCHxLENGTH")
+    parser.add_argument("--decode", nargs="+", default=["1x128", "1x512", "8x64"], metavar="BATCHxLENGTH")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--decode-tokens", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "inference.json")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the record that is there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make and draw the record that ``arguments`` describe."""
+    if not arguments.draw:
+        record(arguments)
+    draw(json.loads(arguments.output.read_text(encoding="utf-8"))).savefig(
+        arguments.output.with_suffix(".png"), dpi=150, metadata={"Software": None}
+    )
+
+
+def record(arguments: argparse.Namespace) -> None:
+    """The measurement that ``arguments`` describe."""
+    config = llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary)
+    config._attn_implementation = "sdpa"
+    dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
+    workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
+    configs: dict[str, PreTrainedConfig] = {DENSE: config}
+    for sparsity in arguments.sparsity:
+        for name in arguments.multiples:
+            configs[f"{100 * sparsity:g}% {name}"] = compressed_config(
+                config, planned_shapes(config, sparsity, MULTIPLES[name])
+            )
+    models = {label: random_model(each, dtype=dtype, device=arguments.device) for label, each in configs.items()}
+    about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
+    for label, sizes in about.items():
+        print(
+            f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, {sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})"
+        )
+    roof = measure_roof(device, dtype)
+    print(f"ceiling: {roof.flops_per_second / 1e9:.0f} GFLOP/s, {roof.bytes_per_second / 1e9:.1f} GB/s")
+    results = measure(
+        models,
+        workloads,
+        repeats=arguments.repeats,
+        decode_tokens=arguments.decode_tokens,
+        roof=roof,
+        say=lambda line: print(line, flush=True),
+    )
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
+    path = write_benchmark(
+        arguments.output,
+        {
+            "kind": "inference",
+            "settings": settings,
+            "goal": GOAL,
+            "ceiling": vars(roof),
+            "models": about,
+            "measurements": results,
+        },
+    )
+    reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
+    print(
+        f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""FLOPs and bytes: of a forward through decoder layers by formula, of any other block of code by watching it run."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+
+from modegpt.models import block_linear_parameters, decoder_layers
+from modegpt.models.shapes import layer_shapes
+
+aten = torch.ops.aten
+
+
+class Add(Protocol):
+    def __call__(self, kind: str, dtype: torch.dtype, *, flops: float, bytes: float = 0.0) -> None: ...
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What a batch of equally long sequences costs in a stack of decoder layers.
+
+    Args:
+        num_weights: entries of the linear maps.
+        num_columns: inputs and outputs of the linear maps, summed.
+        attention_columns: query (= key) and value columns over all query heads, summed over layers.
+        dtype: of weights and activations.
+    """
+
+    num_weights: int
+    num_columns: int
+    attention_columns: int
+    dtype: torch.dtype
+
+    def flops(self, num_sequences: int, length: int) -> float:
+        """Linears: 2 per weight and token; attention: query-key and value products over the causal half."""
+        return (
+            2.0 * self.num_weights * num_sequences * length + float(self.attention_columns) * num_sequences * length**2
+        )
+
+    def bytes(self, num_sequences: int, length: int) -> float:
+        """Weights once, inputs and outputs of the linear maps once: norms and activations are taken as fused into them."""
+        return float(self.dtype.itemsize) * (self.num_weights + self.num_columns * num_sequences * length)
+
+
+def forward_cost(model: PreTrainedModel) -> ForwardCost:
+    """The cost of all decoder layers of ``model``, dense or compressed; embeddings and head are not in it."""
+    config = model.config
+    group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
+    attention_columns = sum(
+        shape.num_kv_heads * group * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
+    )
+    linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
+    return ForwardCost(
+        num_weights=block_linear_parameters(model),
+        num_columns=sum(linear.in_features + linear.out_features for linear in linears),
+        attention_columns=attention_columns,
+        dtype=model.dtype,
+    )
+
+
+@contextmanager
+def metered_forwards(model: PreTrainedModel, add: Add) -> Iterator[None]:
+    """Report to ``add`` what every forward of ``model`` costs inside the block, head and padding included."""
+    cost, head = forward_cost(model), model.get_output_embeddings()
+
+    def on_model(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        add("forward", cost.dtype, flops=cost.flops(*ids.shape), bytes=cost.bytes(*ids.shape))
+
+    def on_head(module: nn.Linear, args: tuple[Tensor]) -> None:
+        rows, columns = args[0].shape[:-1].numel(), sum(module.weight.shape)
+        add(
+            "forward",
+            cost.dtype,
+            flops=2.0 * rows * module.weight.numel(),
+            bytes=cost.dtype.itemsize * float(module.weight.numel() + rows * columns),
+        )
+
+    handles = [model.register_forward_pre_hook(on_model, with_kwargs=True), head.register_forward_pre_hook(on_head)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cubic(factor: float) -> Callable[..., float]:
+    def flops(A: Tensor, *_: Any, **__: Any) -> float:
+        *batch, rows, columns = A.shape
+        return factor * math.prod(batch) * max(rows, columns) * min(rows, columns) ** 2
+
+    return flops
+
+
+def _triangular(A: Tensor, B: Tensor, **_: Any) -> float:
+    return float(B.numel() * A.shape[-1])
+
+
+FACTORISATIONS: dict[Any, Callable[..., float]] = {
+    aten.linalg_cholesky_ex: _cubic(1 / 3),
+    aten.cholesky_inverse: _cubic(2 / 3),
+    aten.cholesky_solve: lambda B, L, *_, **__: 2.0 * B.numel() * L.shape[-1],
+    aten.linalg_solve_triangular: _triangular,
+    aten.linalg_inv_ex: _cubic(2),
+    aten._linalg_solve_ex: lambda A, B, **_: _cubic(2 / 3)(A) + 2.0 * B.numel() * A.shape[-1],
+    aten.linalg_lu_factor_ex: _cubic(2 / 3),
+    aten.linalg_qr: _cubic(4),
+    aten._linalg_eigh: _cubic(9),
+    aten._linalg_svd: _cubic(20),
+}
+"""FLOPs of LAPACK's work. Exact to leading order down to the LU; about right (Golub and Van Loan, vectors included) for what iterates."""
+
+
+class WorkCounter(TorchDispatchMode):
+    """While it is entered, reports to ``add`` every operation's FLOPs and the bytes it reads and writes."""
+
+    def __init__(self, add: Add) -> None:
+        super().__init__()
+        self.add = add
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        kind, formula = _kind(func)
+        if kind is None:
+            return result
+        tensors = (
+            [*args, result]
+            if isinstance(result, Tensor)
+            else [*args, *result]
+            if isinstance(result, list | tuple)
+            else args
+        )
+        num_bytes = sum(leaf.nbytes for leaf in tensors if isinstance(leaf, Tensor))
+        dtype = next((leaf.dtype for leaf in args if isinstance(leaf, Tensor)), torch.float32)
+        self.add(
+            kind, dtype, flops=float(formula(*args, out_val=result, **kwargs)) if formula else 0.0, bytes=num_bytes
+        )
+        return result
+
+
+@functools.cache
+def _kind(func: Any) -> tuple[str | None, Callable[..., float] | None]:
+    """What an operation counts as, None for one that only makes a view, and the formula of its FLOPs if it has any."""
+    packet = func.overloadpacket
+    if func.is_view:
+        return None, None
+    if packet in FACTORISATIONS:
+        return "factorisation", FACTORISATIONS[packet]
+    return "product", flop_registry.get(packet)

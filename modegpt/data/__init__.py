@@ -1,0 +1,1 @@
+"""Text becomes tokens here: sources, calibration windows, the embedded world."""

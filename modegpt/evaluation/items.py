@@ -1,0 +1,61 @@
+"""Which items of a task were answered right, and what two models that answered the same items can say about their difference.
+
+A standard error of one accuracy is mostly that of the items: some are easy, some are hard, for every model alike. Between models that
+answer the same items it cancels, so a difference is known better than either accuracy.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+ACCURACIES = ("acc", "acc_norm")
+"""The metrics of lm-evaluation-harness that are a share of right answers."""
+
+
+def pack(right: Sequence[float]) -> str | None:
+    """One bit an item, the first item the highest of the first byte, as hexadecimal digits; None where some are neither 0 nor 1."""
+    return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex() if set(right) <= {0, 1} else None
+
+
+def unpack(score: Mapping[str, Any]) -> np.ndarray | None:
+    """What ``pack`` packed in a task's score, (num_items,) of 0.0 and 1.0; None where it has no such field."""
+    if score.get("right") is None:
+        return None
+    bits = np.frombuffer(bytes.fromhex(score["right"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=score["num_items"]).astype(np.float64)
+
+
+def difference_stderr(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float | None:
+    """Standard error of the mean accuracy over tasks of ``own`` minus that of ``other``, as shares; None where it cannot be known.
+
+    Both are the scores of the same tasks in the same order. The sample standard deviation of each task's item-wise difference, over
+    the root of their number; errors of tasks add up as squares.
+    """
+    return _paired_stderr(own, other, weight=1.0)
+
+
+def retention_stderr(dense: Sequence[Mapping[str, Any]], compressed: Sequence[Mapping[str, Any]]) -> float | None:
+    """Standard error of ``compressed`` accuracy / ``dense`` accuracy, means over tasks; None where it cannot be known.
+
+    To first order (the ratio estimator of survey sampling): that of the mean of ``compressed - ratio * dense`` over the items,
+    divided by the dense accuracy.
+    """
+    whole, left = (math.fsum(score["value"] for score in scores) / len(scores) for scores in (dense, compressed))
+    if not whole:
+        return None
+    stderr = _paired_stderr(compressed, dense, weight=left / whole)
+    return None if stderr is None else stderr / whole
+
+
+def _paired_stderr(
+    own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], *, weight: float
+) -> float | None:
+    variances = []
+    for mine, theirs in zip(own, other, strict=True):
+        right, reference = unpack(mine), unpack(theirs)
+        if right is None or reference is None or len(right) != len(reference) or len(right) < 2:
+            return None
+        variances.append(np.var(right - weight * reference, ddof=1) / len(right))
+    return math.sqrt(math.fsum(variances)) / len(variances)

@@ -1,0 +1,140 @@
+"""Every block-linear weight stored as two factors: ranks from a budget, weighted truncation, and the model made of the factors.
+
+Shared by the per-matrix low-rank baselines. Row vectors, ``y = x W`` with W (in, out).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.decompositions.linalg import relative
+from modegpt.decompositions.modules import LowRank
+from modegpt.methods.base import Compressed, CompressionTask
+from modegpt.models import Family, LayerShape, build_compressed, decoder_layers, dense_shape
+
+INPUT_GRAM = {
+    "query": "attention.C_x",
+    "key": "attention.C_x",
+    "value": "attention.C_x",
+    "output": "value_output.C_o",
+    "gate": "mlp.C_x",
+    "up": "mlp.C_x",
+    "down": "mlp.C",
+}
+"""The statistic that holds the Gram matrix of each linear's input, by the linear's role."""
+
+INPUT_GRAMS = frozenset(INPUT_GRAM.values())
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """One factored matrix. ``relative_error``: squared error over energy, in the norm the method minimises."""
+
+    factors: LowRank
+    relative_error: float
+    numerics: dict = field(default_factory=dict)
+
+
+def block_linears(family: Family, layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps of a dense layer by role."""
+    linears = {role: getattr(family, role)(layer) for role in INPUT_GRAM}
+    return {role: linear for role, linear in linears.items() if linear is not None}
+
+
+def factor_ranks(sizes: Iterable[tuple[int, int]], sparsity: float) -> list[int]:
+    """Ranks at which both factors of every matrix store the share ``1 - sparsity`` of its weights.
+
+    A matrix (in, out) at rank r stores ``r (in + out)``. A fraction of a rank that one matrix cannot use
+    is handed on to the next of its size: ranks of equal matrices differ by at most one, and each size
+    spends its budget but for less than one rank. At least rank 1.
+    """
+    ranks = []
+    unspent: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for size in sizes:
+        rows, columns = size
+        unspent[size] += (1.0 - sparsity) * rows * columns
+        ranks.append(max(1, int(unspent[size] // (rows + columns))))
+        unspent[size] -= ranks[-1] * (rows + columns)
+    return ranks
+
+
+def truncated(W: Tensor, rank: int, *, weigh: Tensor | None = None, unweigh: Tensor | None = None) -> Truncation:
+    """The rank-``rank`` A B that minimises ``||T (W - A B)||_F``: A = T^-1 U_r sqrt(S_r), B = sqrt(S_r) V_r^T of T W = U S V^T.
+
+    Eckart-Young: the squared error is the sum of the dropped squared singular values of T W. Float64; factors in W's dtype.
+
+    Args:
+        W: (in, out).
+        weigh: T W, (in, out); None: T is the identity.
+        unweigh: T^-1, (in, in), or its diagonal (in,); None: the identity.
+    """
+    U, S, Vh = torch.linalg.svd(W.double() if weigh is None else weigh, full_matrices=False)
+    root = S[:rank].sqrt()
+    A, B = U[:, :rank] * root, root.unsqueeze(-1) * Vh[:rank]
+    if unweigh is not None:
+        A = unweigh.unsqueeze(-1) * A if unweigh.ndim == 1 else unweigh @ A
+    return Truncation(LowRank(A=A.to(W.dtype), B=B.to(W.dtype)), relative((S[rank:] ** 2).sum(), (S**2).sum()))
+
+
+def svd_flops(rows: int, columns: int) -> float:
+    """FLOPs of a thin SVD with both sets of singular vectors (Golub and Van Loan's R-SVD count)."""
+    long, short = max(rows, columns), min(rows, columns)
+    return 6.0 * long * short**2 + 20.0 * short**3
+
+
+def layer_ranks(task: CompressionTask) -> list[dict[str, int]]:
+    """The rank of every linear of every layer, by role: one sparsity for all of them."""
+    layers = [block_linears(task.family, layer) for layer in decoder_layers(task.model)]
+    ranks = iter(
+        factor_ranks([tuple(linear.weight.shape) for linears in layers for linear in linears.values()], task.sparsity)
+    )
+    return [{role: next(ranks) for role in linears} for linears in layers]
+
+
+def dense_layers(task: CompressionTask) -> Compressed:
+    """The answer to sparsity 0: every tensor is the dense model's own."""
+    shapes = [dense_shape(task.model.config)] * task.calibration.num_layers
+    reports = [{"index": index, "ranks": {}, "relative_error": {}, "numerics": {}} for index in range(len(shapes))]
+    return Compressed(model=build_compressed(task.model, shapes, [{} for _ in shapes]), layers=reports)
+
+
+def factored_shape(task: CompressionTask, ranks: Mapping[str, int]) -> LayerShape:
+    """A dense layer's shape with the linears named in ``ranks`` (by role) factored."""
+    linear_ranks = {getattr(task.family, f"{role}_path"): rank for role, rank in ranks.items()}
+    return replace(dense_shape(task.model.config), linear_ranks=linear_ranks)
+
+
+def factored_tensors(family: Family, layer: nn.Module, truncations: Mapping[str, Truncation]) -> dict[str, Tensor]:
+    """The changed tensors of a layer whose linears are stored as the given factors; biases stay."""
+    tensors: dict[str, Tensor] = {}
+    for role, linear in block_linears(family, layer).items():
+        path, factors = getattr(family, f"{role}_path"), truncations[role].factors
+        tensors[f"{path}.A.weight"] = factors.A.T.contiguous()
+        tensors[f"{path}.B.weight"] = factors.B.T.contiguous()
+        if linear.bias is not None:
+            tensors[f"{path}.B.bias"] = linear.bias.detach()
+    return tensors
+
+
+def factored_model(
+    task: CompressionTask, ranks: list[dict[str, int]], truncations: Iterator[dict[str, Truncation]]
+) -> Compressed:
+    """Consume each layer's truncations, in order, into a compressed model and its report."""
+    tensors, reports = [], []
+    for index, (layer, of_layer) in enumerate(zip(decoder_layers(task.model), truncations, strict=True)):
+        tensors.append(factored_tensors(task.family, layer, of_layer))
+        reports.append(
+            {
+                "index": index,
+                "ranks": dict(ranks[index]),
+                "relative_error": {role: truncation.relative_error for role, truncation in of_layer.items()},
+                "numerics": {role: truncation.numerics for role, truncation in of_layer.items() if truncation.numerics},
+            }
+        )
+    return Compressed(
+        model=build_compressed(task.model, [factored_shape(task, of_layer) for of_layer in ranks], tensors),
+        layers=reports,
+    )

@@ -1,0 +1,274 @@
+"""MoDeGPT: every layer's three modules decomposed on the dense model's statistics, layer by layer.
+
+Source: MoDeGPT (arXiv 2408.09632): Type I (MLP), Type II (query-key), Type III (value-output) and the
+global sparsity allocation. Any module's decomposition can be swapped for another variant.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modegpt.allocation.policies import Policy
+from modegpt.allocation.ranks import ModuleBudget, RankPlan, free_sparsity, integer_ranks, is_free
+from modegpt.calibration.statistics import Statistics, mlp_statistics, query_key_statistics, value_output_statistics
+from modegpt.decompositions.modules import LowRank, Reduction, Variant
+from modegpt.errors import UserError
+from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.models import (
+    Family,
+    LayerShape,
+    block_linear_parameters,
+    build_compressed,
+    decoder_layers,
+    dense_shape,
+    layer_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+)
+
+MODULES = ("mlp", "query_key", "value_output")
+READ = {"mlp": read_mlp, "query_key": read_query_key, "value_output": read_value_output}
+VIEW = {"mlp": mlp_statistics, "query_key": query_key_statistics, "value_output": value_output_statistics}
+STATISTIC = {
+    "mlp": {"C": "mlp.C", "mean": "mlp.mean", "C_x": "mlp.C_x"},
+    "query_key": {"C_Q": "query_key.C_Q", "C_K": "query_key.C_K", "C_x": "attention.C_x"},
+    "value_output": {"G": "value_output.G", "A": "value_output.A", "C_x": "attention.C_x"},
+}
+"""The collected statistic behind each field that a variant of a module may require."""
+
+
+def module_budgets(
+    config: PreTrainedConfig,
+    family: Family,
+    *,
+    rank_multiple: dict[str, int],
+    targets: dict[str, float | None],
+    frozen: Sequence[str],
+) -> dict[str, ModuleBudget]:
+    """What a dense layer of ``config`` offers to remove, by module."""
+    shape = dense_shape(config)
+    num_heads = config.num_attention_heads
+    per_head_dim = config.hidden_size * (num_heads + shape.num_kv_heads)
+    matrices = 2 if family.gate_path is None else 3
+    sizes = {
+        "mlp": (shape.intermediate_size, 1, config.hidden_size * matrices),
+        "query_key": (shape.qk_head_dim, 2 if family.rope else 1, per_head_dim),
+        "value_output": (shape.v_head_dim, 1, per_head_dim),
+    }
+    return {
+        module: ModuleBudget(
+            size=size,
+            unit=_common_multiple(unit, rank_multiple.get(module, 1)),
+            parameters_per_dimension=parameters,
+            sparsity=targets.get(module),
+            frozen=module in frozen,
+        )
+        for module, (size, unit, parameters) in sizes.items()
+    }
+
+
+def _common_multiple(unit: int, multiple: int) -> int:
+    return multiple if multiple % unit == 0 else multiple * unit
+
+
+@dataclass(frozen=True)
+class MoDeGPT(Method):
+    """The paper's method, each choice a field.
+
+    Args:
+        mlp, query_key, value_output: the decomposition of each module; None leaves it dense.
+        allocation: sparsity over layers.
+        module_sparsity: a module's own sparsity instead of its layer's.
+        rank_multiple: kept ranks are multiples of this, by module.
+        budget: ``"exact"`` or ``"nearest"``, see ``allocation.ranks.integer_ranks``.
+        skip_layers: layers left dense.
+
+    The target is the share of all block-linear weights: what a frozen module or a skipped layer keeps,
+    the others remove. Where every module has a sparsity of its own, these alone decide.
+    """
+
+    mlp: Variant | None
+    query_key: Variant | None
+    value_output: Variant | None
+    allocation: Policy
+    module_sparsity: dict[str, float | None] = field(default_factory=dict)
+    rank_multiple: dict[str, int] = field(default_factory=dict)
+    budget: str = "exact"
+    skip_layers: tuple[int, ...] = ()
+
+    def variants(self, family: Family) -> dict[str, Variant | None]:
+        """The decomposition of each module for ``family``, which may insist on dense queries and keys."""
+        variants = {module: getattr(self, module) for module in MODULES}
+        if family.query_key_dense is not None:
+            variants["query_key"] = None
+        return variants
+
+    def plan(self, task: CompressionTask, influence: Sequence[float] | None) -> RankPlan:
+        """Integer ranks for every layer and module. Raises UserError for a target that cannot be met."""
+        num_layers = task.calibration.num_layers
+        outside = [index for index in self.skip_layers if index >= num_layers]
+        if outside:
+            raise UserError(
+                f"compression.skip_layers names layer {outside[0]}, but the model has layers 0 to {num_layers - 1}"
+            )
+        variants = self.variants(task.family)
+        frozen = [module for module, variant in variants.items() if variant is None]
+        compressible = module_budgets(
+            task.model.config,
+            task.family,
+            rank_multiple=self.rank_multiple,
+            targets=self.module_sparsity,
+            frozen=frozen,
+        )
+        skipped = module_budgets(task.model.config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
+        layers = [skipped if index in self.skip_layers else compressible for index in range(num_layers)]
+        active = [index for index in range(num_layers) if index not in self.skip_layers]
+        sparsities = [0.0] * num_layers
+        if any(is_free(budget) for budget in compressible.values()) and active:
+            seen = None if influence is None else [influence[index] for index in active]
+            mean = free_sparsity(task.sparsity, layers)
+            allocated = self.allocation(seen, num_layers=len(active), sparsity=mean, generator=task.generator())
+            for index, sparsity in zip(active, allocated, strict=True):
+                sparsities[index] = sparsity
+        return integer_ranks(sparsities, layers, budget=self.budget)
+
+    def check(self, task: CompressionTask) -> None:
+        layer = decoder_layers(task.model)[0]
+        for module, variant in self.variants(task.family).items():
+            reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
+            if reason is not None:
+                raise UserError(f"decomposition/{module} does not apply to {task.family.model_type}: {reason}")
+        if not self.allocation.needs_influence:
+            self.plan(task, None)
+
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """Names of the statistics of a layer that its decompositions read."""
+        variants = self.variants(family)
+        return frozenset(
+            STATISTIC[module][key]
+            for module, variant in variants.items()
+            if variant is not None
+            for key in variant.required
+        )
+
+    def compress(self, task: CompressionTask) -> Compressed:
+        calibration, names = task.calibration, self.required_statistics(task.family)
+        influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
+        plan = self.plan(task, influence)
+        generator = task.generator()
+        statistics_of = calibration.statistics(names) if names else ({} for _ in range(calibration.num_layers))
+        layers = zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)
+        done = [
+            self.compress_layer(task, index, layer, ranks, statistics, generator)
+            for index, (layer, ranks, statistics) in enumerate(layers)
+        ]
+        shapes, tensors, reports = (list(column) for column in zip(*done, strict=True))
+        return self.finish(task, plan, build_compressed(task.model, shapes, tensors), reports, influence)
+
+    def compress_layer(
+        self,
+        task: CompressionTask,
+        index: int,
+        layer: nn.Module,
+        ranks: dict[str, int],
+        statistics: Statistics,
+        generator: torch.Generator,
+    ) -> tuple[LayerShape, dict[str, Tensor], dict[str, Any]]:
+        """Layer ``index`` reduced to ``ranks``: its shape, the tensors that changed (as ``layer_tensors`` names them), its report."""
+        with task.calibration.meter.stage("decomposition", counted=True):
+            reductions = self._reduce(task, layer, ranks, statistics, generator, index)
+        return *assemble_layer(task.family, task.model.config, reductions), report(index, reductions, ranks, task)
+
+    def finish(
+        self,
+        task: CompressionTask,
+        plan: RankPlan,
+        model: PreTrainedModel,
+        reports: list[dict[str, Any]],
+        influence: list[float] | None,
+    ) -> Compressed:
+        """Check that the weights of ``model`` changed as planned, and say how."""
+        _check_budget(task, plan, model)
+        details: dict[str, Any] = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
+        if task.family.query_key_dense is not None and self.query_key is not None:
+            details["query_key_dense"] = task.family.query_key_dense
+        return Compressed(model=model, layers=reports, influence=influence, details=details)
+
+    def _reduce(
+        self,
+        task: CompressionTask,
+        layer: nn.Module,
+        ranks: dict[str, int],
+        statistics: Statistics,
+        generator: torch.Generator,
+        index: int,
+    ) -> dict[str, Reduction]:
+        """The reduced modules of one layer; a module at full rank is left out."""
+        reductions = {}
+        for module, variant in self.variants(task.family).items():
+            weights = READ[module](task.family, layer)
+            if variant is None or ranks[module] == weights.inner_size:
+                continue
+            try:
+                reductions[module] = variant(
+                    weights, VIEW[module](statistics, task.calibration.tokens.num_tokens), ranks[module], generator
+                )
+            except UserError as error:
+                raise UserError(f"layer {index}, {module}: {error}") from error
+        return reductions
+
+
+def assemble_layer(
+    family: Family, config: PreTrainedConfig, reductions: dict[str, Reduction]
+) -> tuple[LayerShape, dict[str, Tensor]]:
+    """The shape and the changed tensors of a layer whose modules became ``reductions``."""
+    dense = dense_shape(config)
+    weights = {module: reduction.weights for module, reduction in reductions.items()}
+    mlp, query_key, value_output = (weights.get(module) for module in MODULES)
+    linear_ranks, biases = {}, []
+    if mlp is not None:
+        paths = {"W_U": family.up_path, "W_G": family.gate_path, "W_D": family.down_path}
+        linear_ranks = {
+            path: getattr(mlp, name).A.shape[1]
+            for name, path in paths.items()
+            if isinstance(getattr(mlp, name), LowRank)
+        }
+        biases += [family.down_path] if mlp.b_D is not None else []
+    if value_output is not None and value_output.b_O is not None:
+        biases.append(family.output_path)
+    shape = LayerShape(
+        qk_head_dim=dense.qk_head_dim if query_key is None else query_key.inner_size,
+        v_head_dim=dense.v_head_dim if value_output is None else value_output.inner_size,
+        intermediate_size=dense.intermediate_size if mlp is None else mlp.inner_size,
+        num_kv_heads=dense.num_kv_heads,
+        linear_ranks=linear_ranks,
+        extra_biases=tuple(biases),
+    )
+    return shape, layer_tensors(family, config, shape, mlp=mlp, query_key=query_key, value_output=value_output)
+
+
+def report(
+    index: int, reductions: dict[str, Reduction], ranks: dict[str, int], task: CompressionTask
+) -> dict[str, Any]:
+    """One layer of the record: kept ranks, relative error of each module, what the solver had to do."""
+    return {
+        "index": index,
+        "ranks": dict(ranks),
+        "relative_error": {
+            module: reductions[module].relative_error if module in reductions else 0.0 for module in MODULES
+        },
+        "numerics": {module: reduction.numerics for module, reduction in reductions.items() if reduction.numerics},
+    }
+
+
+def _check_budget(task: CompressionTask, plan: RankPlan, model: PreTrainedModel) -> None:
+    """The weights changed as planned; low-rank factors may store less than planned, never more."""
+    plain = not any(model.config.linear_ranks)
+    dense, left = block_linear_parameters(task.model), block_linear_parameters(model)
+    planned = round(dense * (1 - plan.achieved))
+    assert left == planned if plain else left <= planned, f"{left} block-linear weights left, {planned} planned"

@@ -1,0 +1,54 @@
+"""What each rank costs does not depend on the rate: measured once, it serves a sweep."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from modegpt.calibration.cache import StatisticsCache, statistics_key
+from modegpt.methods.plus.sensitivity import Costs
+
+VERSION = 1
+"""Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
+
+
+@dataclass(frozen=True)
+class KeptCosts:
+    """The costs of the calibration behind ``cache``, one float64 vector (size + 1,) a layer and module, kept as its statistics are.
+
+    Args:
+        modules, shares, skip_layers: as ``rank_costs`` takes them; other ones have costs of their own.
+    """
+
+    cache: StatisticsCache
+    modules: Mapping[str, frozenset[str]]
+    shares: tuple[float, ...]
+    skip_layers: tuple[int, ...]
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """What each module's costs are called in the cache."""
+        modules = str({module: sorted(self.modules[module]) for module in sorted(self.modules)})
+        key = statistics_key(
+            version=VERSION, modules=modules, shares=str(self.shares), skip_layers=str(self.skip_layers)
+        )
+        return {module: f"costs-{key}.{module}" for module in self.modules}
+
+    def load(self, num_layers: int) -> Costs | None:
+        """None unless those of all layers are here and intact."""
+        names, costs = self._names, []
+        for index in range(num_layers):
+            wanted = {} if index in self.skip_layers else names
+            found = self.cache.load(index, frozenset(wanted.values()))
+            if len(found) < len(wanted):
+                return None
+            costs.append({module: found[name].tolist() for module, name in wanted.items()})
+        return costs
+
+    def store(self, costs: Costs) -> None:
+        """Keep them as far as they fit."""
+        names = self._names
+        for index, of_layer in enumerate(costs):
+            self.cache.store(
+                index, {names[module]: torch.tensor(curve, dtype=torch.float64) for module, curve in of_layer.items()}
+            )

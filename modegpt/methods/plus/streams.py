@@ -1,0 +1,122 @@
+"""The dense and the compressed residual stream in front of one layer, and what runs of the layer show on the way."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.calibration.stream import HiddenStates
+
+HELD_OUT_EVERY = 4
+"""Every fourth calibration window is held out: ridges and selections are chosen on it, then solved on all."""
+
+Tap = tuple[nn.Module, str]
+"""A module and ``"input"`` or ``"output"``."""
+
+
+class _Seen(Exception):
+    """The last tap has fired: the rest of the layer is not needed."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch: its number, the layer's input, what each tap saw, all (batch, sequence, features); output None where the run stopped early."""
+
+    batch: int
+    x: Tensor
+    seen: dict[str, Tensor]
+    output: Tensor | None
+
+
+@torch.no_grad()
+def observe(
+    layer: nn.Module,
+    index: int,
+    hidden: HiddenStates,
+    taps: Mapping[str, Tap],
+    *,
+    stop: bool,
+    attention: tuple[nn.Module, Sequence[Tensor]] | None = None,
+) -> Iterator[Observation]:
+    """Run ``layer`` (number ``index``) on every batch of ``hidden``, which stays as it is; with ``stop`` only until every tap has fired.
+
+    ``attention``: the layer's attention module and what it returns on each batch (batch, sequence, d_h), so that it does not run again.
+    """
+    for b, x in enumerate(hidden.batches):
+        seen: dict[str, Tensor] = {}
+        with (
+            _tapped(taps, seen, stop),
+            nullcontext() if attention is None else _returning(attention[0], attention[1][b]),
+        ):
+            try:
+                output = layer(x, **hidden.layer_arguments(index, x))
+            except _Seen:
+                output = None
+        yield Observation(b, x, {name: value.reshape(*x.shape[:2], -1) for name, value in seen.items()}, output)
+
+
+@contextmanager
+def _returning(attention: nn.Module, states: Tensor) -> Iterator[None]:
+    attention.forward = lambda *_, **__: (states, None)
+    try:
+        yield
+    finally:
+        del attention.forward
+
+
+@contextmanager
+def _tapped(taps: Mapping[str, Tap], seen: dict[str, Tensor], stop: bool) -> Iterator[None]:
+    def keep(name: str, value: Tensor) -> None:
+        seen[name] = value
+        if stop and len(seen) == len(taps):
+            raise _Seen
+
+    def hook(name: str, module: nn.Module, side: str):
+        if side == "input":
+            return module.register_forward_pre_hook(lambda _, args: keep(name, args[0]))
+        return module.register_forward_hook(lambda _, __, out: keep(name, out))
+
+    handles = [hook(name, *tap) for name, tap in taps.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which calibration tokens are held out: whole windows, or the end of the only one."""
+
+    held: list[Tensor]
+    """One mask (batch, sequence) a batch."""
+
+    @classmethod
+    def of(cls, ids: Tensor, *, batch_size: int) -> "Split":
+        held = torch.zeros(ids.shape, dtype=torch.bool)
+        if len(ids) > 1:
+            held[min(HELD_OUT_EVERY, len(ids)) - 1 :: HELD_OUT_EVERY] = True
+        else:
+            held[:, -(-ids.shape[1] * (HELD_OUT_EVERY - 1) // HELD_OUT_EVERY) :] = True
+        return cls(list(held.split(batch_size)))
+
+    def parts(self, batch: int, *rows: Tensor) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
+        """For both parts, whether it is the held-out one, and of each (batch, sequence, features) tensor its rows (rows, features)."""
+        held = self.held[batch]
+        if (held.all(dim=1) == held.any(dim=1)).all():
+            held = held[:, 0]  # whole windows, which copy faster than rows
+        for part in (False, True):
+            index = (held == part).to(rows[0].device)
+            if index.any():
+                yield part, tuple(tensor[index].reshape(-1, tensor.shape[-1]) for tensor in rows)
+
+    def windows(self, batch: int, *, held: bool) -> Tensor:
+        """Windows of the batch with tokens in one part; the only window, which both parts share, is in either."""
+        return (self.held[batch] == held).any(dim=1).nonzero().squeeze(1)
+
+    def batches_with(self, num_windows: int) -> int:
+        """How many batches, from the first, have ``num_windows`` windows to fit on; all of them where there are fewer."""
+        fitted = torch.tensor([len(self.windows(batch, held=False)) for batch in range(len(self.held))]).cumsum(0)
+        return min(int((fitted < num_windows).sum()) + 1, len(self.held))

@@ -1,0 +1,96 @@
+"""What MoDeGPTPlus can be told, apart from ranks: each ingredient a switch."""
+
+from dataclasses import dataclass
+
+from modegpt.errors import UserError
+
+CHOICES = {
+    "mlp": ("leverage", "elimination"),
+    "query_key": ("paper", "checked", "rescaled"),
+    "value_output": ("values", "attention"),
+    "bias": ("none", "own", "added"),
+    "allocation": ("uniform", "entropic", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The ingredients. All at their first choice, False and 0: the paper's method, but for the ridge of the output solves.
+
+    Args:
+        sequential: statistics from the stream of the model compressed so far rather than the dense one.
+        refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same inputs.
+        beta: share of the residual stream's error made so far that each refit corrects.
+        align: solve the input matrices for what the dense ones make of the dense stream, from the compressed stream.
+        mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
+        query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by the attention
+            output's first-order error compete on held-out windows for each key head; ``rescaled``: with kept queries turned and scaled as well.
+        centred: the logit errors that the improved selections look at are those about the mean over keys, which softmax cannot see.
+        value_output: the subspace by the Gram of the values (paper) or of the attention's output.
+        bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added (d_h weights a module).
+        allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
+        shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
+        cap: largest share any module loses (``allocation=loss``).
+        fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several the best on held-out
+            windows for each module. Empty: none. The weights take one backward pass, the only gradient here.
+        temperature: the compressed model's logits multiplied by the number at which its predictions diverge least from the dense model's.
+        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False``.
+        queries_per_window: positions of each window whose attention the query-key selection looks at.
+        query_key_windows: windows it is fitted on; those held out among the same batches check it.
+    """
+
+    sequential: bool = True
+    refit: bool = True
+    beta: float = 1.0
+    align: bool = True
+    mlp: str = "elimination"
+    query_key: str = "rescaled"
+    centred: bool = True
+    value_output: str = "attention"
+    bias: str = "own"
+    allocation: str = "loss"
+    shares: tuple[float, ...] = (0.25, 0.5)
+    cap: float = 0.9
+    fisher: tuple[float, ...] = ()
+    temperature: bool = True
+    nested: bool = False
+    queries_per_window: int = 32
+    query_key_windows: int = 32
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"method.{name}={getattr(self, name)} is not known; choose from {', '.join(choices)}")
+        if not 0 <= self.beta <= 1:
+            raise UserError(
+                f"method.beta={self.beta} is outside [0, 1]: it is the share of the error made so far that is corrected"
+            )
+        if not 0 < self.cap < 1:
+            raise UserError(f"method.cap={self.cap} must lie between 0 and 1: it is a share of a module's dims")
+        if not self.shares or any(not 0 < share < 1 for share in self.shares):
+            raise UserError(
+                f"method.shares={list(self.shares)} must be numbers between 0 and 1: shares of a module's dims"
+            )
+        if any(not 0 <= gamma <= 1 for gamma in self.fisher):
+            raise UserError(
+                f"method.fisher={list(self.fisher)} must be numbers from 0 to 1: shares of the Fisher-weighted moments"
+            )
+        for name in ("queries_per_window", "query_key_windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
+        for name in ("refit", "align"):
+            if getattr(self, name) and not self.sequential:
+                raise UserError(
+                    f"method.{name}=true needs method.sequential=true: without it both streams are the same and there is nothing to correct"
+                )
+        if self.nested and self.fisher:
+            raise UserError("method.fisher has no effect with method.nested=true; leave it out")
+        if self.nested and (self.sequential or self.temperature or self.allocation == "entropic"):
+            raise UserError(
+                "method.nested=true needs method.sequential=false (with refit=false, align=false), method.temperature=false and method.allocation=loss or uniform: its orders serve every rate"
+            )
+
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Shares of the Fisher-weighted moments to try; 0 alone where there is none."""
+        return tuple(self.fisher) or (0.0,)

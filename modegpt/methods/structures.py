@@ -1,0 +1,181 @@
+"""Coupled structures that go as a whole: key/value groups (with their query heads) and MLP channels.
+
+What a structure weighs, which to keep under a budget, and the model without the others. Shared by the
+structured pruning baselines.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.methods.base import Compressed, CompressionTask
+from modegpt.models import (
+    Family,
+    LayerShape,
+    block_linear_parameters,
+    build_compressed,
+    decoder_layers,
+    dense_shape,
+    layer_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays in one layer, as masks: ``groups`` (H_kv,) and ``channels`` (n,), both bool."""
+
+    groups: Tensor
+    channels: Tensor
+
+    @classmethod
+    def everything(cls, shape: LayerShape) -> "Kept":
+        return cls(
+            torch.ones(shape.num_kv_heads, dtype=torch.bool), torch.ones(shape.intermediate_size, dtype=torch.bool)
+        )
+
+
+@dataclass(frozen=True)
+class StructureSizes:
+    """Block-linear weights that one key/value group (with its g query heads) and one MLP channel hold."""
+
+    group: int
+    channel: int
+
+    @classmethod
+    def of(cls, family: Family, layer: nn.Module, shape: LayerShape) -> "StructureSizes":
+        attention = sum(role(layer).weight.numel() for role in (family.query, family.key, family.value, family.output))
+        mlp = sum(
+            linear.weight.numel()
+            for linear in (family.up(layer), family.gate(layer), family.down(layer))
+            if linear is not None
+        )
+        return cls(attention // shape.num_kv_heads, mlp // shape.intermediate_size)
+
+    def removed(self, kept: Kept) -> int:
+        """Weights of a layer that are gone when ``kept`` stays."""
+        return self.group * int((~kept.groups).sum()) + self.channel * int((~kept.channels).sum())
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The three modules of a layer, in the paper's orientation."""
+
+    mlp: MLPWeights
+    query_key: QueryKeyWeights
+    value_output: ValueOutputWeights
+
+    @classmethod
+    def read(cls, family: Family, layer: nn.Module) -> "LayerWeights":
+        return cls(read_mlp(family, layer), read_query_key(family, layer), read_value_output(family, layer))
+
+    def without_removed(self, kept: Kept) -> "LayerWeights":
+        """The same modules with the structures outside ``kept`` cut out."""
+        device = self.mlp.W_D.device
+        groups, channels = kept.groups.to(device), kept.channels.to(device)
+        heads = groups.repeat_interleave(len(self.query_key.W_Q) // len(groups))
+
+        def cut(tensor: Tensor | None, mask: Tensor) -> Tensor | None:
+            return None if tensor is None else tensor[mask]
+
+        mlp, query_key, value_output = self.mlp, self.query_key, self.value_output
+        return LayerWeights(
+            mlp=replace(
+                mlp,
+                W_U=mlp.W_U[:, channels],
+                W_G=None if mlp.W_G is None else mlp.W_G[:, channels],
+                W_D=mlp.W_D[channels],
+                b_U=cut(mlp.b_U, channels),
+                b_G=cut(mlp.b_G, channels),
+            ),
+            query_key=replace(
+                query_key,
+                W_Q=query_key.W_Q[heads],
+                W_K=query_key.W_K[groups],
+                b_Q=cut(query_key.b_Q, heads),
+                b_K=cut(query_key.b_K, groups),
+            ),
+            value_output=replace(
+                value_output,
+                W_V=value_output.W_V[groups],
+                W_O=value_output.W_O[heads],
+                b_V=cut(value_output.b_V, groups),
+            ),
+        )
+
+
+def cheapest_within(
+    costs: Sequence[Tensor], sizes: Sequence[int], budget: float, removable: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Remove structures, cheapest first over all layers, as long as their weights fit the budget.
+
+    A structure that would overshoot is passed over, so small ones fill what large ones leave.
+
+    Args:
+        costs: one (num_structures,) tensor a population (the groups or the channels of one layer); ties go to the earlier.
+        sizes: weights of one structure of each population.
+        budget: weights to remove at most.
+        removable: masks of the structures that may go; None: all.
+
+    Returns:
+        one bool mask a population, True for what is removed.
+    """
+    removed = [torch.zeros(len(of), dtype=torch.bool) for of in costs]
+    flat = torch.cat([of.double().cpu() for of in costs])
+    assert not flat.isnan().any(), "a cost is NaN"
+    population = torch.repeat_interleave(torch.arange(len(costs)), torch.tensor([len(of) for of in costs])).tolist()
+    position = [place for of in costs for place in range(len(of))]
+    allowed = (
+        torch.ones_like(flat, dtype=torch.bool) if removable is None else torch.cat([mask.cpu() for mask in removable])
+    )
+    left = budget
+    for candidate in flat.argsort(stable=True).tolist():
+        size = sizes[population[candidate]]
+        if allowed[candidate] and size <= left:
+            removed[population[candidate]][position[candidate]] = True
+            left -= size
+    return removed
+
+
+def removal_budget(task: CompressionTask) -> int:
+    """Block-linear weights to remove; a fraction of a weight is dropped."""
+    return math.floor(task.sparsity * block_linear_parameters(task.model) + 1e-6)
+
+
+def pruned_model(
+    task: CompressionTask, kept: Sequence[Kept], weights: Sequence[LayerWeights] | None = None, **details: object
+) -> Compressed:
+    """The model without the structures outside ``kept``.
+
+    Args:
+        weights: every layer's modules at dense size, where the method changed them; None: the dense model's. A
+            bias on the output or down projection that the family lacks becomes an extra bias.
+        details: JSON-able facts for ``Compressed.details``.
+    """
+    family, config = task.family, task.model.config
+    dense = dense_shape(config)
+    shapes, tensors, reports = [], [], []
+    for index, layer in enumerate(decoder_layers(task.model)):
+        of_layer = LayerWeights.read(family, layer) if weights is None else weights[index]
+        num_groups, width = int(kept[index].groups.sum()), int(kept[index].channels.sum())
+        changed = (num_groups, width) != (dense.num_kv_heads, dense.intermediate_size)
+        biases = (
+            (family.output_path, of_layer.value_output.b_O, family.output(layer)),
+            (family.down_path, of_layer.mlp.b_D, family.down(layer)),
+        )
+        extra = tuple(path for path, bias, linear in biases if changed and bias is not None and linear.bias is None)
+        shape = replace(dense, num_kv_heads=num_groups, intermediate_size=width, extra_biases=extra)
+        small = of_layer.without_removed(kept[index])
+        parts = {"mlp": small.mlp, "query_key": small.query_key, "value_output": small.value_output}
+        shapes.append(shape)
+        tensors.append(layer_tensors(family, config, shape, **parts) if changed else {})
+        reports.append(
+            {"index": index, "ranks": {"mlp": width, "num_kv_heads": num_groups}, "relative_error": {}, "numerics": {}}
+        )
+    return Compressed(model=build_compressed(task.model, shapes, tensors), layers=reports, details=dict(details))

@@ -1,0 +1,124 @@
+"""SVD-LLM: SVD of whitened weights, so that a dropped singular value is the loss of dropping it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.calibration.calibration import gram_flops, layer_flops
+from modegpt.calibration.stream import HiddenStates, advance
+from modegpt.decompositions.linalg import PSDFactor, energy, psd_cholesky, relative
+from modegpt.decompositions.modules import LowRank
+from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.low_rank import (
+    INPUT_GRAM,
+    INPUT_GRAMS,
+    Truncation,
+    block_linears,
+    dense_layers,
+    factored_model,
+    factored_shape,
+    factored_tensors,
+    layer_ranks,
+    svd_flops,
+    truncated,
+)
+from modegpt.models import Family, build_layer, compressed_config, decoder_layers, merged_tensors
+
+
+def whitened_truncation(W: Tensor, factor: PSDFactor, rank: int) -> Truncation:
+    """Truncation of ``L^T W`` where C = L L^T is the input's Gram matrix: squared loss = sum of dropped squared singular values.
+
+    ``||X (W - A B)||_F = ||L^T (W - A B)||_F`` for every X with X^T X = C. W (in, out).
+    """
+    L = factor.root()
+    identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    result = truncated(
+        W, rank, weigh=L.mT @ W.double(), unweigh=torch.linalg.solve_triangular(L.mT, identity, upper=True)
+    )
+    return replace(result, numerics=factor.numerics)
+
+
+def refit_output_factor(W: Tensor, truncation: Truncation, C: Tensor) -> Truncation:
+    """Keep A and solve ``min_B ||X (W - A B)||_F`` for inputs X with the Gram matrix C: ``B = (A^T C A)^-1 A^T C W``.
+
+    The columns of A are directions that whitening has sorted, so a plain Cholesky solve would see their
+    scales only; ``psd_cholesky`` equilibrates and reports jitter. Float64; W (in, out).
+    """
+    A, W64, C = truncation.factors.A.double(), W.double(), C.double()
+    CA = C @ A
+    factor = psd_cholesky(A.mT @ CA)
+    B = factor.solve(CA.mT @ W64)
+    factors = LowRank(A=truncation.factors.A, B=B.to(W.dtype))
+    numerics = truncation.numerics | ({"update": factor.numerics} if factor.numerics else {})
+    return Truncation(factors, relative(energy(C, W64 - A @ B), energy(C, W64)), numerics)
+
+
+@dataclass(frozen=True)
+class SVDLLM(Method):
+    """SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378): truncation-aware data whitening (section 3.1).
+
+    Every matrix has one sparsity; both factors count against it. The optional update is the layer-wise closed
+    form of the paper's first preprints; the published version fine-tunes the factors with LoRA instead,
+    which is recovery and not offered here.
+
+    Args:
+        update: after whitening, go through the layers in order: with the inputs that the layer's linears have when
+            all earlier layers are compressed (and the layer itself is dense), replace the output-side factor by
+            the least-squares optimum for the input-side one. The target stays the dense weight on those same inputs.
+            Costs two more passes over the calibration tokens. ``relative_error`` is then the error on those inputs.
+    """
+
+    update: bool = False
+
+    def compress(self, task: CompressionTask) -> Compressed:
+        if task.sparsity == 0:
+            return dense_layers(task)
+        ranks = layer_ranks(task)
+        whitened = self._whitened(task, ranks)
+        return factored_model(task, ranks, self._updated(task, ranks, whitened) if self.update else whitened)
+
+    def _whitened(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
+        layers, meter = decoder_layers(task.model), task.calibration.meter
+        for layer, of_layer, statistics in zip(layers, ranks, task.calibration.statistics(INPUT_GRAMS), strict=True):
+            with meter.stage("solve") as metered:
+                linears = block_linears(task.family, layer)
+                grams = {name: psd_cholesky(C) for name, C in statistics.items()}
+                metered.flops += sum(len(C) ** 3 / 3 for C in statistics.values())
+                metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
+                metered.flops += sum(2.0 * linear.in_features * linear.weight.numel() for linear in linears.values())
+                truncations = {
+                    role: whitened_truncation(linear.weight.detach().T, grams[INPUT_GRAM[role]], of_layer[role])
+                    for role, linear in linears.items()
+                }
+            yield truncations
+
+    def _updated(
+        self, task: CompressionTask, ranks: list[dict[str, int]], whitened: Iterator[dict[str, Truncation]]
+    ) -> Iterator[dict[str, Truncation]]:
+        calibration = task.calibration
+        config = compressed_config(task.model.config, [factored_shape(task, of_layer) for of_layer in ranks])
+        hidden = calibration.embed()
+        for index, (layer, truncations) in enumerate(zip(decoder_layers(task.model), whitened, strict=True)):
+            with calibration.meter.stage("update") as metered:
+                # A second list of the same batches: observing must leave the compressed stream in front of this layer.
+                inputs = calibration.observe(HiddenStates(list(hidden.batches), hidden.arguments), index, INPUT_GRAMS)
+                updated = self._refit(task.family, layer, truncations, inputs)
+                compressed = build_layer(
+                    config, index, merged_tensors(task.family, layer, factored_tensors(task.family, layer, updated))
+                )
+                advance(hidden, index, compressed)
+                one_pass = layer_flops(task.model, calibration.tokens.ids)
+                metered.flops += (2.0 - task.sparsity) * one_pass + gram_flops(inputs, calibration.tokens.num_tokens)
+                calibration.meter.forward_passes += 2 / calibration.num_layers
+            yield updated
+
+    @staticmethod
+    def _refit(
+        family: Family, layer: nn.Module, truncations: dict[str, Truncation], inputs: dict[str, Tensor]
+    ) -> dict[str, Truncation]:
+        return {
+            role: refit_output_factor(linear.weight.detach().T, truncations[role], inputs[INPUT_GRAM[role]])
+            for role, linear in block_linears(family, layer).items()
+        }

@@ -1,0 +1,48 @@
+"""The only place that knows Hugging Face names: families, weights by role, sizes, compressed models, checkpoints.
+
+Importing this package registers the compressed classes with ``AutoConfig`` and ``AutoModelForCausalLM``, and makes
+``save_pretrained`` put their modeling file beside the weights.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modegpt.models import modeling_modegpt, modeling_sliced
+from modegpt.models.build import build_compressed, build_layer, empty_compressed, merged_tensors, unfused
+from modegpt.models.families import FAMILIES, Family, family_of
+from modegpt.models.shapes import LayerShape, compressed_config, dense_shape, is_compressed, layer_shapes
+from modegpt.models.weights import (
+    block_linear_parameters,
+    decoder_layers,
+    layer_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+)
+
+for _model in (*modeling_modegpt.MODELS, *modeling_sliced.MODELS):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModelForCausalLM.register(_model.config_class, _model)
+    _model.config_class.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LayerShape",
+    "block_linear_parameters",
+    "build_compressed",
+    "build_layer",
+    "compressed_config",
+    "decoder_layers",
+    "dense_shape",
+    "empty_compressed",
+    "family_of",
+    "is_compressed",
+    "layer_shapes",
+    "layer_tensors",
+    "merged_tensors",
+    "read_mlp",
+    "read_query_key",
+    "read_value_output",
+    "unfused",
+]

@@ -1,0 +1,117 @@
+"""Making a compressed model, or one layer of it, out of tensors: no random initialisation, no copies."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modegpt.models.families import Family, family_of, is_ours
+from modegpt.models.shapes import LayerShape, compressed_class, compressed_config, layer_shapes
+from modegpt.models.weights import decoder_layers
+
+
+def merged_tensors(family: Family, layer: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a compressed layer: those of the dense ``layer``, with every map that ``changed`` names replaced whole."""
+    fused = family.fused
+    linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    replaced = {
+        path
+        for path in linears
+        if any(name.startswith(f"{part}.") for name in changed for part in fused.get(path, (path,)))
+    }
+    kept = {name: tensor for name, tensor in layer.state_dict().items() if name.rpartition(".")[0] not in replaced}
+    return kept | dict(changed)
+
+
+def unfused(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with each of its family's fused maps taken apart into views of it; ``model`` itself where none is fused.
+
+    What comes back is of this package's class for the family, at full size, and shares every tensor.
+    """
+    family = family_of(model.config)
+    if not family.fused or is_ours(model.config):
+        return model
+    config = compressed_config(model.config)
+    with torch.device("meta"):
+        empty = compressed_class(config).make_layer(config, 0)
+    changed = []
+    for layer in decoder_layers(model):
+        changed.append({})
+        for path, parts in family.fused.items():
+            rows = [empty.get_submodule(part).out_features for part in parts]
+            views = layer.get_submodule(path).weight.detach().split(rows)
+            changed[-1] |= {f"{part}.weight": view for part, view in zip(parts, views, strict=True)}
+    return build_compressed(model, layer_shapes(config), changed)
+
+
+def build_layer(config: PreTrainedConfig, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Decoder layer ``index`` of the model that the compressed ``config`` describes, ready to run, sharing ``tensors``.
+
+    ``tensors`` must be complete (see ``merged_tensors``): a missing, unexpected or misshapen one is a RuntimeError.
+    """
+    with torch.device("meta"):
+        layer = compressed_class(config).make_layer(config, index)
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer.requires_grad_(False).eval()
+
+
+def build_compressed(
+    model: PreTrainedModel,
+    shapes: Sequence[LayerShape],
+    layer_tensors: Sequence[Mapping[str, Tensor]],
+    kept_layers: Sequence[int] | None = None,
+) -> PreTrainedModel:
+    """The compressed model: ``model`` with layer ``kept_layers[j]`` in shape ``shapes[j]``, changed by ``layer_tensors[j]``.
+
+    Untouched tensors are shared with ``model``, which stays as it is. Dtype, device, mode, attention
+    implementation, generation settings and tied embeddings carry over; rotary frequencies are float32.
+
+    Args:
+        layer_tensors: per kept layer, what ``weights.layer_tensors`` returned (empty: unchanged).
+        kept_layers: dense indices of the layers that stay, in order; None keeps all.
+
+    Raises:
+        RuntimeError: tensors that do not fit the shapes exactly.
+    """
+    compressed = empty_compressed(model, shapes, kept_layers)
+    config = compressed.config
+    family = family_of(config)
+    prefix = family.layers
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{prefix}.")}
+    dense_layers = decoder_layers(model)
+    for index, (source, changed) in enumerate(zip(config.kept_layers, layer_tensors, strict=True)):
+        tensors |= {
+            f"{prefix}.{index}.{name}": tensor
+            for name, tensor in merged_tensors(family, dense_layers[source], changed).items()
+        }
+    compressed.load_state_dict(tensors, strict=True, assign=True)
+    compressed.tie_weights()
+    restore_buffers(compressed, model)
+    return compressed.train(model.training)
+
+
+def empty_compressed(
+    model: PreTrainedModel, shapes: Sequence[LayerShape], kept_layers: Sequence[int] | None = None
+) -> PreTrainedModel:
+    """The model that ``build_compressed`` fills, without data (meta tensors of ``model``'s dtype)."""
+    config = compressed_config(model.config, shapes, kept_layers)
+    with torch.device("meta"):
+        compressed = compressed_class(config)(config)
+    compressed.generation_config = copy.deepcopy(model.generation_config)
+    return compressed.to(model.dtype)
+
+
+def restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give ``compressed`` the buffers that no state dict holds, from ``model``.
+
+    Rotary embeddings are made anew: casting a model casts their frequencies, which costs more accuracy than casting its weights.
+    """
+    rotary = getattr(compressed.get_decoder(), "rotary_emb", None)
+    if rotary is not None:
+        compressed.get_decoder().rotary_emb = type(rotary)(config=compressed.config).to(model.device)
+    for name, buffer in compressed.named_buffers():
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            setattr(compressed.get_submodule(owner), attribute, model.get_buffer(name))

@@ -1,0 +1,261 @@
+"""Saving a compressed model so that it is there whole or not at all, and loading models, refusing what is damaged."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from modegpt.data.embedded import TINY_MODELS
+from modegpt.data.hub import hub_access
+from modegpt.errors import UserError
+from modegpt.models import family_of, is_compressed, unfused
+from modegpt.models.card import model_card
+from modegpt.models.families import check_supported
+from modegpt.models.integrity import MANIFEST, check_files, check_finite, describe_files, read_json
+
+EMBEDDED = "embedded:"
+CONTENT_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+"""What Transformers raises for a damaged or foreign checkpoint; none of it names the way out."""
+LOADING_ERRORS = (*CONTENT_ERRORS, OSError)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    card: Mapping[str, Any],
+    *,
+    max_shard_size: str = "5GB",
+    files: Mapping[str, Callable[[Path], None]] | None = None,
+) -> Path:
+    """Write ``model`` as a Hugging Face checkpoint that loads with or without this package.
+
+    Everything goes to a hidden folder beside ``directory`` first, is synced, sealed by a manifest of
+    sizes and sha256 sums, and moved into place in one step: a kill leaves the old checkpoint or none.
+
+    Args:
+        card: the run's record (or as much of it as there is), from which the model card is written.
+        files: what goes beside it, by file name: a function that writes it to a path.
+
+    Returns the directory. An identical checkpoint there is left alone.
+
+    Raises:
+        UserError: something else is in ``directory``, or it cannot be written.
+    """
+    directory = Path(directory)
+    check_destination(directory)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        with quiet():
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(model, card), encoding="utf-8")
+        for name, write in (files or {}).items():
+            write(partial / name)
+        publish(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``, where an identical one is left alone.
+
+    Raises UserError when something else is in ``directory``.
+    """
+    (partial / MANIFEST).write_text(
+        json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8"
+    )
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+    partial.chmod(0o777 & ~_umask())
+    if _same_checkpoint(partial, directory):
+        return
+    try:
+        os.rename(partial, directory)  # replaces an empty directory, refuses any other
+    except OSError as error:
+        raise UserError(
+            f"{directory} already holds another checkpoint; choose another or remove it ({error.strerror})"
+        ) from None
+    sync(directory.parent)
+
+
+def check_destination(directory: str | Path) -> None:
+    """Find out before the work whether a checkpoint could be saved to ``directory``; makes its parent folders.
+
+    Raises:
+        UserError: it holds files that are not a checkpoint of ours, or cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+            raise UserError(
+                f"{directory} already holds files that are not a saved checkpoint; choose another directory"
+            )
+    except OSError as error:
+        raise UserError(f"cannot save a model to {directory}: {error.strerror}") from None
+    if not os.access(directory.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot save a model to {directory}: no permission to write in {directory.parent}")
+
+
+def _same_checkpoint(partial: Path, directory: Path) -> bool:
+    if not (directory / MANIFEST).is_file():
+        return False
+    check_files(directory)
+    return read_json(directory / MANIFEST) == read_json(partial / MANIFEST)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_model(
+    path: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    *,
+    device_map: str | None = None,
+    max_memory: Mapping[int | str, str] | None = None,
+) -> PreTrainedModel:
+    """Load a dense or compressed causal language model, in eval mode.
+
+    Args:
+        path: a local directory, a name on the hub, or ``embedded:NAME`` for a model that ships with the package.
+        dtype: ``"auto"`` keeps the checkpoint's.
+        device: ``"auto"`` is the first CUDA device, or else the CPU.
+        device_map, max_memory: spread it over devices, memory and disk, by accelerate's strategy of this name, instead; to be run, not changed.
+
+    A family with fused projections comes back with them taken apart (views of the same tensors).
+
+    Raises:
+        UserError: no such model, an unsupported family, a damaged or incomplete checkpoint (the file or
+            tensor is named; nothing is ever initialised at random), or NaN or inf in a weight.
+    """
+    with located(path) as source:
+        check_supported(str(PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")))
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if family_of(config).fused and device_map is not None and not is_compressed(config):
+            raise UserError(
+                f"model.device_map cannot spread a dense {config.model_type} model: its fused projections are taken apart when it is loaded"
+            )
+        spread = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory or None}
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **spread,
+            )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model"
+        )
+    check_finite(model)
+    if device_map is not None:
+        return model.eval()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return unfused(model).to(device).eval()
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, by the same names as ``load_model``. Raises UserError when there is none."""
+    with located(path) as source:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+@contextmanager
+def located(path: str) -> Iterator[str]:
+    """What Transformers should open for ``path``: a checked local directory, or the same name with the hub at hand.
+
+    Failures inside come out as a UserError of one line that names the model.
+    """
+    if path.startswith(EMBEDDED):
+        directory = _embedded(path.removeprefix(EMBEDDED))
+    else:
+        directory = Path(path).expanduser()
+    if directory.exists():
+        _check_directory(directory)
+        with _explained(path, LOADING_ERRORS):
+            yield str(directory)
+        return
+    if path.startswith((EMBEDDED, "/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"no model directory at {path}")
+    with hub_access(path, "give a local copy: model=local model.path=DIRECTORY"), _explained(path, CONTENT_ERRORS):
+        yield path
+
+
+def _embedded(name: str) -> Path:
+
+    if name not in TINY_MODELS:
+        raise UserError(f"no embedded model {name!r}; there are {', '.join(sorted(TINY_MODELS))}")
+    return TINY_MODELS[name]
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is a file; give the directory of a Hugging Face checkpoint")
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise UserError(f"no permission to read {directory}")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
+    try:
+        check_files(directory)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+@contextmanager
+def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars from Transformers, as a run shows its own."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""Whether the files of a checkpoint are whole, and what identifies its weights."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+
+from modegpt.decompositions.linalg import all_finite
+from modegpt.errors import UserError
+
+MANIFEST = "modegpt_manifest.json"
+UNSEALED = frozenset({MANIFEST, "README.md"})
+"""Files outside the manifest: itself, and the model card, which people edit."""
+DECISIVE = frozenset({".safetensors", ".bin", ".json", ".py"})
+"""Endings of files that can change what is loaded, so that one beside the manifest's is refused."""
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and sha256 of every sealed file in ``directory``, by name."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name not in UNSEALED)
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(directory: Path) -> None:
+    """Refuse a damaged checkpoint: against its manifest where it has one, else by the structure of its safetensors files.
+
+    Raises:
+        UserError: a file that is missing, truncated, changed, or does not belong; the file is named.
+    """
+    if (directory / MANIFEST).is_file():
+        _check_manifest(directory)
+    else:
+        _check_shards(directory)
+
+
+def _check_manifest(directory: Path) -> None:
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{directory / MANIFEST} is damaged: it has no list of files; save the checkpoint again")
+    for name, described in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the checkpoint is incomplete; save or copy it again")
+        size = path.stat().st_size
+        if size != described["size"]:
+            raise UserError(
+                f"{path} has {size} bytes instead of {described['size']}: truncated or changed; save or copy it again"
+            )
+        if sha256_of(path) != described["sha256"]:
+            raise UserError(
+                f"{path} is not the file that was saved (sha256 differs from {MANIFEST}); save or copy the checkpoint again"
+            )
+    for path in sorted(directory.iterdir()):
+        if path.suffix in DECISIVE and path.name not in UNSEALED and path.name not in manifest["files"]:
+            raise UserError(f"{path} does not belong to this checkpoint ({MANIFEST} does not list it); remove it")
+
+
+def _check_shards(directory: Path) -> None:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map", {})
+        missing = sorted(set(shards.values()) - {path.name for path in directory.iterdir()})
+        if missing:
+            raise UserError(f"{directory / missing[0]} is missing: {index.name} lists it")
+    for path in sorted(directory.glob("*.safetensors")):
+        _check_length(path)
+
+
+def _check_length(path: Path) -> None:
+    """A safetensors file is 8 bytes of header length, the header, and as many bytes as its furthest tensor ends at."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + header_bytes > size:
+            raise UserError(f"{path} is truncated: {size} bytes do not hold its header")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError:
+            raise UserError(f"{path} is damaged: its header is not JSON") from None
+    expected = (
+        8
+        + header_bytes
+        + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    )
+    if size != expected:
+        raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError naming it when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises UserError naming the first weight that holds NaN or inf."""
+    for name, tensor in weight_tensors(model):
+        if tensor.is_floating_point():
+            check_tensor_finite(name, tensor)
+
+
+def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises UserError naming the weight when it holds NaN or inf."""
+    if not all_finite(tensor):
+        raise UserError(
+            f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow (try model.dtype=float32)"
+        )
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """``fingerprint_tensors`` of the state dict."""
+    return fingerprint_tensors(weight_tensors(model))
+
+
+def weight_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state dict in order of names; what a device map keeps off the devices is read for as long as it is looked at."""
+    for name, tensor in sorted(model.state_dict().items()):
+        if not tensor.is_meta:
+            yield name, tensor
+            continue
+        path, _, own = name.rpartition(".")
+        module = model.get_submodule(path)
+        with align_module_device(module, "cpu"):
+            yield name, getattr(module, own)
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of ``tensors``, given in order of names; the device does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for chunk in _byte_chunks(tensor):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _byte_chunks(tensor: torch.Tensor, chunk_elements: int = 1 << 24) -> Iterator[memoryview]:
+    for chunk in tensor.detach().reshape(-1).split(chunk_elements):
+        yield memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy())

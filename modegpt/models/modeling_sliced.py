@@ -1,0 +1,243 @@
+"""Causal language models whose residual stream is narrower than their family's (SliceGPT), as Hugging Face models.
+
+One self-contained file: it is saved beside the weights and loads with ``trust_remote_code=True``. Norms
+have no weights (they are folded into the maps that follow) and each of a layer's two residual
+connections passes through a shortcut matrix, from the basis of one block's input to the next one's.
+
+SliceGPT: Ashkboos et al., ICLR 2024, arXiv 2401.15024, sections 3.2 to 3.4.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.opt.configuration_opt import OPTConfig
+from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM, OPTLearnedPositionalEmbedding
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+
+
+@dataclass(kw_only=True)
+class SlicedFields:
+    """What a sliced model's configuration adds to its family's. ``hidden_size`` keeps the dense value.
+
+    Args:
+        stream_sizes: width of the residual stream entering each block (attention and MLP of layer 0, of layer
+            1, ...) and, last, the head: 2 * num_hidden_layers + 1 sizes. None: ``hidden_size`` everywhere.
+        tie_word_embeddings: always False; the head takes the final norm's weights and another basis.
+
+    Raises:
+        ValueError: a list of the wrong length, or a width outside 1..hidden_size.
+    """
+
+    stream_sizes: list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        count = 2 * self.num_hidden_layers + 1
+        if self.stream_sizes is None:
+            self.stream_sizes = [self.hidden_size] * count
+        if len(self.stream_sizes) != count:
+            raise ValueError(
+                f"stream_sizes has {len(self.stream_sizes)} entries; {self.num_hidden_layers} layers need {count}"
+            )
+        if not all(1 <= size <= self.hidden_size for size in self.stream_sizes):
+            raise ValueError(f"stream_sizes must lie in 1..{self.hidden_size}, got {self.stream_sizes}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be false in a sliced model")
+
+
+class StreamRMSNorm(nn.Module):
+    """``x / sqrt(|x|^2 / full_size + eps)`` without weights.
+
+    The mean is over the dense width, whatever is left of it, so that slicing does not rescale what stays.
+    """
+
+    def __init__(self, full_size: int, eps: float):
+        super().__init__()
+        self.full_size, self.eps = full_size, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.full_size + self.eps)).to(x.dtype)
+
+
+class SlicedLayer:
+    """Mixin in front of a family's decoder layer: two blocks, each ``x S + f(norm(x))`` with its shortcut ``S``.
+
+    ``readers`` and ``writers`` name the linears that read the stream and write to it, of either block;
+    ``norms`` the two norms, which lose their weights. ``readers_biased``: readers always have a bias
+    (a LayerNorm's bias is folded into it).
+    """
+
+    attention_readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_writer = "self_attn.o_proj"
+    mlp_readers = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_writer = "mlp.down_proj"
+    norms = ("input_layernorm", "post_attention_layernorm")
+    readers_biased = False
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        attention_size, mlp_size, output_size = config.stream_sizes[2 * layer_idx : 2 * layer_idx + 3]
+        for path in self.attention_readers:
+            self._resize(path, in_features=attention_size, bias=self.readers_biased)
+        self._resize(self.attention_writer, out_features=mlp_size)
+        for path in self.mlp_readers:
+            self._resize(path, in_features=mlp_size, bias=self.readers_biased)
+        self._resize(self.mlp_writer, out_features=output_size)
+        self.attention_shortcut = nn.Linear(attention_size, mlp_size, bias=False)
+        self.mlp_shortcut = nn.Linear(mlp_size, output_size, bias=False)
+        for name in self.norms:
+            setattr(self, name, StreamRMSNorm(config.hidden_size, norm_eps(config)))
+        self.branch_dropout = getattr(config, "dropout", 0.0)
+
+    def _resize(
+        self, path: str, *, in_features: int | None = None, out_features: int | None = None, bias: bool = False
+    ) -> None:
+        parent, _, name = path.rpartition(".")
+        parent = self.get_submodule(parent)
+        linear = getattr(parent, name)
+        bias = bias or linear.bias is not None
+        setattr(
+            parent, name, nn.Linear(in_features or linear.in_features, out_features or linear.out_features, bias=bias)
+        )
+
+    def attention_block(self, x: Tensor, **kwargs) -> Tensor:
+        """The attention block on ``x`` (batch, sequence, attention width); out: (batch, sequence, MLP width)."""
+        branch, _ = self.self_attn(hidden_states=getattr(self, self.norms[0])(x), **kwargs)
+        return self.attention_shortcut(x) + dropout(branch, p=self.branch_dropout, training=self.training)
+
+    def mlp_block(self, x: Tensor) -> Tensor:
+        """The MLP block on ``x`` (batch, sequence, MLP width); out: (batch, sequence, next layer's width)."""
+        branch = self.mlp_branch(getattr(self, self.norms[1])(x))
+        return self.mlp_shortcut(x) + dropout(branch, p=self.branch_dropout, training=self.training)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        return self.mlp_block(self.attention_block(hidden_states, **kwargs))
+
+
+class SlicedCausalLM:
+    """Mixin in front of a family's causal language model: embeddings, layers, final norm and head on the sliced stream."""
+
+    layer_class: type
+    final_norm = "norm"
+    head_biased = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        decoder = self.get_decoder()
+        decoder.embed_tokens = nn.Embedding(config.vocab_size, config.stream_sizes[0], decoder.padding_idx)
+        decoder.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
+        setattr(decoder, self.final_norm, StreamRMSNorm(config.hidden_size, norm_eps(config)))
+        self.lm_head = nn.Linear(config.stream_sizes[-1], config.vocab_size, bias=self.head_biased)
+        self.post_init()
+
+
+def norm_eps(config) -> float:
+    """The epsilon of the family's norms; OPT's LayerNorm keeps torch's."""
+    return getattr(config, "rms_norm_eps", 1e-5)
+
+
+@strict
+class SlicedLlamaConfig(SlicedFields, LlamaConfig):
+    model_type = "sliced_llama"
+
+
+class SlicedLlamaLayer(SlicedLayer, LlamaDecoderLayer):
+    pass
+
+
+class SlicedLlamaForCausalLM(SlicedCausalLM, LlamaForCausalLM):
+    config_class, layer_class = SlicedLlamaConfig, SlicedLlamaLayer
+
+
+@strict
+class SlicedMistralConfig(SlicedFields, MistralConfig):
+    model_type = "sliced_mistral"
+
+
+class SlicedMistralLayer(SlicedLayer, MistralDecoderLayer):
+    pass
+
+
+class SlicedMistralForCausalLM(SlicedCausalLM, MistralForCausalLM):
+    config_class, layer_class = SlicedMistralConfig, SlicedMistralLayer
+
+
+@strict
+class SlicedQwen2Config(SlicedFields, Qwen2Config):
+    model_type = "sliced_qwen2"
+
+
+class SlicedQwen2Layer(SlicedLayer, Qwen2DecoderLayer):
+    pass
+
+
+class SlicedQwen2ForCausalLM(SlicedCausalLM, Qwen2ForCausalLM):
+    config_class, layer_class = SlicedQwen2Config, SlicedQwen2Layer
+
+
+@strict
+class SlicedQwen3Config(SlicedFields, Qwen3Config):
+    model_type = "sliced_qwen3"
+
+
+class SlicedQwen3Layer(SlicedLayer, Qwen3DecoderLayer):
+    pass
+
+
+class SlicedQwen3ForCausalLM(SlicedCausalLM, Qwen3ForCausalLM):
+    config_class, layer_class = SlicedQwen3Config, SlicedQwen3Layer
+
+
+@strict
+class SlicedOPTConfig(SlicedFields, OPTConfig):
+    model_type = "sliced_opt"
+
+
+class SlicedOPTLayer(SlicedLayer, OPTDecoderLayer):
+    """LayerNorm became RMSNorm: its mean subtraction, scale and bias are folded into the maps around it."""
+
+    attention_writer = "self_attn.out_proj"
+    mlp_readers = ("fc1",)
+    mlp_writer = "fc2"
+    norms = ("self_attn_layer_norm", "final_layer_norm")
+    readers_biased = True
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+class SlicedOPTForCausalLM(SlicedCausalLM, OPTForCausalLM):
+    config_class, layer_class = SlicedOPTConfig, SlicedOPTLayer
+    final_norm = "final_layer_norm"
+    head_biased = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        decoder = self.get_decoder()
+        decoder.embed_positions = OPTLearnedPositionalEmbedding(config.max_position_embeddings, config.stream_sizes[0])
+        self.post_init()
+
+
+MODELS = (
+    SlicedLlamaForCausalLM,
+    SlicedMistralForCausalLM,
+    SlicedQwen2ForCausalLM,
+    SlicedQwen3ForCausalLM,
+    SlicedOPTForCausalLM,
+)
+"""Every sliced model class; a new family joins here."""

@@ -1,0 +1,143 @@
+"""The bridge between a layer's linear maps and the paper's matrices.
+
+``nn.Linear`` stores ``weight`` as (out, in) and computes ``x weight^T``; the paper's ``W`` is
+(in, out) with row vectors ``x W``. Heads are a leading dimension: head ``h`` of a projection is
+rows ``h d .. (h+1) d`` of its weight. All that is read is a view of the layer's own tensors.
+"""
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modegpt.decompositions.modules import LowRank, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.models.families import Family, family_of
+from modegpt.models.shapes import LayerShape, empty_dense_layer
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a dense or compressed model, in order."""
+    return model.get_submodule(family_of(model.config).layers)
+
+
+def block_linear_parameters(model: PreTrainedModel) -> int:
+    """Weights of the linear maps inside the decoder layers: every parameter there with two dimensions or more.
+
+    Factors of low-rank maps and any added matrices count in full; embeddings, head, norms and biases do not.
+    """
+    return sum(parameter.numel() for parameter in decoder_layers(model).parameters() if parameter.ndim >= 2)
+
+
+def _matrix(linear: nn.Module) -> Tensor | LowRank:
+    if hasattr(linear, "weight"):
+        return linear.weight.detach().T
+    return LowRank(A=linear.A.weight.detach().T, B=linear.B.weight.detach().T)
+
+
+def _bias(linear: nn.Module) -> Tensor | None:
+    bias = linear.bias if hasattr(linear, "weight") else linear.B.bias
+    return None if bias is None else bias.detach()
+
+
+def _head_dim(layer: nn.Module, family: Family) -> int:
+    return family.attention(layer).head_dim
+
+
+def read_mlp(family: Family, layer: nn.Module) -> MLPWeights:
+    """The MLP of a layer: W_U, W_G (d_h, n), W_D (n, d_h) and their biases."""
+    up, gate, down = family.up(layer), family.gate(layer), family.down(layer)
+    return MLPWeights(
+        W_U=_matrix(up),
+        W_G=None if gate is None else _matrix(gate),
+        W_D=_matrix(down),
+        b_U=_bias(up),
+        b_G=None if gate is None else _bias(gate),
+        b_D=_bias(down),
+    )
+
+
+def read_query_key(family: Family, layer: nn.Module) -> QueryKeyWeights:
+    """Queries and keys of a dense layer by head: W_Q (H, d_h, d), W_K (H_kv, d_h, d), biases (heads, d)."""
+    (W_Q, b_Q), (W_K, b_K) = (
+        _by_head(linear, _head_dim(layer, family)) for linear in (family.query(layer), family.key(layer))
+    )
+    return QueryKeyWeights(W_Q=W_Q, W_K=W_K, b_Q=b_Q, b_K=b_K, rope=family.rope, rope_index=None)
+
+
+def read_value_output(family: Family, layer: nn.Module) -> ValueOutputWeights:
+    """Values and output of a dense layer by head: W_V (H_kv, d_h, d), W_O (H, d, d_h), b_V (H_kv, d), b_O (d_h,)."""
+    size, output = _head_dim(layer, family), family.output(layer)
+    W_V, b_V = _by_head(family.value(layer), size)
+    return ValueOutputWeights(W_V=W_V, W_O=_matrix(output).unflatten(0, (-1, size)), b_V=b_V, b_O=_bias(output))
+
+
+def _by_head(linear: nn.Linear, size: int) -> tuple[Tensor, Tensor | None]:
+    bias = _bias(linear)
+    return linear.weight.detach().unflatten(0, (-1, size)).transpose(1, 2), None if bias is None else bias.unflatten(
+        0, (-1, size)
+    )
+
+
+def layer_tensors(
+    family: Family,
+    config: PreTrainedConfig,
+    shape: LayerShape,
+    *,
+    mlp: MLPWeights | None = None,
+    query_key: QueryKeyWeights | None = None,
+    value_output: ValueOutputWeights | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a layer of ``shape`` that differ from the dense layer's, named relative to the layer.
+
+    A module given as None is unchanged. A map that appears replaces the dense map whole, bias and all;
+    a bias that the family has and the weights lack (folded elsewhere) becomes zeros.
+
+    Raises:
+        AssertionError: sizes that contradict ``shape``, or a bias for which neither family nor shape has room.
+    """
+    tensors: dict[str, Tensor] = {}
+    dense = empty_dense_layer(config)
+    biased = {name.removesuffix(".bias") for name, _ in dense.named_parameters() if name.endswith(".bias")} | set(
+        shape.extra_biases
+    )
+
+    def put(path: str, W: Tensor | LowRank, bias: Tensor | None) -> None:
+        assert bias is None or path in biased, f"{path} has a bias but the layer's shape does not say so"
+        assert isinstance(W, LowRank) == (path in shape.linear_ranks), f"{path}: factors and shape disagree"
+        last = path
+        if isinstance(W, LowRank):
+            assert W.A.shape[1] == shape.linear_ranks[path], (path, W.A.shape, shape.linear_ranks[path])
+            tensors[f"{path}.A.weight"] = W.A.T.contiguous()
+            W, last = W.B, f"{path}.B"
+        tensors[f"{last}.weight"] = W.T.contiguous()
+        if path in biased:
+            tensors[f"{last}.bias"] = W.new_zeros(W.shape[1]) if bias is None else bias.contiguous()
+
+    if mlp is not None:
+        width = mlp.W_D.A.shape[0] if isinstance(mlp.W_D, LowRank) else mlp.W_D.shape[0]
+        assert width == shape.intermediate_size, (width, shape)
+        put(family.up_path, mlp.W_U, mlp.b_U)
+        if family.gate_path is not None:
+            put(family.gate_path, mlp.W_G, mlp.b_G)
+        put(family.down_path, mlp.W_D, mlp.b_D)
+    if query_key is not None:
+        num_kv_heads, _, size = query_key.W_K.shape
+        assert (num_kv_heads, size) == (shape.num_kv_heads, shape.qk_head_dim), (query_key.W_K.shape, shape)
+        put(family.query_path, _joined(query_key.W_Q), _flat(query_key.b_Q))
+        put(family.key_path, _joined(query_key.W_K), _flat(query_key.b_K))
+        if family.rope and size < _head_dim(dense, family):
+            assert query_key.rope_index.shape == (num_kv_heads, size // 2), query_key.rope_index.shape
+            tensors[f"{family.attention_path}.rope_index"] = query_key.rope_index.contiguous()
+    if value_output is not None:
+        num_kv_heads, _, size = value_output.W_V.shape
+        assert (num_kv_heads, size) == (shape.num_kv_heads, shape.v_head_dim), (value_output.W_V.shape, shape)
+        put(family.value_path, _joined(value_output.W_V), _flat(value_output.b_V))
+        put(family.output_path, value_output.W_O.flatten(0, 1), value_output.b_O)
+    return tensors
+
+
+def _joined(W: Tensor) -> Tensor:
+    """(heads, in, d) to (in, heads d)."""
+    return W.transpose(0, 1).flatten(1)
+
+
+def _flat(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.flatten()

@@ -1,0 +1,33 @@
+"""The work that predictions are made from is the work that is metered."""
+
+import argparse
+
+import pytest
+import torch
+
+from modegpt.cost.machine import measure_ceiling
+from modegpt.records.cost import compression_stages
+from tests.scripts import load_script
+
+
+def test_predicted_work_is_the_metered_work() -> None:
+    gpu_cost = load_script("benchmarks/gpu_cost")
+    shape = gpu_cost.Shape(64, 160, 4, 2, 3, target_seconds=1.0)
+    arguments = argparse.Namespace(
+        device="cpu", samples=2, length=16, batch_size=1, sparsity=0.3, precision="float64", clock="wall"
+    )
+    ceiling = measure_ceiling("cpu", torch.float32, size=64, budget_seconds=0.01)
+    entry = gpu_cost.measure_layers(
+        shape, num_layers=3, arguments=arguments, dtype=torch.float32, allocation="entropic", ceiling=ceiling
+    )
+    metered = dict.fromkeys(("forward", "gram", "factorisation"), 0.0)
+    for stage in compression_stages(entry["cost"]):
+        for kind, flops in stage["work"].items():
+            if kind.split()[0] in metered:
+                metered[kind.split()[0]] += flops
+    predicted = gpu_cost.work(shape, num_samples=2, length=16, sparsity=0.3, allocation="entropic")
+    assert metered["forward"] == pytest.approx(predicted["forward"])
+    assert metered["gram"] == pytest.approx(predicted["gram"])
+    small = shape.layers * shape.width**3 / 3  # a small inverse is formed in full, a large one by halves
+    assert metered["factorisation"] == pytest.approx(predicted["factorisation"] + small, rel=0.1)
+    assert torch.get_default_dtype() == torch.float32

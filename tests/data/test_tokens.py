@@ -1,0 +1,38 @@
+"""Calibration windows: distinct, seeded, and refused when the text is too short."""
+
+import pytest
+import torch
+
+from modegpt.data.tokens import draw_windows, resolve_sequence_length
+from modegpt.errors import UserError
+
+
+def test_windows_are_distinct_pieces_of_the_stream() -> None:
+    stream = torch.arange(1003)
+    tokens = draw_windows(stream, num_samples=20, sequence_length=50, seed=0)
+    assert tokens.ids.shape == (20, 50)
+    assert tokens.ids.unique().numel() == 1000
+    assert (tokens.ids[:, 1:] - tokens.ids[:, :-1] == 1).all()
+    assert (tokens.ids[:, 0] % 50 == 0).all()
+
+
+def test_the_seed_decides_and_the_global_generator_is_untouched() -> None:
+    stream = torch.arange(5000)
+    state = torch.get_rng_state()
+    first, again, other = (draw_windows(stream, num_samples=8, sequence_length=16, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.sha256 == again.sha256 and torch.equal(first.ids, again.ids)
+    assert first.sha256 != other.sha256
+
+
+def test_too_little_text_is_refused_with_what_would_fit() -> None:
+    with pytest.raises(UserError, match="num_samples to 3"):
+        draw_windows(torch.arange(100), num_samples=4, sequence_length=30, seed=0)
+
+
+def test_sequence_length() -> None:
+    assert resolve_sequence_length("auto", 131072) == 2048
+    assert resolve_sequence_length("auto", 256) == 256
+    assert resolve_sequence_length(128, 256) == 128
+    with pytest.raises(UserError, match="at most 256"):
+        resolve_sequence_length(512, 256)

@@ -1,0 +1,179 @@
+"""The paper's method on every family: exact at zero, on budget, better with more rank, the same from a cache."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from modegpt.allocation.policies import POLICIES, Entropic, Explicit, Policy, Uniform
+from modegpt.calibration.cache import StatisticsCache
+from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, QueryKeyRandom, ValueOutputRandom, ValueOutputSVD
+from modegpt.errors import UserError
+from modegpt.methods.modegpt import MODULES, MoDeGPT
+from modegpt.methods.registry import VARIANTS
+from modegpt.models import block_linear_parameters, layer_shapes
+from tests.methods.protocol_checks import (
+    achieved_sparsity,
+    check_compression,
+    check_saved_and_generating,
+    check_zero_sparsity,
+)
+from tests.methods.task_of import task_of
+from tests.models.family_table import CONFIGS, dense_model, tokens
+
+
+def paper(allocation: Policy = Uniform(), **changes) -> MoDeGPT:
+    return MoDeGPT(
+        **{
+            "mlp": MLPNystrom(),
+            "query_key": QueryKeyCR(),
+            "value_output": ValueOutputSVD(),
+            "allocation": allocation,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zero_sparsity_is_the_dense_model_to_the_bit(name: str) -> None:
+    check_zero_sparsity(paper(), name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("allocation", [Uniform(), Entropic()], ids=["uniform", "entropic"])
+def test_the_budget_is_met_within_half_a_step(name: str, allocation: Policy) -> None:
+    model = dense_model(name)
+    width, gated = model.config.hidden_size, name not in ("opt", "opt-post-norm-projected")
+    half_step = width * (3 if gated else 2) / 2 / block_linear_parameters(model)
+    check_compression(paper(allocation), name, 0.3, tolerance=half_step * 1.0001)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "opt"])
+def test_compressed_models_save_and_generate(name: str, tmp_path: Path) -> None:
+    check_saved_and_generating(paper(Entropic()), name, 0.3, tmp_path / "model")
+
+
+def test_head_norms_keep_queries_and_keys_and_the_rest_pays() -> None:
+    compressed = paper().compress(task_of(dense_model("qwen3"), 0.3))
+    assert "query_key_dense" in compressed.details
+    assert {layer["ranks"]["query_key"] for layer in compressed.layers} == {16}
+    assert achieved_sparsity(compressed, dense_model("qwen3")) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_any_module_can_be_left_alone(module: str) -> None:
+    model = dense_model("llama")
+    compressed = paper(**{module: None}).compress(task_of(model, 0.2))
+    assert all(layer["relative_error"][module] == 0.0 for layer in compressed.layers)
+    assert achieved_sparsity(compressed, model) == pytest.approx(0.2, abs=0.02)
+
+
+def test_each_module_can_have_its_own_sparsity() -> None:
+    model = dense_model("llama")
+    own = {"mlp": 0.5, "query_key": 0.0, "value_output": 0.25}
+    compressed = paper(module_sparsity=own).compress(task_of(model, 0.9))
+    assert {tuple(layer["ranks"].values()) for layer in compressed.layers} == {(20, 8, 6)}
+
+
+def test_skipped_layers_stay_dense_and_the_others_pay() -> None:
+    model = dense_model("llama")
+    compressed = paper(skip_layers=(1,)).compress(task_of(model, 0.3))
+    dense = layer_shapes(model.config)[0]
+    shapes = layer_shapes(compressed.model.config)
+    assert (shapes[1].intermediate_size, shapes[1].qk_head_dim, shapes[1].v_head_dim) == (
+        dense.intermediate_size,
+        dense.qk_head_dim,
+        dense.v_head_dim,
+    )
+    assert achieved_sparsity(compressed, model) == pytest.approx(0.3, abs=0.02)
+    with pytest.raises(UserError, match="layer 7"):
+        paper(skip_layers=(7,)).compress(task_of(model, 0.3))
+
+
+def test_explicit_sparsities_are_followed() -> None:
+    model = dense_model("opt")
+    compressed = paper(Explicit([0.0, 0.25, 0.5])).compress(task_of(model, 0.25))
+    assert [layer["ranks"]["mlp"] for layer in compressed.layers] == [40, 30, 20]
+    with pytest.raises(UserError, match="3 layers"):
+        paper(Explicit([0.1])).compress(task_of(model, 0.1))
+
+
+def test_rank_multiples_are_kept() -> None:
+    compressed = paper(rank_multiple={"mlp": 8, "query_key": 4, "value_output": 4}).compress(
+        task_of(dense_model("llama"), 0.4)
+    )
+    for layer in compressed.layers:
+        assert (
+            layer["ranks"]["mlp"] % 8 == 0
+            and layer["ranks"]["query_key"] % 4 == 0
+            and layer["ranks"]["value_output"] % 4 == 0
+        )
+
+
+def test_a_rank_of_zero_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="layer 0, (query_key|value_output|mlp)"):
+        paper().compress(task_of(dense_model("llama"), 0.97))
+
+
+@pytest.mark.parametrize("form", ["llama", "opt"])
+def test_every_variant_runs_where_it_applies(form: str) -> None:
+    for module, variants in VARIANTS.items():
+        for name, variant in variants.items():
+            method = paper(**{module: variant()})
+            if (module, name, form) in {("query_key", "svd", "llama"), ("query_key", "cr_pairs", "opt")}:
+                with pytest.raises(UserError, match=f"decomposition/{module} does not apply to {form}"):
+                    method.check(task_of(dense_model(form), 0.3))
+            else:
+                check_compression(method, form, 0.3, tolerance=0.05)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"explicit", "entropic_cap"}))
+def test_every_allocation_meets_the_budget(policy: str) -> None:
+    check_compression(paper(POLICIES[policy]()), "llama", 0.3, tolerance=0.02)
+
+
+def test_module_errors_fall_as_ranks_grow() -> None:
+    errors = [
+        paper().compress(task_of(dense_model("llama"), sparsity)).layers[1]["relative_error"]
+        for sparsity in (0.6, 0.4, 0.2)
+    ]
+    for module in ("mlp", "value_output"):
+        series = [error[module] for error in errors]
+        assert series == sorted(series, reverse=True) and series[0] > series[-1] > 0
+
+
+def test_the_paper_beats_random_on_calibration_text() -> None:
+    model = dense_model("llama")
+    task = task_of(model, 0.3, num_samples=12)
+    random = paper(mlp=MLPRandom(), query_key=QueryKeyRandom(), value_output=ValueOutputRandom())
+
+    def divergence(method: MoDeGPT) -> float:
+        with torch.no_grad():
+            ours, dense = (
+                m(task.calibration.tokens.ids).logits.log_softmax(-1) for m in (method.compress(task).model, model)
+            )
+        return float((dense.exp() * (dense - ours)).sum(-1).mean())
+
+    assert divergence(paper()) < 0.7 * divergence(random)
+
+
+def test_a_cached_calibration_gives_the_same_model(tmp_path: Path) -> None:
+    plain = paper(Entropic()).compress(task_of(dense_model("llama"), 0.3)).model
+    for _ in range(2):
+        task = task_of(dense_model("llama"), 0.3)
+        task.calibration.cache = StatisticsCache(root=tmp_path, key="k", max_bytes=10**8)
+        cached = paper(Entropic()).compress(task).model
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(plain.state_dict().values(), cached.state_dict().values(), strict=True)
+        )
+    assert task.calibration.meter.forward_passes == 0
+
+
+def test_rank_deficient_statistics_are_reported() -> None:
+    task = task_of(dense_model("llama"), 0.3, num_samples=1, sequence_length=10)
+    compressed = paper().compress(task)
+    assert any("jitter" in str(layer["numerics"]) for layer in compressed.layers)
+    with torch.no_grad():
+        assert math.isfinite(float(compressed.model(tokens()).logits.sum()))

@@ -1,0 +1,318 @@
+"""The improved method on every family: exact at zero, on budget, its refits those of explicit activations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from modegpt.allocation.policies import Uniform
+from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
+from modegpt.decompositions.regression import Moments, Refit, ridge_towards
+from modegpt.errors import UserError
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.plus.attention_states import sample
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.query_key import candidates
+from modegpt.methods.plus.sensitivity import SMALLEST, expected
+from modegpt.methods.plus.streams import Split
+from modegpt.models import block_linear_parameters, decoder_layers, layer_shapes, read_query_key
+from tests.methods.protocol_checks import (
+    achieved_sparsity,
+    check_compression,
+    check_saved_and_generating,
+    check_zero_sparsity,
+)
+from tests.methods.task_of import task_of
+from tests.models.family_table import CONFIGS, dense_model
+
+OFF = {
+    "sequential": False,
+    "refit": False,
+    "align": False,
+    "beta": 0.0,
+    "mlp": "leverage",
+    "query_key": "paper",
+    "value_output": "values",
+    "bias": "none",
+    "allocation": "uniform",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3"])
+def test_zero_sparsity_is_the_dense_model_to_the_bit(name: str) -> None:
+    check_zero_sparsity(MoDeGPTPlus(), name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_budget_is_met_within_half_a_step(name: str) -> None:
+    model = dense_model(name)
+    width, gated = model.config.hidden_size, name not in ("opt", "opt-post-norm-projected")
+    half_step = width * (3 if gated else 2) / 2 / block_linear_parameters(model)
+    check_compression(MoDeGPTPlus(), name, 0.3, tolerance=half_step * 1.0001)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+def test_compressed_models_save_and_generate(name: str, tmp_path: Path) -> None:
+    check_saved_and_generating(MoDeGPTPlus(bias="added"), name, 0.3, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"fisher": (0.0, 0.5, 0.75)},
+        {"allocation": "entropic"},
+        {"query_key": "checked", "allocation": "uniform"},
+        {"bias": "none"},
+        {"bias": "added"},
+    ],
+)
+def test_every_switch_runs(name: str, switch: dict) -> None:
+    check_compression(MoDeGPTPlus(**switch), name, 0.3, tolerance=0.02)
+
+
+def test_all_off_is_the_paper_but_for_the_ridge() -> None:
+    ours = MoDeGPTPlus(**OFF).compress(task_of(dense_model("llama"), 0.3, num_samples=24))
+    paper = MoDeGPT(
+        mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Uniform()
+    ).compress(task_of(dense_model("llama"), 0.3, num_samples=24))
+    for one, other in zip(decoder_layers(ours.model), decoder_layers(paper.model), strict=True):
+        assert torch.equal(one.mlp.up_proj.weight, other.mlp.up_proj.weight)
+        torch.testing.assert_close(one.self_attn.q_proj.weight, other.self_attn.q_proj.weight)
+        product, expected = (
+            layer.self_attn.o_proj.weight[:, : layer.self_attn.v_dim]
+            @ layer.self_attn.v_proj.weight[: layer.self_attn.v_dim]
+            for layer in (one, other)
+        )
+        torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-5)
+
+
+def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit:
+    W, _ = ridge_towards(fit + held, start[1])(0.0)
+    return Refit(W, W, 0.0, (0.0, 0.0), {})
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-multihead-biased", "opt", "opt-post-norm-projected"])
+def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ridge, the last layer's two output maps solve for the dense stream plus beta times the error so far."""
+    monkeypatch.setattr("modegpt.methods.plus.layer.held_out_refit", unridged)
+    beta = 0.5
+    model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
+    compressed = MoDeGPTPlus(beta=beta, allocation="uniform", bias="none").compress(task).model
+    family, ids = task.family, task.calibration.tokens.ids
+    last = [decoder_layers(m)[-1] for m in (model, compressed)]
+    seen: list[dict] = [{}, {}]
+    for layer, store in zip(last, seen, strict=True):
+        layer.register_forward_pre_hook(lambda _, args, store=store: store.update(x=args[0]))
+        family.output(layer).register_forward_hook(
+            lambda _, args, out, store=store: store.update(z=args[0], attention=out)
+        )
+        family.up(layer).register_forward_pre_hook(
+            lambda _, args, store=store: store.update(u=args[0].reshape(store["x"].shape))
+        )
+        family.down(layer).register_forward_hook(lambda _, args, out, store=store: store.update(h=args[0], mlp=out))
+    with torch.no_grad():
+        model(ids), compressed(ids)
+    dense, ours = ({key: value.reshape(-1, value.shape[-1]).double() for key, value in store.items()} for store in seen)
+    for store in (dense, ours):
+        store["middle"] = store["u"] if "post-norm" in name else store["x"] + store["attention"]
+
+    def check(features: str, output: str, before: str, linear: torch.nn.Linear) -> None:
+        target = dense[output] + beta * (dense[before] - ours[before])
+        if linear.bias is not None:
+            target = target - linear.bias.double()
+        W = torch.linalg.lstsq(ours[features], target).solution
+        best, got = ((ours[features] @ M - target).square().sum() for M in (W, linear.weight.detach().double().T))
+        assert got <= best * (1 + 1e-5)
+
+    check("z", "attention", "x", family.output(last[1]))
+    check("h", "mlp", "middle", family.down(last[1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm-projected"])
+def test_aligned_inputs_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ridge, no linear map of the last layer's inputs comes nearer to the dense stream's projections than the aligned ones."""
+    monkeypatch.setattr("modegpt.methods.plus.layer.held_out_refit", unridged)
+    model, task = dense_model(name), task_of(dense_model(name), 0.1, num_samples=30)
+    own = {"mlp": 0.0, "value_output": 0.4, "query_key": 0.0}
+    compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform").compress(task).model
+    family, ids = task.family, task.calibration.tokens.ids
+    last = [decoder_layers(m)[-1] for m in (model, compressed)]
+    for linear in (family.query, family.key, family.up):
+        seen: list[list[Tensor]] = []
+        hooks = [
+            linear(layer).register_forward_hook(
+                lambda _, args, out, seen=seen: seen.append(
+                    (args[0].flatten(0, -2).double(), out.flatten(0, -2).double())
+                )
+            )
+            for layer in last
+        ]
+        with torch.no_grad():
+            model(ids), compressed(ids)
+        for hook in hooks:
+            hook.remove()
+        (_, target), (x, out) = seen
+        bias = linear(last[0]).bias
+        bias = 0.0 if bias is None else bias.detach().double()
+        best = (x @ torch.linalg.lstsq(x, target - bias).solution + bias - target).square().sum()
+        assert (out - target).square().sum() <= best * (1 + 1e-5) + 1e-9
+        assert not torch.equal(linear(last[0]).weight, linear(last[1]).weight)
+
+
+def test_without_two_streams_every_module_is_reduced_on_the_dense_activations() -> None:
+    """``sequential=False``: the reduced MLP is the closed form on the dense model's own hidden states, whatever happened before it."""
+    model = dense_model("llama")
+    off = {"sequential": False, "refit": False, "align": False, "allocation": "uniform"}
+    all_modules, mlp_alone = (
+        MoDeGPTPlus(**off, module_sparsity={"mlp": 0.3, "query_key": share, "value_output": share})
+        .compress(task_of(model, 0.3, num_samples=30))
+        .model
+        for share in (0.5, 0.0)
+    )
+    for one, other, dense in zip(
+        decoder_layers(all_modules), decoder_layers(mlp_alone), decoder_layers(model), strict=True
+    ):
+        assert torch.equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight)
+        assert (
+            torch.equal(other.self_attn.o_proj.weight, dense.self_attn.o_proj.weight)
+            and one.self_attn.o_proj.weight.shape != dense.self_attn.o_proj.weight.shape
+        )
+
+
+def test_selection_is_never_worse_than_the_papers_on_held_out_windows() -> None:
+    for name in ("llama", "opt", "qwen2-windows"):
+        compressed = MoDeGPTPlus(allocation="uniform").compress(task_of(dense_model(name), 0.4))
+        for layer in compressed.layers:
+            errors = layer["numerics"]["query_key"]["held_out"]
+            assert layer["relative_error"]["query_key"] <= min(errors.values()) * (1 + 1e-9)
+            assert {"paper", "logits", "output"} < set(errors)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_shift_common_to_all_keys_changes_no_centred_selection(name: str) -> None:
+    """Softmax cancels it, so neither may the logit errors see it; uncentred ones do."""
+    model = dense_model(name)
+    layer, task = decoder_layers(model)[0], task_of(model, 0.3)
+    split = Split.of(task.calibration.tokens.ids, batch_size=task.calibration.batch_size)
+    states = sample(
+        task.family,
+        layer,
+        0,
+        task.calibration.embed(),
+        split,
+        num_windows=8,
+        queries_per_window=8,
+        precision=torch.float64,
+        generator=task.generator(),
+    )
+    shift = (
+        3
+        * states.C_K.diagonal(dim1=1, dim2=2).mean().div(states.num_tokens).sqrt()
+        * torch.arange(states.C_K.shape[-1]).double().cos().expand(len(states.C_K), -1)
+    )
+    outer = states.k_sum.unsqueeze(-1) * shift.unsqueeze(-2)
+    moved = replace(
+        states,
+        C_K=states.C_K + outer + outer.mT + states.num_tokens * shift.unsqueeze(-1) * shift.unsqueeze(-2),
+        k_sum=states.k_sum + states.num_tokens * shift,
+    )
+    torch.testing.assert_close(moved.centred_C_K, states.centred_C_K)
+    weights = read_query_key(task.family, layer)
+    for centred in (True, False):
+        one, other = (
+            next(c for c in candidates(weights, s, 4, ridges=(), improved=True, centred=centred) if c.name == "logits")
+            for s in (states, moved)
+        )
+        same = all(
+            torch.allclose(
+                a @ b.repeat_interleave(len(a) // len(b), dim=0).mT,
+                c @ d.repeat_interleave(len(c) // len(d), dim=0).mT,
+                atol=1e-6,
+            )
+            for a, b, c, d in [(one.T_Q, one.T_K, other.T_Q, other.T_K)]
+        )
+        assert same == centred
+
+
+def test_head_norms_keep_queries_and_keys_and_the_rest_pays() -> None:
+    compressed = MoDeGPTPlus().compress(task_of(dense_model("qwen3"), 0.3))
+    assert {layer["ranks"]["query_key"] for layer in compressed.layers} == {16}
+    assert achieved_sparsity(compressed, dense_model("qwen3")) == pytest.approx(0.3, abs=0.02)
+
+
+def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
+    model = dense_model("llama")
+    compressed = MoDeGPTPlus(skip_layers=(1,)).compress(task_of(model, 0.3))
+    assert layer_shapes(compressed.model.config)[1] == layer_shapes(model.config)[1]
+    assert achieved_sparsity(compressed, model) == pytest.approx(0.3, abs=0.02)
+    own = MoDeGPTPlus(module_sparsity={"query_key": 0.5}, rank_multiple={"mlp": 4}).compress(task_of(model, 0.3))
+    assert all(layer["ranks"]["query_key"] == 4 and layer["ranks"]["mlp"] % 4 == 0 for layer in own.layers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 2.0},
+        {"mlp": "best"},
+        {"cap": 1.0},
+        {"shares": ()},
+        {"sequential": False},
+        {"sequential": False, "refit": False},
+        {"query_key_windows": 0},
+    ],
+)
+def test_wrong_options_are_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.(refit|align)"):
+        MoDeGPTPlus(**changes)
+
+
+def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:
+    curve = [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert expected(curve, {2: 0.1}) == pytest.approx([0.0, 0.05, 0.1, 0.2, 0.4])
+    assert expected(curve, {2: 0.1, 3: 0.4}) == pytest.approx([0.0, 0.05, 0.1, 0.4, 1.6])
+    assert expected(curve, {1: 0.5, 3: 0.1})[3:] == pytest.approx([0.5, 0.5])
+    assert expected([0.0] * 3, {1: 0.3}) == [0.0] * 3
+
+
+def test_divergences_too_small_to_measure_do_not_make_dims_free() -> None:
+    """Where nothing was measured, what removes a million times the error is expected to cost a million times as much."""
+    curve = [0.0, 1e-6, 2e-6, 1.0, 2.0]
+    assert expected(curve, {1: 0.0, 2: 0.0}) == pytest.approx(
+        [0.0, SMALLEST / 2, SMALLEST, 5e5 * SMALLEST, 1e6 * SMALLEST]
+    )
+    assert expected(curve, {1: 0.0, 3: 0.1}) == pytest.approx([0.0, 1e-7, 2e-7, 0.1, 0.2])
+
+
+def test_modules_at_full_rank_correct_what_came_before() -> None:
+    """With queries and keys reduced alone, later output matrices still move; in front of the first change nothing does."""
+    own = {"mlp": 0.0, "value_output": 0.0, "query_key": 0.5}
+    model = dense_model("llama")
+    compressed = (
+        MoDeGPTPlus(module_sparsity=own, allocation="uniform", align=False)
+        .compress(task_of(model, 0.1, num_samples=60))
+        .model
+    )
+    dense = (
+        MoDeGPTPlus(module_sparsity=own, allocation="uniform", refit=False, align=False)
+        .compress(task_of(model, 0.1, num_samples=60))
+        .model
+    )
+    for m, moved in ((compressed, True), (dense, False)):
+        layer, reference = decoder_layers(m)[1], decoder_layers(model)[1]
+        assert torch.equal(layer.mlp.up_proj.weight, reference.mlp.up_proj.weight)
+        assert torch.equal(layer.mlp.down_proj.weight, reference.mlp.down_proj.weight) != moved
+
+
+def test_held_out_windows_are_whole_and_a_quarter() -> None:
+    held = torch.cat(Split.of(torch.zeros(32, 5), batch_size=3).held)
+    assert held.all(dim=1).sum() == 8 and held.any(dim=1).sum() == 8
+    assert torch.cat(Split.of(torch.zeros(2, 5), batch_size=3).held).all(dim=1).tolist() == [False, True]
+    assert Split.of(torch.zeros(1, 8), batch_size=3).held[0].sum() == 2
+
+
+def test_one_window_is_enough_to_run() -> None:
+    check = MoDeGPTPlus().compress(task_of(dense_model("llama"), 0.3, num_samples=1))
+    assert achieved_sparsity(check, dense_model("llama")) == pytest.approx(0.3, abs=0.02)

@@ -1,0 +1,103 @@
+"""Nested ranks: cutting a saved model is what compressing to that rate with nested ranks does, and each cut is the closed-form optimum for its dims."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from modegpt.cli.cut import main
+from modegpt.decompositions import MLPElimination, ValueOutputSVD
+from modegpt.decompositions.modules import MLPStatistics, ValueOutputStatistics
+from modegpt.errors import UserError
+from modegpt.methods.plus.attention_states import sample
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.nested import FILE, cut, nest
+from modegpt.methods.plus.streams import Split
+from modegpt.models import decoder_layers, read_mlp, read_query_key, read_value_output
+from modegpt.models.checkpoints import load_model, save_checkpoint
+from tests.methods.protocol_checks import check_compression, check_zero_sparsity
+from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model, tokens
+
+NESTED = {"nested": True, "sequential": False, "refit": False, "align": False, "temperature": False}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3"])
+def test_the_budget_is_met_and_nothing_removed_is_the_dense_model(name: str) -> None:
+    check_compression(MoDeGPTPlus(**NESTED), name, 0.3, tolerance=0.02)
+    check_zero_sparsity(MoDeGPTPlus(**NESTED), name)
+
+
+@pytest.mark.parametrize(("name", "allocation"), [("llama", "loss"), ("opt", "loss"), ("qwen2", "uniform")])
+def test_cutting_a_saved_model_is_compressing_to_that_rate(
+    name: str, allocation: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, method = dense_model(name), MoDeGPTPlus(**NESTED, allocation=allocation)
+    whole = method.compress(task_of(model, 0.0))
+    save_checkpoint(whole.model, tokenizer(), tmp_path / "whole", {}, files=whole.files)
+    for sparsity in (0.2, 0.5):
+        assert main([str(tmp_path / "whole"), str(sparsity), str(tmp_path / f"cut{sparsity}")]) == 0
+        cut_model, dedicated = (
+            load_model(str(tmp_path / f"cut{sparsity}"), device="cpu"),
+            method.compress(task_of(model, sparsity)).model,
+        )
+        assert cut_model.config.intermediate_sizes == dedicated.config.intermediate_sizes
+        with torch.no_grad():
+            assert torch.equal(cut_model(tokens()).logits, dedicated(tokens()).logits)
+    assert "of the block-linear weights removed" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_orders_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(tmp_path), "0.3", str(tmp_path / "cut")]) == 2
+    assert FILE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: str) -> None:
+    model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
+    family, calibration, layer = task.family, task.calibration, decoder_layers(model)[0]
+    hidden, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
+    states = sample(
+        family,
+        layer,
+        0,
+        hidden,
+        split,
+        num_windows=30,
+        queries_per_window=32,
+        precision=torch.float64,
+        generator=task.generator(),
+    )
+    statistics = calibration.observe(hidden, 0, frozenset({"mlp.C", "value_output.G"}))
+    orders, kept = nest(family, layer, statistics, states), None
+    mlp, query_key, value_output = (read(family, layer) for read in (read_mlp, read_query_key, read_value_output))
+    for width, dims in (
+        (mlp.inner_size - 3, query_key.inner_size - 2),
+        (mlp.inner_size // 2, query_key.inner_size // 2),
+    ):
+        reduced = cut(family, layer, orders, {"mlp": width, "query_key": dims, "value_output": dims})
+        own = MLPElimination()(mlp, MLPStatistics(C=statistics["mlp.C"]), width, torch.Generator())
+        assert sorted(reduced["mlp"].kept.tolist()) == own.kept.tolist()
+        assert reduced["mlp"].relative_error == pytest.approx(own.relative_error, rel=1e-3, abs=1e-7)
+        torch.testing.assert_close(
+            reduced["mlp"].weights.W_D[reduced["mlp"].kept.argsort()], own.weights.W_D, rtol=1e-3, atol=1e-4
+        )
+        svd = ValueOutputSVD()(
+            value_output, ValueOutputStatistics(G=statistics["value_output.G"]), dims, torch.Generator()
+        )
+        assert reduced["value_output"].relative_error == pytest.approx(svd.relative_error, rel=1e-4, abs=1e-8)
+        sets = [set(head.tolist()) for head in reduced["query_key"].kept]
+        assert kept is None or all(small <= large for small, large in zip(sets, kept, strict=True))
+        kept = sets
+
+
+@pytest.mark.parametrize("changes", [{"sequential": True}, {"allocation": "entropic"}])
+def test_options_that_depend_on_the_rate_are_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match="method.nested"):
+        MoDeGPTPlus(**NESTED | changes)

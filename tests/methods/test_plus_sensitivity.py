@@ -1,0 +1,149 @@
+"""What removing a module's dims does to the predictions, measured: the same for half-precision weights as for their float32 copies."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from modegpt.methods.plus import sensitivity
+from modegpt.methods.plus.sensitivity import (
+    SMALLEST,
+    Costs,
+    Predictions,
+    compared_positions,
+    float32_forward,
+    kl_divergence,
+    measured_windows,
+    mlp_prospect,
+    perturbed_passes,
+    rank_costs,
+)
+from modegpt.models import decoder_layers
+from modegpt.models.checkpoints import load_model
+from tests.methods.task_of import task_of
+
+STATISTICS = {
+    "mlp": frozenset({"mlp.C"}),
+    "query_key": frozenset({"query_key.C_Q", "query_key.C_K"}),
+    "value_output": frozenset({"value_output.A"}),
+}
+SHARES = (0.25, 0.5)
+
+
+def costs(model: PreTrainedModel) -> Costs:
+    return rank_costs(task_of(model, 0.3, num_samples=48).calibration, STATISTICS, SHARES, ())
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama"])
+def test_half_precision_does_not_drown_small_divergences(name: str) -> None:
+    half = load_model(f"embedded:{name}", dtype=torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in half.state_dict().items()}
+    single = copy.deepcopy(half).float()
+    for of_half, of_single in zip(costs(half), costs(single), strict=True):
+        for module, curve in of_single.items():
+            for share in SHARES:
+                k = round(share * (len(curve) - 1))
+                assert of_half[module][k] == pytest.approx(curve[k], rel=0.2), (module, share)
+    after = half.state_dict()
+    assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_weights_are_narrow_again_after_a_failure() -> None:
+    model = load_model("embedded:tiny-llama", dtype=torch.bfloat16)
+    with pytest.raises(IndexError), float32_forward(model):
+        model(torch.tensor([[10**6]]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_wide_model_runs_as_it_is() -> None:
+    model = load_model("embedded:tiny-llama")
+    ids = torch.arange(20).view(1, 20)
+    with torch.no_grad(), float32_forward(model):
+        inside = model(ids).logits
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(inside, model(ids).logits)
+
+
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0])
+def test_divergence_of_predictions_is_exact_however_small(distance: float) -> None:
+    """From float32 log probabilities as from float64 ones, down to what the rounding of the former is itself."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(50, 300, generator=generator, dtype=torch.float64)
+    moved = logits + distance * torch.randn(50, 300, generator=generator, dtype=torch.float64)
+    log_p, log_q = logits.log_softmax(-1), moved.log_softmax(-1)
+    truth = float((log_p.exp() * (log_p - log_q)).sum())
+    assert kl_divergence(Predictions.of(log_p), log_q) == pytest.approx(truth, rel=1e-4)
+    single = kl_divergence(Predictions.of(log_p.float()), log_q.float())
+    assert single == pytest.approx(truth, rel=1e-2, abs=50 * SMALLEST)
+
+
+def test_divergence_of_equal_predictions_is_nothing() -> None:
+    log_p = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert kl_divergence(Predictions.of(log_p), log_p) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "num_layers", "measured"),
+    [
+        (128, 256, 6, (4, 256)),  # 1024 tokens cost 0.7 passes
+        (128, 512, 5, (3, 512)),  # three windows cost half a pass, and are more than 1024 tokens
+        (32, 512, 30, (1, 273)),  # 1024 tokens would cost 6 passes
+        (8, 2048, 30, (1, 273)),
+        (64, 512, 30, (2, 273)),  # not two whole windows
+        (8, 256, 6, (1, 256)),  # not fewer than 256 tokens
+        (128, 2048, 32, (1, 1024)),
+        (2, 64, 6, (2, 64)),  # all there is
+    ],
+)
+def test_measurements_cost_about_two_passes_at_most(
+    windows: int, length: int, num_layers: int, measured: tuple[int, int]
+) -> None:
+    ids = torch.arange(windows * length).view(windows, length)
+    chosen = measured_windows(ids, num_layers=num_layers, num_shares=2)
+    assert chosen.shape == measured and torch.equal(chosen, ids[: measured[0], : measured[1]])
+    passes = 3 * 2 * (num_layers + 1) / 2 * chosen.numel() / ids.numel()
+    assert passes < 2 or chosen.numel() <= 256
+
+
+def test_a_large_vocabulary_is_compared_at_some_positions() -> None:
+    measured = torch.zeros(2, 300, dtype=torch.long)
+    assert compared_positions(measured, vocabulary=1536) is None
+    positions = compared_positions(measured, vocabulary=50_000)
+    assert len(positions) == 64 and positions[-1] == 299 and (positions >= 0).all()
+    assert set(positions.diff().tolist()) <= {4, 5}
+
+
+def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One measurement by hand: the model with the reduced module, at the compared positions of whole windows."""
+    model = load_model("embedded:tiny-llama")
+    calibration = task_of(model, 0.3, num_samples=48).calibration
+    monkeypatch.setattr(sensitivity, "MOST_ENTRIES", 1)  # 128 predictions
+    seen = {}
+    monkeypatch.setattr(sensitivity, "expected", lambda curve, points: seen.setdefault(len(seen), points))
+    costs = rank_costs(calibration, {"mlp": STATISTICS["mlp"]}, (0.5,), ())
+    assert len(costs) == 6
+    [(removed, divergence)] = seen[0].items()
+    measured = measured_windows(calibration.tokens.ids, num_layers=6, num_shares=1)
+    positions = compared_positions(measured, vocabulary=1536)
+    layer = decoder_layers(model)[0]
+    some = replace(calibration.tokens, ids=calibration.tokens.ids[: sensitivity._curve_windows(calibration)])
+    [statistics] = itertools.islice(replace(calibration, tokens=some, cache=None).statistics(STATISTICS["mlp"]), 1)
+    down, weight, _ = mlp_prospect(calibration.family, layer, statistics).map(removed)
+    with torch.no_grad():
+        dense = model(measured).logits[:, positions].double().log_softmax(-1)
+        down.weight.copy_(weight)
+        moved = model(measured).logits[:, positions].double().log_softmax(-1)
+    assert dense.shape[:2] == (13, 10)
+    assert divergence == pytest.approx(float((dense.exp() * (dense - moved)).sum() / 130), rel=1e-3)
+
+
+def test_what_the_measurements_cost_is_counted() -> None:
+    calibration = task_of(load_model("embedded:tiny-llama"), 0.3, num_samples=48).calibration
+    measured = measured_windows(calibration.tokens.ids, num_layers=6, num_shares=2)
+    assert (
+        perturbed_passes(calibration, num_modules=3, num_shares=2)
+        == (2 + 3 * 2 * 7 / 2) * measured.numel() / calibration.tokens.ids.numel()
+    )

@@ -1,0 +1,79 @@
+"""The inverse temperature is the minimum of the divergence, scales the logits and nothing else, and leaves what was not compressed alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from modegpt.errors import UserError
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.switches import Switches
+from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
+from modegpt.models import family_of
+from tests.models.family_table import CONFIGS, dense_model, sliced_model, tokens
+from tests.streaming.streamed_task import task_on
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(tokens(), use_cache=False).logits
+
+
+def divergence(dense: Tensor, compressed: Tensor, s: float) -> float:
+    log_p, log_q = dense.double().log_softmax(-1), (s * compressed.double()).log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+def test_it_is_where_the_divergence_is_least(sharpness: float) -> None:
+    dense = dense_model("llama")
+    compressed, _ = sliced_model(dense)
+    sharpen(compressed, family_of(dense.config), sharpness)
+    s = fit_inverse_temperature(dense, compressed, tokens(), batch_size=1)
+    ours, theirs = logits(dense), logits(compressed)
+    least = divergence(ours, theirs, s)
+    assert all(least < divergence(ours, theirs, other) for other in (0.9 * s, 0.99 * s, 1.01 * s, 1.1 * s))
+    again = sharpness * s
+    sharpen(compressed, family_of(dense.config), s)
+    assert fit_inverse_temperature(dense, compressed, tokens(), batch_size=2) == pytest.approx(1.0, abs=1e-3)
+    assert again == pytest.approx(
+        fit_inverse_temperature(dense, sliced_model(dense)[0], tokens(), batch_size=2), rel=1e-3
+    ), "whatever it started from"
+
+
+def test_of_the_dense_model_itself_it_is_one() -> None:
+    dense = dense_model("opt")
+    assert fit_inverse_temperature(dense, dense, tokens(), batch_size=2) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "post-norm" not in name])
+def test_logits_are_scaled_and_the_dense_model_is_left_alone(name: str) -> None:
+    dense = dense_model(name)
+    compressed, _ = sliced_model(dense)
+    before, dense_before = logits(compressed), logits(dense)
+    sharpen(compressed, family_of(dense.config), 0.7)
+    torch.testing.assert_close(logits(compressed), 0.7 * before, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits(dense), dense_before)
+
+
+def test_compression_ends_with_it_and_a_whole_model_stays_as_it_is() -> None:
+    sharp, found = (
+        MoDeGPTPlus(temperature=temperature).compress(task_on(dense_model("llama"))) for temperature in (False, True)
+    )
+    s = found.details["inverse_temperature"]
+    assert "inverse_temperature" not in sharp.details and s != 1.0
+    theirs, ours = sharp.model.state_dict(), found.model.state_dict()
+    assert [name for name in theirs if not torch.equal(theirs[name], ours[name])] == ["model.norm.weight"]
+    torch.testing.assert_close(ours["model.norm.weight"], s * theirs["model.norm.weight"])
+    dense = dense_model("llama")
+    whole = MoDeGPTPlus().compress(task_on(dense, 0.0))
+    assert "inverse_temperature" not in whole.details and torch.equal(logits(whole.model), logits(dense))
+
+
+def test_a_model_without_a_final_norm_goes_without_it() -> None:
+    found = MoDeGPTPlus().compress(task_on(dense_model("opt-post-norm-projected")))
+    assert "inverse_temperature" not in found.details
+
+
+def test_a_cut_has_no_text_to_scale_by() -> None:
+    with pytest.raises(UserError, match="method.temperature=false"):
+        Switches(nested=True, sequential=False, refit=False, align=False)

@@ -1,0 +1,137 @@
+"""SVD-LLM: the truncation loss is the dropped singular values; the update is a least-squares optimum."""
+
+import pytest
+import torch
+
+from modegpt.decompositions.linalg import psd_cholesky
+from modegpt.methods.asvd import ASVD
+from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, block_linears
+from modegpt.methods.svd_llm import SVDLLM, refit_output_factor, whitened_truncation
+from modegpt.models import decoder_layers
+from tests.methods.protocol_checks import FORMS, check_compression, check_saved_and_generating, check_zero_sparsity
+from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model
+
+
+def correlated(channels: int, num_rows: int = 300) -> torch.Tensor:
+    return torch.randn(num_rows, channels, dtype=torch.float64) @ torch.randn(channels, channels, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12)])
+def test_loss_of_truncation_is_the_dropped_singular_values(rows: int, columns: int):
+    X, W = correlated(rows), torch.randn(rows, columns, dtype=torch.float64)
+    factor = psd_cholesky(X.T @ X)
+    S = torch.linalg.svdvals(factor.root().T @ W)
+    for rank in range(1, min(rows, columns)):
+        result = whitened_truncation(W, factor, rank)
+        loss = (X @ (W - result.factors.A @ result.factors.B)).norm().item()
+        assert loss == pytest.approx(S[rank:].norm().item(), rel=1e-8)
+    # Dropping the last singular value alone costs exactly that value: section 3.1's claim.
+    assert loss == pytest.approx(S[-1].item(), rel=1e-8)
+
+
+def test_no_low_rank_weight_does_better_on_the_data():
+    X, W = correlated(10), torch.randn(10, 8, dtype=torch.float64)
+    C = X.T @ X
+
+    def loss(A, B):
+        return (X @ (W - A @ B)).square().sum().item()
+
+    ours = whitened_truncation(W, psd_cholesky(C), 3).factors
+    best = loss(ours.A, ours.B)
+    assert best < loss(*vars(ASVD(alpha=1.0).factorise(W, C, 3).factors).values())
+    U, S, Vh = torch.linalg.svd(X @ W, full_matrices=False)  # the best rank-3 outputs, weights aside
+    assert best == pytest.approx(S[3:].square().sum().item(), rel=1e-8)
+
+
+def test_rank_deficient_inputs_are_reported_and_lose_nothing():
+    X, W = correlated(10, num_rows=6), torch.randn(10, 8, dtype=torch.float64)
+    result = whitened_truncation(W, psd_cholesky(X.T @ X), 6)
+    assert result.numerics["jitter"] > 0
+    assert (X @ (W - result.factors.A @ result.factors.B)).norm() < 1e-3 * (X @ W).norm()
+
+
+def test_update_is_the_least_squares_optimum_on_the_new_inputs():
+    W = torch.randn(10, 8, dtype=torch.float64)
+    X, X_new = correlated(10), correlated(10)
+    whitened = whitened_truncation(W, psd_cholesky(X.T @ X), 4)
+    updated = refit_output_factor(W, whitened, X_new.T @ X_new)
+    A = whitened.factors.A
+    assert torch.equal(updated.factors.A, A)
+    torch.testing.assert_close(
+        updated.factors.B, torch.linalg.lstsq(X_new @ A, X_new @ W).solution, rtol=1e-7, atol=1e-9
+    )
+    error = (X_new @ (W - A @ updated.factors.B)).square().sum() / (X_new @ W).square().sum()
+    assert updated.relative_error == pytest.approx(error.item(), rel=1e-8)
+
+
+def test_update_on_the_same_inputs_changes_nothing():
+    X, W = correlated(10), torch.randn(10, 8, dtype=torch.float64)
+    whitened = whitened_truncation(W, psd_cholesky(X.T @ X), 4)
+    torch.testing.assert_close(
+        refit_output_factor(W, whitened, X.T @ X).factors.B, whitened.factors.B, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_update_sees_the_compressed_stream():
+    """Layer 0's inputs are the dense model's; later layers solve least squares on the compressed model's activations."""
+    model = dense_model("llama").double()
+    plain, updated = (SVDLLM(update=update).compress(task_of(model, 0.4)) for update in (False, True))
+    task = task_of(model, 0.4)
+    layers = list(zip(decoder_layers(model), decoder_layers(plain.model), decoder_layers(updated.model), strict=True))
+    hidden = task.calibration.embed()
+    for index, (dense, before, after) in enumerate(layers):
+        inputs = {}
+        hooks = [
+            linear.register_forward_pre_hook(
+                lambda _, args, role=role: inputs.setdefault(role, []).append(args[0].flatten(0, 1))
+            )
+            for role, linear in block_linears(task.family, dense).items()
+        ]
+        with torch.no_grad():
+            for x in hidden.batches:
+                dense(x, **hidden.layer_arguments(index, x))
+            hidden.batches = [after(x, **hidden.layer_arguments(index, x)) for x in hidden.batches]
+        for hook in hooks:
+            hook.remove()
+        for role, linear in block_linears(task.family, dense).items():
+            B_before, refitted = getattr(task.family, role)(before).B.weight.T, getattr(task.family, role)(after)
+            A, B = refitted.A.weight.T, refitted.B.weight.T
+            X = torch.cat(inputs[role])
+            torch.testing.assert_close(B, torch.linalg.lstsq(X @ A, X @ linear.weight.T).solution, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(B, B_before, rtol=1e-4, atol=1e-5) == (index == 0), (index, role)
+
+
+def test_relative_error_is_that_of_each_linears_output():
+    model = dense_model("qwen2")
+    task = task_of(model, 0.4)
+    compressed = SVDLLM().compress(task)
+    grams = list(task_of(model, 0.4).calibration.statistics(INPUT_GRAMS))
+    layers = zip(decoder_layers(model), decoder_layers(compressed.model), compressed.layers, grams, strict=True)
+    for dense, layer, report, statistics in layers:
+        for role, linear in block_linears(task.family, dense).items():
+            factored, C = getattr(task.family, role)(layer), statistics[INPUT_GRAM[role]]
+            W = linear.weight.T.double()
+            E = W - factored.A.weight.T.double() @ factored.B.weight.T.double()
+            assert report["relative_error"][role] == pytest.approx(
+                ((E * (C @ E)).sum() / (W * (C @ W)).sum()).item(), rel=1e-3
+            )
+
+
+@pytest.mark.parametrize(("form", "update"), [*((form, False) for form in FORMS), ("llama", True), ("opt", True)])
+def test_protocol(form: str, update: bool):
+    method = SVDLLM(update=update)
+    check_zero_sparsity(method, form)
+    check_compression(method, form, 0.4, tolerance=0.01)
+
+
+def test_passes_are_counted():
+    for update, passes in ((False, 1), (True, 3)):
+        task = task_of(dense_model("llama"), 0.4)
+        SVDLLM(update=update).compress(task)
+        assert task.calibration.meter.forward_passes == pytest.approx(passes)
+        assert task.calibration.meter.calibration_tokens == task.calibration.tokens.num_tokens
+
+
+def test_saved_and_generating(tmp_path):
+    check_saved_and_generating(SVDLLM(update=True), "llama", 0.4, tmp_path)

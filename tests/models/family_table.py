@@ -1,0 +1,178 @@
+"""One row a family (and each of its forms that runs other code): a tiny configuration, made into a random model."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.models import (
+    Family,
+    LayerShape,
+    build_compressed,
+    decoder_layers,
+    dense_shape,
+    family_of,
+    layer_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+    unfused,
+)
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {**SIZES, "intermediate_size": 40, "num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED),
+    "llama-multihead-biased": LlamaConfig(**{**GROUPED, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True),
+    "llama3-rope-tied": LlamaConfig(**GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-wide-heads": LlamaConfig(**GROUPED, head_dim=16),
+    "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "mistral-window": MistralConfig(**GROUPED, sliding_window=6),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen2-windows": Qwen2Config(**GROUPED, **WINDOWS),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "opt": OPTConfig(**SIZES, ffn_dim=40, dropout=0.0),
+    "opt-post-norm-projected": OPTConfig(
+        **SIZES, ffn_dim=40, dropout=0.0, do_layer_norm_before=False, word_embed_proj_dim=16
+    ),
+    "gemma": GemmaConfig(**GROUPED, head_dim=16),
+    "phi3": Phi3Config(**GROUPED),
+}
+
+
+def native_model(name: str, **changes) -> PreTrainedModel:
+    """The family's own model with random weights, biases and norms, float32, eval mode."""
+    config = CONFIGS[name]
+    config = type(config)(**{**config.to_dict(), **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def dense_model(name: str, **changes) -> PreTrainedModel:
+    """``native_model`` in the form in which it is compressed."""
+    return unfused(native_model(name, **changes))
+
+
+def tokens(batch: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass
+class Selection:
+    """Indices of what stays in one layer: MLP columns (n',), query-key pairs or columns (H_kv, r'), value columns (H_kv, v')."""
+
+    mlp: Tensor
+    query_key: Tensor
+    rope_index: Tensor | None
+    value: Tensor
+
+
+def smaller_shape(config: PreTrainedConfig) -> LayerShape:
+    """About 30 % less of everything that the family allows, with different query-key and value head sizes."""
+    dense = dense_shape(config)
+    qk_head_dim = dense.qk_head_dim if family_of(config).query_key_dense else dense.qk_head_dim * 3 // 4
+    return dataclasses.replace(
+        dense, qk_head_dim=qk_head_dim, v_head_dim=dense.v_head_dim * 5 // 8, intermediate_size=28
+    )
+
+
+def random_selection(family: Family, dense: LayerShape, shape: LayerShape, generator: torch.Generator) -> Selection:
+    def choose(size: int, count: int) -> Tensor:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+    heads = range(dense.num_kv_heads)
+    mlp = choose(dense.intermediate_size, shape.intermediate_size)
+    value = torch.stack([choose(dense.v_head_dim, shape.v_head_dim) for _ in heads])
+    if not family.rope:
+        return Selection(mlp, torch.stack([choose(dense.qk_head_dim, shape.qk_head_dim) for _ in heads]), None, value)
+    half = dense.qk_head_dim // 2
+    pairs = torch.stack([choose(half, shape.qk_head_dim // 2) for _ in heads])
+    return Selection(mlp, torch.cat((pairs, pairs + half), dim=1), pairs, value)
+
+
+def _take(tensor: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
+    """What ``index`` (H_kv, k) keeps along ``dim`` of per-head ``tensor``, each row repeated for its group of query heads."""
+    if tensor is None:
+        return None
+    index = index.repeat_interleave(tensor.shape[0] // index.shape[0], dim=0)
+    return torch.take_along_dim(tensor, index if tensor.ndim == 2 else index.unsqueeze(3 - dim), dim)
+
+
+def sliced_mlp(mlp: MLPWeights, S: Tensor) -> MLPWeights:
+    columns = {
+        name: None if getattr(mlp, name) is None else getattr(mlp, name)[..., S]
+        for name in ("W_U", "W_G", "b_U", "b_G")
+    }
+    return dataclasses.replace(mlp, W_D=mlp.W_D[S], **columns)
+
+
+def sliced_query_key(weights: QueryKeyWeights, selection: Selection) -> QueryKeyWeights:
+    W = {name: _take(getattr(weights, name), selection.query_key, 2) for name in ("W_Q", "W_K")}
+    b = {name: _take(getattr(weights, name), selection.query_key, 1) for name in ("b_Q", "b_K")}
+    return dataclasses.replace(weights, rope_index=selection.rope_index, **W, **b)
+
+
+def sliced_value_output(weights: ValueOutputWeights, S: Tensor) -> ValueOutputWeights:
+    return dataclasses.replace(
+        weights, W_V=_take(weights.W_V, S, 2), b_V=_take(weights.b_V, S, 1), W_O=_take(weights.W_O, S, 1)
+    )
+
+
+def sliced_layer(model: PreTrainedModel, index: int, shape: LayerShape, selection: Selection) -> dict[str, Tensor]:
+    family, layer = family_of(model.config), decoder_layers(model)[index]
+    query_key = read_query_key(family, layer)
+    return layer_tensors(
+        family,
+        model.config,
+        shape,
+        mlp=sliced_mlp(read_mlp(family, layer), selection.mlp),
+        query_key=None if family.query_key_dense else sliced_query_key(query_key, selection),
+        value_output=sliced_value_output(read_value_output(family, layer), selection.value),
+    )
+
+
+def sliced_model(
+    model: PreTrainedModel, shape: LayerShape | None = None, seed: int = 0
+) -> tuple[PreTrainedModel, list[Selection]]:
+    """``model`` with random columns removed from every layer, and what was kept."""
+    shape = smaller_shape(model.config) if shape is None else shape
+    generator, family, dense = torch.Generator().manual_seed(seed), family_of(model.config), dense_shape(model.config)
+    selections = [random_selection(family, dense, shape, generator) for _ in decoder_layers(model)]
+    tensors = [sliced_layer(model, index, shape, selection) for index, selection in enumerate(selections)]
+    return build_compressed(model, [shape] * len(selections), tensors), selections

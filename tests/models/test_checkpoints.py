@@ -1,0 +1,257 @@
+"""A checkpoint is whole or it is refused, with the file named; saving leaves the old one or none."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, PreTrainedModel
+
+from modegpt.data.fingerprints import fingerprint_tokenizer
+from modegpt.errors import UserError
+from modegpt.models import checkpoints
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
+from modegpt.models.integrity import MANIFEST, fingerprint_weights
+from tests.models.family_table import dense_model, native_model, tokens
+from tests.models.saved import RECORD, compressed, tiny_tokenizer
+from tests.processes import CLEAN
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return compressed("llama")
+
+
+@pytest.fixture(scope="module")
+def _saved(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(
+        model, tiny_tokenizer(), tmp_path_factory.mktemp("saved") / "model", RECORD, max_shard_size="30KB"
+    )
+
+
+@pytest.fixture
+def saved(_saved: Path, tmp_path: Path) -> Path:
+    """A copy of a sharded checkpoint, to damage."""
+    return Path(shutil.copytree(_saved, tmp_path / "model"))
+
+
+def load(path: Path | str) -> PreTrainedModel:
+    return load_model(str(path), "auto", "cpu")
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def test_the_folder_holds_all_that_people_need(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert (
+        tokenizer | {"config.json", "generation_config.json", "modeling_modegpt.py", "README.md", MANIFEST} <= names
+        and len(shards(saved)) > 1
+    )
+    config = json.loads((saved / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_modegpt.MoDeGPTLlamaForCausalLM" and config[
+        "qk_head_dims"
+    ] == [6, 6, 6]
+    card = (saved / "README.md").read_text()
+    assert (
+        "| ppl_tiny_64 | 3.5000 | 4.2500 |" in card and "30.12 %" in card and "modegpt compression.sparsity=0.3" in card
+    )
+    assert "base_model: someone/tiny" in card and "trust_remote_code=True" in card and "| num_samples | 16 |" in card
+
+
+def test_loading_again_gives_the_same_model(saved: Path, model: PreTrainedModel) -> None:
+    again = load(saved)
+    assert not again.training and fingerprint_weights(again) == fingerprint_weights(model)
+    assert fingerprint_tokenizer(load_tokenizer(str(saved))) == fingerprint_tokenizer(tiny_tokenizer())
+    assert load_model(str(saved), "bfloat16", "cpu").dtype == torch.bfloat16
+    assert load_model(str(saved), "bfloat16", "cpu").model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "target", "reason"),
+    [
+        (truncate, 1, "truncated"),
+        (flip_a_bit, 0, "not the file that was saved"),
+        (Path.unlink, 1, "is missing"),
+        (flip_a_bit, "modeling_modegpt.py", "not the file that was saved"),
+        (Path.unlink, "generation_config.json", "is missing"),
+        (truncate, "config.json", "truncated"),
+    ],
+)
+def test_a_damaged_file_is_named(saved: Path, damage, target: int | str, reason: str) -> None:
+    path = shards(saved)[target] if isinstance(target, int) else saved / target
+    damage(path)
+    with pytest.raises(UserError, match=reason) as error:
+        load(saved)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_does_not_belong_is_named(saved: Path) -> None:
+    shutil.copy(shards(saved)[0], saved / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors does not belong"):
+        load(saved)
+
+
+def test_the_card_may_be_edited(saved: Path) -> None:
+    (saved / "README.md").write_text("mine")
+    load(saved)
+
+
+@pytest.mark.parametrize("damage", ["truncated shard", "missing shard", "missing tensor", "nan", "header"])
+def test_without_a_manifest_damage_is_still_found(tmp_path: Path, damage: str) -> None:
+    """As for any checkpoint of Transformers' own; a tensor that is not there is never made up."""
+    native_model("llama").save_pretrained(tmp_path / "plain", max_shard_size="30KB")
+    shard = shards(tmp_path / "plain")[1]
+    expected = shard.name
+    if damage == "truncated shard":
+        truncate(shard)
+    elif damage == "missing shard":
+        shard.unlink()
+    elif damage == "header":
+        shard.write_bytes(b"\x01\x02")
+    else:
+        tensors = load_file(shard)
+        name = next(iter(tensors))
+        expected = name
+        if damage == "nan":
+            tensors[name].view(-1)[0] = float("nan")
+        else:
+            del tensors[name]
+        save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "plain")
+    assert expected in str(error.value)
+
+
+def test_the_file_beside_the_weights_never_makes_weights_up(saved: Path) -> None:
+    """The class itself refuses too, for those who load without this package."""
+    from transformers import AutoModelForCausalLM
+
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    name = next(key for key in index["weight_map"] if key.endswith("o_proj.weight"))
+    shard = saved / index["weight_map"].pop(name)
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks .*{name}"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_saving_never_replaces_something_else(saved: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    save_checkpoint(
+        model, tiny_tokenizer(), saved, {"name": "another card"}, max_shard_size="30KB"
+    )  # identical: left alone
+    with pytest.raises(UserError, match="already holds another checkpoint"):
+        save_checkpoint(compressed("llama3-rope-tied"), tiny_tokenizer(), saved, {})
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="not a saved checkpoint"):
+        check_destination(tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot save"):
+        check_destination(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot save"):
+        check_destination(tmp_path / "file" / "below")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "model"], "something was left behind"
+
+
+def test_an_empty_folder_is_used_and_parents_are_made(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert load(save_checkpoint(model, tiny_tokenizer(), tmp_path / "empty", {})) is not None
+    assert load(save_checkpoint(model, tiny_tokenizer(), tmp_path / "a" / "b", {})) is not None
+
+
+def _save_and_die(point: str, directory: Path) -> None:
+    """Runs in a child process: SIGKILL where ``checkpoints.point`` would be called."""
+
+    def die(*_, **__) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    owner, _, name = point.rpartition(".")
+    setattr(getattr(checkpoints, owner) if owner else checkpoints, name, die)
+    save_checkpoint(compressed("llama"), tiny_tokenizer(), directory, RECORD)
+
+
+@pytest.mark.parametrize("point", ["model_card", "describe_files", "sync", "os.rename"])
+def test_a_kill_leaves_the_old_checkpoint_or_none(tmp_path: Path, point: str) -> None:
+    process = CLEAN.Process(target=_save_and_die, args=(point, tmp_path / "model"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    load(save_checkpoint(compressed("llama"), tiny_tokenizer(), tmp_path / "model", RECORD))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/nowhere/at/all", "no model directory at /nowhere/at/all"),
+        ("./nowhere", "no model directory"),
+        ("embedded:gpt", "no embedded model 'gpt'; there are tiny-llama, tiny-opt"),
+        ("someone/model-that-is-not-here", "model=local model.path=DIRECTORY"),
+    ],
+)
+def test_what_is_not_there_is_explained(path: str, message: str) -> None:
+    for function in (load_model, load_tokenizer):
+        with pytest.raises(UserError) as error:
+            function(path)
+        assert message in str(error.value)
+
+
+def test_what_is_not_a_supported_model_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config.json"):
+        load(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported are gemma, llama"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "big"}')
+    with pytest.raises(UserError, match="cannot load .*hidden_size"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        load(tmp_path / "config.json")
+
+
+def test_dense_checkpoints_load_and_fused_ones_come_apart(tmp_path: Path) -> None:
+    native = native_model("phi3")
+    native.save_pretrained(tmp_path / "phi3")
+    loaded = load(tmp_path / "phi3")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens()).logits, native(tokens()).logits, rtol=0, atol=1e-5)
+    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (32, 32)
+    save_checkpoint(loaded, tiny_tokenizer(), tmp_path / "again", {})
+    assert fingerprint_weights(load(tmp_path / "again")) == fingerprint_weights(loaded)
+
+
+def test_fingerprints_see_every_value_and_nothing_else() -> None:
+    model = dense_model("llama")
+    first = fingerprint_weights(model)
+    assert first == fingerprint_weights(dense_model("llama"))
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    assert fingerprint_weights(model) != first
+    tokenizer = tiny_tokenizer()
+    before = fingerprint_tokenizer(tokenizer)
+    tokenizer(["w3", "w4 w5"], padding=True, truncation=True, max_length=2)
+    assert fingerprint_tokenizer(tokenizer) == before
+    tokenizer.add_tokens(["w99"])
+    assert fingerprint_tokenizer(tokenizer) != before

@@ -1,0 +1,168 @@
+"""The stock form of a compressed model: the family's own class, the same logits, its price; and what has none."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from modegpt.cli import export as command
+from modegpt.errors import UserError
+from modegpt.evaluation.throughput import cache_bytes_per_token
+from modegpt.models import build_compressed, decoder_layers, dense_shape, layer_shapes
+from modegpt.models.checkpoints import save_checkpoint
+from modegpt.models.export import stock_model
+from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
+from tests.models.saved import tiny_tokenizer
+
+
+@torch.inference_mode()
+def assert_same_function(stock: PreTrainedModel, model: PreTrainedModel) -> None:
+    for length in (1, 12):
+        torch.testing.assert_close(
+            stock(tokens(length=length)).logits, model(tokens(length=length)).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_compressed_model(name: str) -> None:
+    dense = dense_model(name)
+    wide, narrow = (
+        smaller_shape(dense.config),
+        dataclasses.replace(smaller_shape(dense.config), intermediate_size=17, v_head_dim=3),
+    )
+    layers = [sliced_model(dense, shape)[0] for shape in (wide, narrow, dense_shape(dense.config))]
+    tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(layers)]
+    model = build_compressed(dense, [layer_shapes(each.config)[0] for each in layers], tensors)
+    stock, report = stock_model(model)
+    assert type(stock) is type(native_model(name)) and type(stock).__module__.startswith("transformers.models")
+    assert_same_function(stock, model)
+    assert report.num_parameters == stock.num_parameters() == native_model(name).num_parameters() and report.padding > 0
+    assert report.cache_elements * 4 == cache_bytes_per_token(dense.config, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "phi3"])
+def test_equal_widths_cost_nothing(name: str) -> None:
+    dense = dense_model(name)
+    shape = dataclasses.replace(dense_shape(dense.config), intermediate_size=24)
+    model, _ = sliced_model(dense, shape)
+    stock, report = stock_model(model)
+    assert_same_function(stock, model)
+    assert report.padding == 0 and "nothing was filled up" in str(report)
+    wider, padded = stock_model(model, width_multiple=16)
+    assert_same_function(wider, model)
+    assert (
+        padded.padding > 0
+        and decoder_layers(wider)[0].get_submodule("fc2" if name == "opt" else "mlp.down_proj").in_features == 32
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "llama-wide-heads"])
+def test_missing_heads_layers_and_widths(name: str) -> None:
+    """A layer without heads, one without an MLP, one gone; where the family allows it, all layers lose the same head."""
+    dense = dense_model(name)
+    full = dense_shape(dense.config)
+    few = dataclasses.replace(full, num_kv_heads=full.num_kv_heads // 2)
+    none = dataclasses.replace(full, num_kv_heads=0, intermediate_size=0)
+    size, group = full.qk_head_dim, dense.config.num_attention_heads // full.num_kv_heads
+    family_layers = decoder_layers(dense)
+
+    def cut(index: int, count: int, width: int) -> dict[str, torch.Tensor]:
+        tensors = dict(family_layers[index].state_dict())
+        for path in ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"):
+            rows = count * size * (1 if path in ("k_proj", "v_proj") else group)
+            for key in [key for key in tensors if f".{path}." in key]:
+                if path in ("o_proj", "out_proj"):
+                    tensors[key] = tensors[key][:, :rows] if key.endswith("weight") else tensors[key]
+                else:
+                    tensors[key] = tensors[key][:rows]
+        for key, tensor in tensors.items():
+            if key.startswith(("mlp.down_proj", "fc2")):
+                tensors[key] = tensor[:, :width] if key.endswith("weight") else tensor
+            elif key.startswith(("mlp.", "fc1")):
+                tensors[key] = tensor[:width]
+        return tensors
+
+    changed = [cut(0, few.num_kv_heads, full.intermediate_size), cut(2, 0, 0)]
+    model = build_compressed(dense, [few, none], changed, kept_layers=[0, 2])
+    stock, _ = stock_model(model)
+    assert_same_function(stock, model)
+    assert stock.config.num_hidden_layers == 2
+    assert (stock.config.num_attention_heads < dense.config.num_attention_heads) == name.startswith("llama")
+
+
+def with_biases(name: str, *paths: str) -> PreTrainedModel:
+    dense = dense_model(name)
+    shape = dataclasses.replace(smaller_shape(dense.config), extra_biases=paths)
+    tensors = [dict(layer.state_dict()) for layer in decoder_layers(sliced_model(dense)[0])]
+    for layer in tensors:
+        layer |= {f"{path}.bias": torch.randn(dense.config.hidden_size) for path in paths}
+    return build_compressed(dense, [shape] * len(tensors), tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("llama", "mlp.down_proj"),
+        ("llama", "self_attn.o_proj"),
+        ("qwen2", "self_attn.o_proj"),
+        ("gemma", "self_attn.o_proj"),
+    ],
+)
+def test_added_biases_find_a_place(name: str, path: str) -> None:
+    """Where the family can switch them on; and in Qwen2, whose output has none, as a value that is always 1."""
+    model = with_biases(name, path)
+    assert_same_function(stock_model(model)[0], model)
+
+
+def test_factors_are_multiplied_out() -> None:
+    dense = dense_model("llama")
+    shape = dataclasses.replace(dense_shape(dense.config), linear_ranks={"mlp.up_proj": 5})
+    tensors = [dict(layer.state_dict()) for layer in decoder_layers(dense)]
+    for layer in tensors:
+        weight = layer.pop("mlp.up_proj.weight")
+        layer |= {
+            "mlp.up_proj.A.weight": torch.randn(5, weight.shape[1]),
+            "mlp.up_proj.B.weight": torch.randn(weight.shape[0], 5),
+        }
+    model = build_compressed(dense, [shape] * len(tensors), tensors)
+    assert_same_function(stock_model(model)[0], model)
+
+
+def test_what_has_no_stock_form_is_refused() -> None:
+    with pytest.raises(UserError, match="layer 0: mlp.down_proj has a bias, which mistral models cannot store"):
+        stock_model(with_biases("mistral", "mlp.down_proj"))
+    with pytest.raises(UserError, match="family's own form already"):
+        stock_model(native_model("llama"))
+    from modegpt.models.modeling_sliced import MODELS
+
+    sliced = MODELS[0](
+        MODELS[0].config_class(
+            **{key: value for key, value in CONFIGS["llama"].to_dict().items() if key != "model_type"}
+        )
+    )
+    with pytest.raises(UserError, match="SliceGPT"):
+        stock_model(sliced)
+
+
+def test_the_command(tmp_path, capsys) -> None:
+    """A checkpoint in, a checkpoint out that loads as Llama with nothing of this package in it."""
+    model, _ = sliced_model(dense_model("llama"))
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "stock")]) == 0
+    assert "more than compressed" in capsys.readouterr().out
+    assert (
+        not list((tmp_path / "stock").glob("*.py"))
+        and "modegpt" not in (tmp_path / "stock" / "config.json").read_text()
+    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(stock).__name__ == "LlamaForCausalLM"
+    assert_same_function(stock.eval(), model)
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock").get_vocab() == tiny_tokenizer().get_vocab()
+    assert command.main([str(tmp_path / "stock"), str(tmp_path / "again")]) == 2
+    assert command.main([str(tmp_path / "nowhere"), str(tmp_path / "again")]) == 2
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "stock"), "--width-multiple", "16"]) == 2
+    errors = capsys.readouterr().err
+    assert (
+        "own form already" in errors and "no model directory" in errors and "already holds another checkpoint" in errors
+    )

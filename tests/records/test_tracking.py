@@ -1,0 +1,131 @@
+"""W&B mirrors what is on disk and can break nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modegpt.errors import UserError
+from modegpt.records import tracking
+from modegpt.records.pictures import save_pictures
+from modegpt.records.store import RecordStore, load_record
+from modegpt.records.tracking import NoTracker, headline, make_tracker, tables
+from tests.records.sample import NUM_LAYERS, sample_record
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[dict, Path]:
+    path = RecordStore(tmp_path / "results").write(sample_record())
+    return load_record(path), path
+
+
+def test_offline_writes_a_run_beside_the_record_and_nowhere_else(
+    saved: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    before = dict(os.environ)
+    record, path = saved
+    warnings = []
+    tracker = make_tracker(mode="offline", warn=warnings.append)
+    tracker.mirror(record, record_path=path, pictures=save_pictures(record, path.parent))
+    assert warnings == [] and capfd.readouterr() == ("", "")
+    (run,) = (path.parent / "wandb").glob("offline-run-*")
+    assert (log := next(run.glob("run-*.wandb"))).stat().st_size > 0
+    content = log.read_bytes()
+    assert b"ppl_tiny_256" in content and b"demo" in content and b"nystrom" in content
+    media = sorted(file.name.partition("_")[0] for file in (run / "files" / "media").rglob("*.*") if file.is_file())
+    assert media == ["layers", "layers", "scores", "scores"]  # a table and a picture each
+    staged = [file for file in (path.parent / "wandb" / "data" / "artifacts").rglob("*") if file.is_file()]
+    held = [file.read_bytes() for file in staged]
+    assert path.read_bytes() in held and (path.parent / "scores.png").read_bytes() in held, (
+        "the artifact holds the record and the pictures"
+    )
+    short = record["identity"]["hash"][:8]
+    for entry in (
+        f"record-{short}",
+        "record.json",
+        "scores.png",
+        "layers.png",
+        "scores.table.json",
+        "layers.table.json",
+    ):
+        assert entry.encode() in content, "what `wandb sync` will send names every entry of the artifact"
+    assert list(home.rglob("*")) == [] and dict(os.environ) == before
+
+
+def test_disabled_does_not_import_wandb(saved: tuple[dict, Path]) -> None:
+    code = (
+        "import json, sys; from pathlib import Path; from modegpt.records.tracking import make_tracker; path = Path(sys.argv[1]); "
+        "make_tracker(mode='disabled').mirror(json.loads(path.read_text()), record_path=path); print('wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved[1])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert sorted(path.name for path in saved[1].parent.iterdir()) == ["record.json"]
+
+
+def test_a_failure_is_one_warning(
+    saved: tuple[dict, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import wandb
+
+    def fail(**_: object) -> None:
+        raise OSError("the network is gone\nand more")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    record, path = saved
+    before = path.read_bytes()
+    make_tracker(mode="offline").mirror(record, record_path=path)
+    out, err = capsys.readouterr()
+    assert (
+        out == "" and err == f"warning: not mirrored to W&B (offline): the network is gone; the record is in {path}\n"
+    )
+    assert path.read_bytes() == before
+
+
+def test_online_without_a_key_warns_at_once(
+    saved: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    warnings = []
+    make_tracker(mode="online", warn=warnings.append).mirror(saved[0], record_path=saved[1])
+    assert len(warnings) == 1 and "wandb login" in warnings[0] and "\n" not in warnings[0]
+
+
+def test_modes(repository: Path) -> None:
+    with pytest.raises(UserError, match="offline, online, disabled"):
+        make_tracker(mode="of")
+    assert isinstance(make_tracker(mode="disabled"), NoTracker)
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (repository / "conf" / "tracking").glob("*.yaml")}
+    assert set(files) == set(tracking.MODES)
+    for mode, values in files.items():
+        assert values["mode"] == mode and values.keys() == {"mode", "project", "entity", "group", "tags"}
+        make_tracker(**values)
+
+
+def test_what_is_sent_is_the_record() -> None:
+    record = sample_record()
+    metrics = headline(record)
+    assert metrics["ppl_tiny_256"] == 5.5 and metrics["dense/ppl_tiny_256"] == 4.0
+    assert metrics["zeroshot_pronouns"] == 0.75 and metrics["retention/zeroshot_hard_facts"] == pytest.approx(0.8)
+    assert (
+        metrics["achieved_sparsity"] == 0.299
+        and metrics["seconds"] == 5.0
+        and metrics["peak_memory_bytes/host"] == 3 * 2**29
+    )
+    json.dumps(metrics, allow_nan=False)
+    columns, rows = tables(record)["layers"]
+    assert len(rows) == NUM_LAYERS
+    last = dict(zip(columns, rows[-1], strict=True))
+    assert last["index"] == 5 and last["sparsity"] == pytest.approx(0.45) and last["ranks_query_key"] == 8
+    assert (
+        set(tables(sample_record(dense=True))) == {"scores"}
+        and headline(sample_record(dense=True))["ppl_tiny_256"] == 4.0
+    )
