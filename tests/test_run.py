@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import modegpt.backend
 import modegpt.run
+from modegpt.backend import InMemory
 from modegpt.config import (
     CalibrationConfig,
     CompressionConfig,
@@ -150,7 +152,7 @@ def test_speed_beside_the_dense_model_is_part_of_the_record(results: Path, capsy
 
 def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(modegpt.run, "compress", lambda _: (_ for _ in ()).throw(RuntimeError("out of luck")))
+        broken.setattr(InMemory, "compress", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
         with pytest.raises(RuntimeError):
             run(small(results), command="modegpt")
     [note] = results.glob("runs/*/error.json")
@@ -162,9 +164,9 @@ def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch
 def test_dense_scores_are_computed_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(small(results), command="modegpt")
     labels = []
-    evaluate = modegpt.run.evaluate
+    evaluate = modegpt.backend.evaluate
     monkeypatch.setattr(
-        modegpt.run,
+        modegpt.backend,
         "evaluate",
         lambda *args, label, **kwargs: labels.append(label) or evaluate(*args, label=label, **kwargs),
     )
@@ -269,7 +271,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_before_any_work(case: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, message = REFUSED[case]
-    monkeypatch.setattr(modegpt.run, "evaluate", lambda *_, **__: pytest.fail("scored before refusing"))
+    monkeypatch.setattr(modegpt.backend, "evaluate", lambda *_, **__: pytest.fail("scored before refusing"))
     with pytest.raises(UserError, match=message) as refused:
         run(small(results, **changes(results)), command="modegpt")
     assert "\n" not in str(refused.value)

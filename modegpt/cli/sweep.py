@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from modegpt.cli.messages import explain
+from modegpt.files import write_text
 from modegpt.progress import Progress, duration
 
 OUTCOME = "outcome.json"
@@ -39,9 +40,7 @@ def attempt(job: Callable[[], object], *, number: int, overrides: list[str], dir
     except Exception as error:
         outcome |= {"error": explain(error), "traceback": traceback.format_exc()}
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{OUTCOME}.partial"
-    partial.write_text(json.dumps(outcome, indent=2), encoding="utf-8")
-    partial.replace(directory / OUTCOME)
+    write_text(directory / OUTCOME, json.dumps(outcome, indent=2))
 
 
 @dataclass

@@ -1,24 +1,44 @@
-"""The dense model's scores, computed once for each (model, evaluation) and reused by every run that compares with them."""
+"""The dense model's scores, computed once for each (model, evaluation) and reused by every run that needs them."""
 
-import hashlib
 import importlib.metadata
-import json
-import os
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modegpt.cache import Cache
 from modegpt.evaluation.evaluate import PreparedEvaluation
+from modegpt.files import json_sha256
+from modegpt.progress import Progress
 
 SCORE_VERSION = 2  # raise when the meaning of a score changes
 PACKAGES = ("lm_eval", "torch", "transformers")
 
 
-def default_cache_directory() -> Path:
-    """``$MODEGPT_CACHE``, or ``~/.cache/modegpt``."""
-    return Path(os.environ.get("MODEGPT_CACHE") or Path.home() / ".cache" / "modegpt")
+def dense_scores(
+    prepared: PreparedEvaluation,
+    compute: Callable[[], dict[str, dict]],
+    *,
+    weights_sha256: str,
+    tokenizer_sha256: str,
+    dtype: str,
+    device: str,
+    directory: Path,
+    max_bytes: int,
+    progress: Progress,
+) -> dict[str, dict]:
+    """The dense model's scores from the cache in ``directory``, else ``compute()``, which is then kept.
+
+    ``compute`` says the perplexities that it finds, and this function those that were found before. See ``dense_key``.
+    """
+    key = dense_key(
+        prepared, weights_sha256=weights_sha256, tokenizer_sha256=tokenizer_sha256, dtype=dtype, device=device
+    )
+    scores, reused = cached_scores(key, compute, directory=directory, max_bytes=max_bytes)
+    for name, score in scores["perplexity"].items() if reused else ():
+        progress.say(
+            f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)"
+        )
+    return scores
 
 
 def dense_key(
@@ -37,49 +57,13 @@ def dense_key(
 
 
 def cached_scores(
-    key: dict[str, Any], compute: Callable[[], dict[str, dict]], *, directory: Path
+    key: dict[str, Any], compute: Callable[[], dict[str, dict]], *, directory: Path, max_bytes: int
 ) -> tuple[dict[str, dict], bool]:
-    """The scores stored under ``key``, else those of ``compute()``, which are then stored.
-
-    A file that cannot be read as what was written is computed anew with a warning; a directory that cannot be
-    written costs the reuse, with a warning, not the result.
-
-    Returns the scores and whether they were reused.
-    """
-    path = directory / "dense" / f"{hashlib.sha256(_canonical(key)).hexdigest()}.json"
-    stored = _read(path, key)
+    """The scores kept under ``key``, else ``compute()``, which is then kept; and whether they were reused."""
+    cache = Cache(root=directory, key=json_sha256(key), max_bytes=max_bytes)
+    stored = cache.load_json("dense")
     if stored is not None:
-        return stored, True
+        return stored["scores"], True
     scores = compute()
-    try:
-        _write_atomically(path, {"key": key, "scores": scores})
-    except OSError as error:
-        warnings.warn(f"dense scores are not kept for reuse: cannot write {path}: {error.strerror}", stacklevel=2)
+    cache.store_json("dense", {"key": key, "scores": scores})
     return scores, False
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
-
-
-def _read(path: Path, key: dict[str, Any]) -> dict[str, dict] | None:
-    try:
-        content = json.loads(path.read_bytes())
-        if _canonical(content["key"]) == _canonical(key):
-            return {kind: content["scores"][kind] for kind in ("perplexity", "zeroshot")}
-        reason = "it holds another evaluation"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-    warnings.warn(f"stored dense scores are unreadable and computed anew: {path}: {reason}", stacklevel=3)
-    return None
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(file.name, path)

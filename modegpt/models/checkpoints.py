@@ -25,10 +25,11 @@ from transformers import (
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.data.hub import hub_access
 from modegpt.errors import UserError
+from modegpt.files import read_json, sync
 from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
-from modegpt.models.integrity import MANIFEST, check_files, check_finite, describe_files, read_json
+from modegpt.models.integrity import MANIFEST, check_files, check_finite, describe_files
 
 EMBEDDED = "embedded:"
 CONTENT_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
@@ -121,15 +122,6 @@ def _same_checkpoint(partial: Path, directory: Path) -> bool:
         return False
     check_files(directory)
     return read_json(directory / MANIFEST) == read_json(partial / MANIFEST)
-
-
-def sync(path: Path) -> None:
-    """Bring a file or a directory entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

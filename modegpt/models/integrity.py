@@ -13,6 +13,7 @@ from torch import nn
 
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
+from modegpt.files import read_json
 
 MANIFEST = "modegpt_manifest.json"
 UNSEALED = frozenset({MANIFEST, "README.md"})
@@ -96,14 +97,6 @@ def _check_length(path: Path) -> None:
     )
     if size != expected:
         raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError naming it when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def check_finite(model: nn.Module) -> None:

@@ -1,14 +1,13 @@
 """Benchmark records: one JSON file each under ``results/bench``, written whole or not at all."""
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modegpt.errors import UserError
+from modegpt.files import write_text
 from modegpt.records.paths import portable
 from modegpt.records.provenance import command_line, provenance
 from modegpt.records.schema import json_problems
@@ -32,17 +31,7 @@ def write_benchmark(path: Path, content: Mapping[str, Any]) -> Path:
         raise UserError(problem)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path

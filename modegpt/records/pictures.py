@@ -3,7 +3,6 @@
 Colours are Okabe and Ito's, told apart by the colour-blind; hatches and lightness tell them apart in grey.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from modegpt.files import replacing
 from modegpt.records.scores import Score, accuracies, perplexities
 
 DENSE = {"color": "#BBBBBB", "edgecolor": "#333333", "linewidth": 0.6}
@@ -35,9 +35,8 @@ def save_pictures(record: Mapping[str, Any], directory: Path) -> list[Path]:
         figures["layers.png"] = layers_figure(record)
     paths = [directory / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        unfinished = path.with_name(f".{path.name}")  # a run that is killed here leaves no half picture
-        figure.savefig(unfinished, dpi=150, format="png")
-        os.replace(unfinished, path)
+        with replacing(path) as temporary:  # a run that is killed here leaves no half picture
+            figure.savefig(temporary, dpi=150, format="png")
     return paths
 
 

@@ -1,85 +1,146 @@
-"""A finished run as a record (see ``records/schema.py``)."""
+"""A finished run as a record (see ``records/schema.py``): its name, what decides it, its content, and showing it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modegpt.config import RunConfig
+from modegpt.config import RunConfig, TrackingConfig
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
+from modegpt.evaluation.spec import ThroughputSpec
 from modegpt.methods.base import Compressed
 from modegpt.models import block_linear_parameters, decoder_layers, dense_shape, family_of
 from modegpt.records.paths import portable
-from modegpt.records.provenance import provenance
-from modegpt.records.store import timestamp
+from modegpt.records.pictures import save_pictures
+from modegpt.records.provenance import hardware, provenance
+from modegpt.records.store import load_record, timestamp
+from modegpt.records.summary import summary
+from modegpt.records.tracking import make_tracker
 
-if TYPE_CHECKING:
-    from modegpt.run import Run
+PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
+"""The decompositions that a name leaves out."""
+
+
+def run_name(config: RunConfig, *, recovery: str | None) -> str:
+    """What tells a run from its neighbours in a listing; ``recovery`` names the training, if there is one."""
+    method = config.method["name"]
+    parts = [model_name(config), method]
+    if method == "modegpt":
+        chosen = {module: getattr(config.decomposition, module)["name"] for module in PAPER}
+        parts += [] if chosen == PAPER else list(chosen.values())
+        parts.append(config.allocation["name"])
+    if method != "dense":
+        parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
+    return "-".join([*parts, recovery] if recovery else parts)
+
+
+def model_name(config: RunConfig) -> str:
+    """The model's short name: as configured, else the last part of its path."""
+    name = config.model.name or config.model.path or "model"
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def speed_decides(spec: ThroughputSpec, device: str) -> dict[str, Any]:
+    """What speeds depend on beside the model: how they are measured, and on which machine."""
+    parts, place = hardware(), torch.device(device)
+    processor = parts["gpus"][place.index or 0]["name"] if place.type == "cuda" else parts["cpu"]
+    return asdict(spec) | {"device": processor, "num_threads": parts["num_threads"]}
 
 
 def make_record(
-    run: "Run",
+    config: RunConfig,
+    *,
+    command: str,
+    name: str,
+    decides: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokens: CalibrationTokens | None,
     compressed: Compressed | None,
-    dense: dict[str, dict],
-    scores: dict[str, dict] | None,
+    dense_scores: dict[str, dict],
+    compressed_scores: dict[str, dict] | None,
     speeds: dict[str, Any] | None,
+    cost: dict[str, Any],
 ) -> dict[str, Any]:
-    """The run as a record (see ``records/schema.py``)."""
-    config = run.config
-    limited = config.evaluation.zeroshot is not None and config.evaluation.zeroshot.limit is not None
-    kept = {"zeroshot": {}, "perplexity_increase": {}} if scores is None else retention(dense, scores)
+    """The record of a run.
+
+    Args:
+        decides: everything that decides the result, see ``store.identity``.
+        model: the dense model.
+        tokens: what the method was calibrated on; None without a method, as ``compressed`` and ``compressed_scores``.
+        cost: ``CostMeter.summary``.
+    """
+    zeroshot = config.evaluation.zeroshot
+    kept = {"zeroshot": {}, "perplexity_increase": {}}
+    if compressed_scores is not None:
+        kept = retention(dense_scores, compressed_scores)
     return {
-        "identity": {"decides": run.decides},
-        "name": run.name,
+        "identity": {"decides": decides},
+        "name": name,
         "experiment": config.output.experiment,
         "created": timestamp(),
-        "command": portable(run.command),
+        "command": portable(command),
         "config": portable(asdict(config)),
         "seeds": {"seed": config.seed, "calibration": config.calibration.seed},
         "provenance": provenance(),
         "model": {
             "name": model_name(config),
             "path": portable(config.model.path),
-            "family": family_of(run.model.config).model_type,
-            "weights_sha256": run.weights_sha256,
-            "tokenizer_sha256": run.tokenizer_sha256,
-            "num_parameters": run.model.num_parameters(),
-            "block_linear_parameters": block_linear_parameters(run.model),
-            "dtype": str(run.model.dtype).removeprefix("torch."),
-        },
-        "calibration": run.task and calibration_record(config, run.task.calibration.tokens),
-        "compression": compressed and compression_record(run, compressed),
+            "weights_sha256": decides["model"]["weights_sha256"],
+            "tokenizer_sha256": decides["model"]["tokenizer_sha256"],
+        }
+        | model_facts(model),
+        "calibration": tokens
+        and calibration_facts(tokens, source=config.calibration.source, seed=config.calibration.seed),
+        "compression": compressed
+        and compression_facts(
+            model, compressed, method=config.method["name"], target_sparsity=config.compression.sparsity
+        ),
         "metrics": {
-            "dense": dense,
-            "compressed": scores,
+            "dense": dense_scores,
+            "compressed": compressed_scores,
             "retention": kept["zeroshot"],
             "perplexity_increase": kept["perplexity_increase"],
-            "limited": limited,
+            "limited": zeroshot is not None and zeroshot.limit is not None,
             **({} if speeds is None else {"throughput": speeds}),
         },
-        "cost": run.meter.summary(),
+        "cost": cost,
     }
 
 
-def calibration_record(config: RunConfig, tokens: CalibrationTokens) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What the dense model is."""
+    return {
+        "family": family_of(model.config).model_type,
+        "num_parameters": model.num_parameters(),
+        "block_linear_parameters": block_linear_parameters(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def calibration_facts(tokens: CalibrationTokens, *, source: str, seed: int) -> dict[str, Any]:
     """Which tokens the method saw."""
     return {
-        "source": config.calibration.source,
+        "source": source,
         "num_samples": tokens.ids.shape[0],
         "sequence_length": tokens.ids.shape[1],
-        "seed": config.calibration.seed,
+        "seed": seed,
         "num_tokens": tokens.num_tokens,
         "tokens_sha256": tokens.sha256,
         "stream_tokens": tokens.stream_tokens,
     }
 
 
-def compression_record(run: "Run", compressed: Compressed) -> dict[str, Any]:
+def compression_facts(
+    model: PreTrainedModel, compressed: Compressed, *, method: str, target_sparsity: float
+) -> dict[str, Any]:
     """What was removed: shares of the block-linear weights and of the whole model, layer by layer."""
-    shape = dense_shape(run.model.config)
-    sparsities = layer_sparsities(run.model, compressed.model)
+    shape = dense_shape(model.config)
+    sparsities = layer_sparsities(model, compressed.model)
     reports = {report["index"]: report for report in compressed.layers}
     layers = [
         {"index": index, "sparsity": sparsity, "ranks": {}, "relative_error": {}, "numerics": {}}
@@ -87,10 +148,10 @@ def compression_record(run: "Run", compressed: Compressed) -> dict[str, Any]:
         for index, sparsity in enumerate(sparsities)
     ]
     return {
-        "method": run.config.method["name"],
-        "target_sparsity": run.config.compression.sparsity,
-        "achieved_sparsity": 1 - block_linear_parameters(compressed.model) / block_linear_parameters(run.model),
-        "whole_model_sparsity": 1 - compressed.model.num_parameters() / run.model.num_parameters(),
+        "method": method,
+        "target_sparsity": target_sparsity,
+        "achieved_sparsity": 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model),
+        "whole_model_sparsity": 1 - compressed.model.num_parameters() / model.num_parameters(),
         "num_parameters": compressed.model.num_parameters(),
         "full_ranks": {
             "mlp": shape.intermediate_size,
@@ -119,7 +180,9 @@ def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> lis
     return [1 - left.get(index, 0) / weights(layer) for index, layer in enumerate(decoder_layers(dense))]
 
 
-def model_name(config: RunConfig) -> str:
-    """The model's short name: as configured, else the last part of its path."""
-    name = config.model.name or config.model.path or "model"
-    return name.rstrip("/").rpartition("/")[2]
+def show(path: Path, *, pictures: bool, tracking: TrackingConfig) -> None:
+    """Draw the record in ``path``, mirror it to the tracker and print its summary."""
+    record = load_record(path)
+    drawn = save_pictures(record, path.parent) if pictures else []
+    make_tracker(**asdict(tracking)).mirror(record, record_path=path, pictures=drawn)
+    print(summary(record, record_path=path, pictures=drawn))

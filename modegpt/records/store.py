@@ -6,32 +6,29 @@ written and synced under ``<root>/.partial`` and then linked to their place, whi
 concurrent writers need no lock and a kill at any moment leaves either nothing or everything.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from modegpt.errors import UserError
+from modegpt.files import canonical_json, partial_file, publish, sync
 from modegpt.records.paths import portable
 from modegpt.records.schema import FAILED, FINISHED, SCHEMA_VERSION, differences, json_problems, validate
 
 RECORD, ERROR, PARTIAL = "record.json", "error.json", ".partial"
-STALE_SECONDS = 600.0  # a file being written lives for milliseconds; an older one lost its writer
-NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def canonical(value: Any) -> str:
     """The one JSON text of ``value``: sorted keys, no spaces. Raises UserError for NaN, inf and what JSON cannot hold."""
     for problem in json_problems(value):
         raise UserError(problem)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return canonical_json(value)
 
 
 def identity(decides: Mapping[str, Any]) -> str:
@@ -124,17 +121,15 @@ class RecordStore:
         path = place / RECORD
         try:
             place.mkdir(parents=True, exist_ok=True)
-            temporary = self._written(completed)
-            try:
-                _publish(temporary, path)
-            except FileExistsError:
-                _refuse_other(path, load_record(path)["identity"]["decides"], decides)
-                if overwrite:
-                    _keep_previous(path)
-                    os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync(place)
+            with self._written(completed) as temporary:
+                try:
+                    publish(temporary, path)
+                except FileExistsError:
+                    _refuse_other(path, load_record(path)["identity"]["decides"], decides)
+                    if overwrite:
+                        _keep_previous(path)
+                        os.replace(temporary, path)
+            sync(place)
             (place / ERROR).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -162,7 +157,8 @@ class RecordStore:
         path = self.directory(experiment=experiment, name=name, hash=hash) / ERROR
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._written(note), path)
+            with self._written(note) as temporary:
+                os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return path
@@ -200,24 +196,14 @@ class RecordStore:
                 found.append(f"{path}: belongs at {place / RECORD}")
         return found
 
-    def _written(self, content: Mapping[str, Any]) -> Path:
-        """``content`` as a complete, synced file that nobody looks at yet."""
-        partial = self.root / PARTIAL
-        partial.mkdir(parents=True, exist_ok=True)
-        for left in partial.iterdir():
-            try:
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()
-            except FileNotFoundError:  # its own writer, or another sweeper, was faster
-                continue
-        handle, name = tempfile.mkstemp(dir=partial, suffix=".json")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(handle, 0o644)
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(handle)
-        return Path(name)
+    @contextmanager
+    def _written(self, content: Mapping[str, Any]) -> Iterator[Path]:
+        """``content`` as a complete, synced file that nobody looks at yet, to be given its name in the block."""
+        with partial_file(self.root / PARTIAL) as temporary:
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+            sync(temporary)
+            yield temporary
 
 
 def timestamp() -> str:
@@ -234,24 +220,11 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: not JSON: {error}") from error
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name; raises FileExistsError if the name is taken, whoever took it."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        # no hard links here: still whole or absent, but of two writers within a microsecond the last would win
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
-        os.replace(temporary, path)
-
-
 def _keep_previous(path: Path) -> None:
     number = 1
     while True:
         try:
-            return _publish(path, path.with_name(f"superseded-{number}.json"))
+            return publish(path, path.with_name(f"superseded-{number}.json"))
         except FileExistsError:
             number += 1
 
@@ -262,12 +235,3 @@ def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
     shown = [f"{key} is {there!r} there, {here!r} here" for key, (there, here) in differences(found, wanted).items()]
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     raise UserError(f"{path} is the record of another run: {'; '.join(shown[:3])}{more}; choose another name or output")
-
-
-def _sync(directory: Path) -> None:
-    """Make a new directory entry survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

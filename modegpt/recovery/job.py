@@ -13,6 +13,7 @@ from modegpt.data.texts import Documents, load_documents, tokenize_stream
 from modegpt.data.tokens import CalibrationTokens, draw_windows
 from modegpt.errors import UserError
 from modegpt.models import block_linear_parameters
+from modegpt.models.integrity import check_finite
 from modegpt.progress import Progress
 from modegpt.recovery.lora import Lora
 
@@ -35,6 +36,11 @@ class Recovery:
     shared: float
     seed: int
 
+    @property
+    def label(self) -> str:
+        """What the run's name says of it."""
+        return f"{self.name}-{self.lora.targets}"
+
     def decides(self) -> dict[str, Any]:
         """The options that decide the result; windows in one pass only round."""
         return {"name": self.name} | {
@@ -55,6 +61,7 @@ class Recovery:
             # forwards, and backwards through frozen weights: no gradient of theirs is made
             metered.flops += 4.0 * self.lora.epochs * block_linear_parameters(model) * self.tokens.num_tokens
             recovered, report = self.lora.recover(model, self.tokens.ids, seed=self.seed, progress=progress)
+        check_finite(recovered)
         text = {
             "num_samples": self.tokens.ids.shape[0],
             "sequence_length": self.tokens.ids.shape[1],

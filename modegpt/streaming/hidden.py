@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modegpt.calibration.stream import HiddenStates, embed
-from modegpt.models.checkpoints import sync
+from modegpt.files import replacing
 from modegpt.streaming.model import StreamedModel
 
 
@@ -44,11 +44,8 @@ def batch_path(directory: Path, index: int) -> Path:
 
 def write_batch(directory: Path, index: int, value: Tensor) -> None:
     """Write one batch; it is not there under its name before it is whole and on the disk."""
-    path = batch_path(directory, index)
-    temporary = path.with_suffix(".tmp")
-    save_file({"hidden": value.cpu().contiguous()}, temporary)
-    sync(temporary)
-    temporary.rename(path)
+    with replacing(batch_path(directory, index)) as temporary:
+        save_file({"hidden": value.cpu().contiguous()}, temporary)
 
 
 def embedded(streamed: StreamedModel, tokens: Tensor, *, batch_size: int, directory: Path | None) -> HiddenStates:

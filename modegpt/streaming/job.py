@@ -1,21 +1,21 @@
-"""What a run does out of core in place of its steps in memory."""
+"""The steps of a run out of core: the dense model stays on disk, and so does the compressed one while it grows."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from modegpt.config import OutOfCoreConfig
+from modegpt.backend import Scores, Target
+from modegpt.config import ModelConfig, OutOfCoreConfig
+from modegpt.cost.machine import measure_ceiling
 from modegpt.cost.metering import peak_memory_bytes
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.evaluation.spec import EvaluationSpec
+from modegpt.files import json_sha256
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.models.card import model_card
@@ -30,7 +30,12 @@ from modegpt.streaming.workspace import Workspace
 
 @dataclass
 class OutOfCore:
-    """A run's dense model on disk, the memory its compression was found to need, and where the checkpoint grows."""
+    """A ``backend.Backend``: the dense model on disk, the memory it will need, and where the checkpoint grows.
+
+    Args:
+        prediction, available: the predicted peak of memory and what there is, known after ``check``.
+        workspace: the growing checkpoint, from ``compress`` on.
+    """
 
     streamed: StreamedModel
     options: OutOfCoreConfig
@@ -38,58 +43,68 @@ class OutOfCore:
     available: dict[str, int] | None = None
     workspace: Workspace | None = None
 
-    def plan(self, method: Method, task: CompressionTask, evaluation: PreparedEvaluation) -> None:
+    @classmethod
+    def open(cls, path: str, wanted: ModelConfig, *, device: str, options: OutOfCoreConfig) -> "OutOfCore":
+        """Open the dense model in ``path``. Raises UserError for what cannot be streamed."""
+        return cls(StreamedModel.open(path, dtype=wanted.dtype, device=device), options)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model without its data."""
+        return self.streamed.model
+
+    def fingerprint(self) -> str:
+        """Hash the weights, read one tensor at a time."""
+        return self.streamed.fingerprint()
+
+    def check(self, method: Method | None, task: CompressionTask | None, evaluation: PreparedEvaluation) -> None:
         """Predict the peak of memory, say it, and refuse what does not fit, before any work. Raises UserError."""
-        assert isinstance(method, MoDeGPT)
-        on_disk, progress = self.options.hidden_states == "disk", task.calibration.progress
-        self.prediction = predict(method, task, self.streamed, evaluation, on_disk=on_disk)
-        limit = self.options.max_host_bytes
-        self.available = check_fits(self.prediction, task, self.streamed, on_disk=on_disk, max_host_bytes=limit)
+        assert isinstance(method, MoDeGPT) and task is not None
+        # libraries keep memory from their first products on, which the prediction is to count
+        measure_ceiling(str(self.streamed.device), self.model.dtype)
+        progress = task.calibration.progress
+        self.prediction = predict(method, task, self.streamed, evaluation, on_disk=self.on_disk)
+        self.available = check_fits(
+            self.prediction,
+            task,
+            self.streamed,
+            on_disk=self.on_disk,
+            max_host_bytes=self.options.max_host_bytes,
+        )
         for place, parts in self.prediction.record().items():
             spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "total")
-            available = gib(self.available[place])
             progress.say(
-                f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); {available} are available"
+                f"out of core: at most {gib(parts['total'])} of {place} memory expected ({spelled}); "
+                f"{gib(self.available[place])} are available"
             )
 
-    def score(self, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> dict[str, dict]:
-        """``evaluate`` of the dense model, layer by layer."""
-        return _score(self.streamed, evaluation, label=label, progress=progress)
+    @property
+    def on_disk(self) -> bool:
+        """Whether hidden states wait on disk between layers."""
+        return self.options.hidden_states == "disk"
 
-    def compress(
-        self,
-        method: Method,
-        task: CompressionTask,
-        *,
-        destination: Path,
-        decides: Mapping[str, Any],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> Compressed:
-        """Compress into a workspace beside ``destination``, going on where an earlier process of the same run was stopped."""
-        assert isinstance(method, MoDeGPT)
-        chosen = {name: value for name, value in decides.items() if name != "evaluation"}
-        settings = {
-            **chosen,
-            "batch_size": task.calibration.batch_size,
-            "device": self.streamed.device.type,
-            "torch": torch.__version__,
-        }
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-        self.workspace, progress = Workspace(destination, key, settings), task.calibration.progress
+    def score(self, evaluation: PreparedEvaluation, *, progress: Progress) -> Scores:
+        """Score the dense model, layer by layer."""
+        return _score(self.streamed, evaluation, label="dense", progress=progress)
+
+    def compress(self, method: Method, task: CompressionTask, target: Target) -> Compressed:
+        """Compress into a workspace beside the target, going on where an earlier process of the same run was stopped."""
+        assert isinstance(method, MoDeGPT) and target.directory is not None
+        progress, settings = task.calibration.progress, self._settings(task, target)
+        self.workspace = Workspace(target.directory, json_sha256(settings), settings)
         for other in self.workspace.others():
             progress.say(
                 f"{other} is left of a run with other settings; it is not used (remove it if that run is not wanted)"
             )
-        job = StreamedCompression(
-            method, task, self.streamed, self.workspace, on_disk=self.options.hidden_states == "disk"
-        )
         if (position := self.workspace.position()) is not None and position.next_layer:
             progress.say(
-                f"going on from layer {position.next_layer} of {job.task.calibration.num_layers}, left in {self.workspace.directory}"
+                f"going on from layer {position.next_layer} of {task.calibration.num_layers}, "
+                f"left in {self.workspace.directory}"
             )
+        job = StreamedCompression(method, task, self.streamed, self.workspace, on_disk=self.on_disk)
         compressed, found = job.run()
         with task.calibration.meter.stage("saving"):
-            job.complete(compressed.model, tokenizer)
+            job.complete(compressed.model, target.tokenizer)
         compressed.details["out_of_core"] = {
             "hidden_states": self.options.hidden_states,
             "predicted_peak_bytes": self.prediction and self.prediction.record(),
@@ -98,27 +113,32 @@ class OutOfCore:
         }
         return compressed
 
-    def score_compressed(self, evaluation: PreparedEvaluation, *, progress: Progress) -> dict[str, dict]:
-        """``evaluate`` of the compressed model, layer by layer."""
+    def _settings(self, task: CompressionTask, target: Target) -> dict[str, Any]:
+        """Everything that decides the bits of the compressed weights."""
+        chosen = {name: value for name, value in target.decides.items() if name != "evaluation"}
+        return {
+            **chosen,
+            "batch_size": task.calibration.batch_size,
+            "device": self.streamed.device.type,
+            "torch": torch.__version__,
+        }
+
+    def score_compressed(
+        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress
+    ) -> Scores:
+        """The compressed model's scores; notes the peak of memory so far beside the predicted one."""
         assert self.workspace is not None
         streamed = StreamedModel.open(str(self.workspace.checkpoint.absolute()), device=str(self.streamed.device))
-        return _score(streamed, evaluation, label="compressed", progress=progress)
-
-    def measured(self, compressed: Compressed) -> None:
-        """Note the peak of memory so far beside the predicted one."""
+        scores = _score(streamed, evaluation, label=label, progress=progress)
         compressed.details["out_of_core"]["measured_peak_bytes"] = peak_memory_bytes()
+        return scores
 
-    def publish(self, compressed: Compressed, destination: Path, record: Mapping[str, Any]) -> None:
-        """Seal the checkpoint, move it to ``destination`` and leave nothing beside it. Raises UserError when the place is taken."""
-        assert self.workspace is not None
+    def save(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
+        """Seal the checkpoint, move it to the target and leave nothing beside it. Raises UserError when the place is taken."""
+        assert self.workspace is not None and target.directory is not None
         (self.workspace.checkpoint / "README.md").write_text(model_card(compressed.model, record), encoding="utf-8")
-        publish(self.workspace.checkpoint, destination)
+        publish(self.workspace.checkpoint, target.directory)
         self.workspace.remove()
-
-
-def open_dense(path: str, *, dtype: str, device: str, options: OutOfCoreConfig) -> OutOfCore:
-    """The dense model of a run out of core. Raises UserError for what cannot be streamed."""
-    return OutOfCore(StreamedModel.open(path, dtype=dtype, device=device), options)
 
 
 def check_streams(method: Method | None, *, name: str, save_model: str | None, evaluation: EvaluationSpec) -> None:
@@ -141,9 +161,7 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
         )
 
 
-def _score(
-    streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress
-) -> dict[str, dict]:
+def _score(streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> Scores:
     return evaluate(
         streamed.model, evaluation, label=label, progress=progress, score_windows=partial(streamed_perplexity, streamed)
     )

@@ -1,7 +1,6 @@
 """The safetensors files of a checkpoint: tensors read one at a time, layers written one file each."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modegpt.errors import UserError
-from modegpt.models.checkpoints import sync
-from modegpt.models.integrity import read_json
+from modegpt.files import read_json, replacing, write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -60,9 +58,8 @@ def shard_name(index: int, count: int) -> str:
 
 def write_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one shard so that it is there whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def write_index(directory: Path, num_parameters: int) -> None:
@@ -82,17 +79,3 @@ def _offsets(path: Path) -> list[tuple[int, int]]:
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return [tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    replace(temporary, path)
-
-
-def replace(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, synced before and after."""
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from modegpt.calibration.stream import HiddenStates
 from modegpt.errors import UserError
+from modegpt.files import read_json, write_text
 from modegpt.models import LayerShape
-from modegpt.models.integrity import read_json
 from modegpt.streaming.hidden import DiskBatches, write_batch
-from modegpt.streaming.shards import shard_name, write_shard, write_text
+from modegpt.streaming.shards import shard_name, write_shard
 
 POSITION, SETTINGS, LOCK = "position.json", "settings.json", "lock"
 KEY_DIGITS = 12

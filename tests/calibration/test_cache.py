@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modegpt.calibration.cache import STALE_SECONDS, StatisticsCache, statistics_key
+from modegpt.calibration.cache import StatisticsCache
+from modegpt.files import STALE_SECONDS
 from tests.processes import CLEAN
 
 STATISTICS = {
@@ -59,7 +60,7 @@ def test_the_bound_evicts_the_least_recently_used_other_calibration(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cache_at(tmp_path, "new", max_bytes=5 * size // 2).store(0, {"mlp.C": STATISTICS["mlp.C"]})
-    assert sorted(folder.name for folder in (tmp_path / "statistics").iterdir()) == ["new", "old"]
+    assert sorted(folder.name for folder in (tmp_path / "objects").iterdir()) == ["new", "old"]
 
 
 def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:
@@ -67,11 +68,6 @@ def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:
     cache.store(0, STATISTICS)
     assert "mlp.C" not in cache.load(0, NAMES)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 100
-
-
-def test_the_key_depends_on_everything_named() -> None:
-    assert statistics_key(weights="w", tokens="t") == statistics_key(tokens="t", weights="w")
-    assert statistics_key(weights="w", tokens="t") != statistics_key(weights="w", tokens="u")
 
 
 def share(barrier: Barrier, root: Path, key: str, max_bytes: int, num_rounds: int) -> None:

@@ -2,11 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from modegpt.evaluation.dense_cache import cached_scores, default_cache_directory
+from modegpt.cache import cache_directory
+from modegpt.evaluation.dense_cache import cached_scores
+from modegpt.files import json_sha256
 
+BOUND = 10**6
 KEY = {"weights_sha256": "ab", "evaluation": {"text": {"windows": [64]}}}
 SCORES = {"perplexity": {"ppl_text_64": {"value": 1.1234567890123457, "window": 64}}, "zeroshot": {}}
 
@@ -24,21 +28,30 @@ class Compute:
 
 def test_computed_once_and_read_back_exactly(tmp_path):
     compute = Compute()
-    assert cached_scores(KEY, compute, directory=tmp_path / "new") == (SCORES, False)
-    assert cached_scores(dict(reversed(KEY.items())), compute, directory=tmp_path / "new") == (SCORES, True)
+    assert cached_scores(KEY, compute, directory=tmp_path / "new", max_bytes=BOUND) == (SCORES, False)
+    assert cached_scores(dict(reversed(KEY.items())), compute, directory=tmp_path / "new", max_bytes=BOUND) == (
+        SCORES,
+        True,
+    )
     assert compute.calls == 1
-    (file,) = (tmp_path / "new" / "dense").iterdir()  # and no temporary file is left
-    assert json.loads(file.read_text()) == {"key": KEY, "scores": SCORES}
+    (file,) = (path for path in (tmp_path / "new").rglob("*") if path.is_file())  # and no temporary file is left
+    content = {"key": KEY, "scores": SCORES}
+    assert json.loads(file.read_text()) == {"sha256": json_sha256(content), "value": content}
 
 
 def test_another_key_is_another_score(tmp_path):
     compute = Compute()
-    cached_scores(KEY, compute, directory=tmp_path)
-    cached_scores(KEY | {"weights_sha256": "cd"}, compute, directory=tmp_path)
+    cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND)
+    cached_scores(KEY | {"weights_sha256": "cd"}, compute, directory=tmp_path, max_bytes=BOUND)
     assert compute.calls == 2
 
 
-OTHER = [{"key": KEY, "scores": {"perplexity": {}}}, {"key": {}, "scores": SCORES}]
+WHOLE = {"key": KEY, "scores": SCORES}
+OTHER = [
+    {"key": KEY, "scores": {"perplexity": {}}},
+    {"key": {}, "scores": SCORES},
+    {"sha256": json_sha256(WHOLE), "value": {"key": {}, "scores": SCORES}},
+]
 
 
 @pytest.mark.parametrize(
@@ -46,18 +59,18 @@ OTHER = [{"key": KEY, "scores": {"perplexity": {}}}, {"key": {}, "scores": SCORE
 )
 def test_damaged_file_is_computed_anew(tmp_path, damage):
     compute = Compute()
-    cached_scores(KEY, compute, directory=tmp_path)
-    (file,) = (tmp_path / "dense").iterdir()
+    cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND)
+    (file,) = tmp_path.glob("objects/*/dense.json")
     file.write_bytes(damage)
     with pytest.warns(UserWarning, match="computed anew"):
-        assert cached_scores(KEY, compute, directory=tmp_path) == (SCORES, False)
-    assert cached_scores(KEY, compute, directory=tmp_path) == (SCORES, True)
+        assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND) == (SCORES, False)
+    assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND) == (SCORES, True)
 
 
 def test_unwritable_directory_costs_only_the_reuse(tmp_path):
-    (tmp_path / "dense").write_text("a file where a directory should be")
+    (tmp_path / "objects").write_text("a file where a directory should be")
     with pytest.warns(UserWarning) as warned:
-        assert cached_scores(KEY, Compute(), directory=tmp_path)[0] == SCORES
+        assert cached_scores(KEY, Compute(), directory=tmp_path, max_bytes=BOUND)[0] == SCORES
     assert "not kept for reuse" in str(warned[-1].message)
 
 
@@ -66,12 +79,20 @@ def test_failed_computation_stores_nothing(tmp_path):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        cached_scores(KEY, fail, directory=tmp_path)
+        cached_scores(KEY, fail, directory=tmp_path, max_bytes=BOUND)
     assert not os.listdir(tmp_path)
 
 
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path))
-    assert default_cache_directory() == tmp_path
+    assert cache_directory() == tmp_path and cache_directory("elsewhere") == Path("elsewhere")
     monkeypatch.delenv("MODEGPT_CACHE")
-    assert default_cache_directory().parts[-2:] == (".cache", "modegpt")
+    assert cache_directory().parts[-2:] == (".cache", "modegpt")
+
+
+def test_a_cache_that_keeps_nothing_takes_nothing_from_others(tmp_path):
+    compute = Compute()
+    cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND)
+    other = KEY | {"weights_sha256": "cd"}
+    assert [cached_scores(other, compute, directory=tmp_path, max_bytes=0)[1] for _ in range(2)] == [False, False]
+    assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND)[1]

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from modegpt.errors import UserError
+from modegpt.files import STALE_SECONDS
 from modegpt.records import store as store_module
 from modegpt.records.frame import load_records
-from modegpt.records.store import PARTIAL, STALE_SECONDS, RecordStore, canonical, identity, load_record, slug
+from modegpt.records.store import PARTIAL, RecordStore, canonical, identity, load_record, slug
 from tests.processes import CLEAN
 from tests.records.sample import sample_record
 

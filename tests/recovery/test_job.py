@@ -166,7 +166,7 @@ def test_the_shared_share_counts_characters_of_whole_long_documents() -> None:
 def test_refusals_come_before_any_work(
     recovery: dict, changes: dict, message: str, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modegpt.streaming.job.open_dense", lambda *args, **kwargs: pytest.fail("opened"))
+    monkeypatch.setattr("modegpt.streaming.job.OutOfCore.open", lambda *args, **kwargs: pytest.fail("opened"))
     with pytest.raises(UserError, match=message):
         prepare(config(results, recovery, **changes), command="modegpt")
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from modegpt.calibration.cache import StatisticsCache, statistics_key
+from modegpt.calibration.cache import StatisticsCache
+from modegpt.files import json_sha256
 from modegpt.methods.plus.sensitivity import Costs
 
 VERSION = 1
@@ -14,10 +15,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class KeptCosts:
-    """The costs of the calibration behind ``cache``, one float64 vector (size + 1,) a layer and module, kept as its statistics are.
+    """The costs of ranks on the calibration behind ``cache``, beside its statistics.
+
+    One float64 vector (size + 1,) for each layer and module.
 
     Args:
-        modules, shares, skip_layers: as ``rank_costs`` takes them; other ones have costs of their own.
+        modules, shares, skip_layers: as ``rank_costs`` takes them; they decide the costs.
     """
 
     cache: StatisticsCache
@@ -28,14 +31,16 @@ class KeptCosts:
     @property
     def _names(self) -> dict[str, str]:
         """What each module's costs are called in the cache."""
-        modules = str({module: sorted(self.modules[module]) for module in sorted(self.modules)})
-        key = statistics_key(
-            version=VERSION, modules=modules, shares=str(self.shares), skip_layers=str(self.skip_layers)
-        )
-        return {module: f"costs-{key}.{module}" for module in self.modules}
+        decides = {
+            "version": VERSION,
+            "modules": {module: sorted(names) for module, names in self.modules.items()},
+            "shares": list(self.shares),
+            "skip_layers": list(self.skip_layers),
+        }
+        return {module: f"costs-{json_sha256(decides)[:32]}.{module}" for module in self.modules}
 
     def load(self, num_layers: int) -> Costs | None:
-        """None unless those of all layers are here and intact."""
+        """The costs of all layers; None if one is missing or damaged."""
         names, costs = self._names, []
         for index in range(num_layers):
             wanted = {} if index in self.skip_layers else names
@@ -46,7 +51,7 @@ class KeptCosts:
         return costs
 
     def store(self, costs: Costs) -> None:
-        """Keep them as far as they fit."""
+        """Keep the costs as far as they fit."""
         names = self._names
         for index, of_layer in enumerate(costs):
             self.cache.store(

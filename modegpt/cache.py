@@ -1,0 +1,147 @@
+"""What is computed once and kept on disk for later runs.
+
+Content-addressed: a folder is named by the hash of everything that decides what is in it. Every file is written
+atomically and carries its checksum, so concurrent workers share a cache without locks, and a damaged file is computed
+again, with a warning. Any file or folder may disappear at any moment, because another worker evicts it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modegpt.files import json_sha256, partial_file
+
+OVERHEAD_BYTES = 256
+"""About what a file holds beside its value."""
+DAMAGES = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
+"""What reading a damaged file raises; for safetensors it depends on the version."""
+
+
+def cache_directory(configured: str | None = None) -> Path:
+    """``configured``, else ``$MODEGPT_CACHE``, else ``~/.cache/modegpt``."""
+    return Path(configured or os.environ.get("MODEGPT_CACHE") or Path.home() / ".cache" / "modegpt")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The values under one ``key``, each a file in ``root/objects/key``.
+
+    Args:
+        key: the hash of everything that decides the values, see ``files.json_sha256``.
+        max_bytes: bounds the whole of ``root/objects``. Before a value is stored, the least recently used other
+            keys are evicted; a value that still does not fit is not kept. Concurrent workers may exceed the bound by
+            what they are writing.
+    """
+
+    root: Path
+    key: str
+    max_bytes: int
+
+    @property
+    def directory(self) -> Path:
+        """Where the values of this key are."""
+        return self.root / "objects" / self.key
+
+    def load_tensor(self, name: str, *, device: torch.device | str = "cpu") -> Tensor | None:
+        """The tensor stored under ``name``; None if there is none, or a damaged one."""
+        value = self._load(f"{name}.safetensors", _read_tensor)
+        return None if value is None else value.to(device)
+
+    def store_tensor(self, name: str, value: Tensor) -> None:
+        """Keep ``value``, unless there is one already or it does not fit."""
+        value = value.cpu().contiguous()
+
+        def write(path: Path) -> None:
+            save_file({"value": value}, path, metadata={"sha256": _tensor_sha256(value)})
+
+        self._store(f"{name}.safetensors", value.nbytes + OVERHEAD_BYTES, write)
+
+    def load_json(self, name: str) -> Any | None:
+        """The JSON value stored under ``name``; None if there is none, or a damaged one."""
+        return self._load(f"{name}.json", _read_json)
+
+    def store_json(self, name: str, value: Any) -> None:
+        """Keep ``value``, unless there is one already or it does not fit."""
+        text = json.dumps({"sha256": json_sha256(value), "value": value}, indent=1)
+        self._store(f"{name}.json", len(text), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _load(self, file_name: str, read: Callable[[Path], Any]) -> Any | None:
+        path = self.directory / file_name
+        try:
+            os.utime(self.directory)
+            return read(path) if path.exists() else None
+        except DAMAGES as error:
+            if not path.exists():
+                return None
+            reason = str(error) or type(error).__name__
+        warnings.warn(f"{path} is damaged ({reason}); its content is computed anew", stacklevel=3)
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+    def _store(self, file_name: str, num_bytes: int, write: Callable[[Path], object]) -> None:
+        path = self.directory / file_name
+        if path.exists() or not self._make_room(num_bytes):
+            return
+        try:
+            with partial_file(self.root / "partial") as temporary:
+                write(temporary)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+        except (FileNotFoundError, FileExistsError):
+            return  # another worker needs the room and evicts this key right now
+        except OSError as error:
+            warnings.warn(f"results are not kept for reuse: cannot write {self.root}: {error.strerror}", stacklevel=3)
+
+    def _make_room(self, needed_bytes: int) -> bool:
+        """Evict other keys, least recently used first, until ``needed_bytes`` fit; none where they never would."""
+        if needed_bytes > self.max_bytes:
+            return False
+        folders = sorted(_entries(self.directory.parent), key=lambda entry: entry.stat().st_mtime)
+        sizes = {Path(folder): sum(file.stat().st_size for file in _entries(folder)) for folder in folders}
+        excess = sum(sizes.values()) + needed_bytes - self.max_bytes
+        for folder, size in sizes.items():
+            if excess > 0 and folder != self.directory:
+                shutil.rmtree(folder, ignore_errors=True)
+                excess -= size
+        return excess <= 0
+
+
+def _read_tensor(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        value, checksum = file.get_tensor("value"), file.metadata()["sha256"]
+    if checksum != _tensor_sha256(value):
+        raise ValueError("its checksum is another")
+    return value
+
+
+def _read_json(path: Path) -> Any:
+    content = json.loads(path.read_bytes())
+    if content["sha256"] != json_sha256(content["value"]):
+        raise ValueError("its checksum is another")
+    return content["value"]
+
+
+def _tensor_sha256(value: Tensor) -> str:
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest()
+
+
+def _entries(folder: Path | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
+    """What is in ``folder`` and stays long enough to be looked at."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):
+                entry.stat()  # which the entry remembers
+                yield entry

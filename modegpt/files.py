@@ -1,0 +1,109 @@
+"""Files that appear whole or not at all, and the hash of a JSON value."""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from modegpt.errors import UserError
+
+STALE_SECONDS = 3600.0
+"""A partial file is written in seconds; an older one lost its writer."""
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of ``value``: sorted keys, no spaces.
+
+    Raises ValueError for NaN and inf, TypeError for what JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError naming it when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the block, which then takes the place of ``path``.
+
+    It is synced first, and a kill or an error leaves what was there. For one writer at a time: its next attempt overwrites what a killed one left.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; one writer at a time."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def partial_file(folder: Path) -> Iterator[Path]:
+    """A new file in ``folder``, for the block to write and move away; it is gone at the end.
+
+    For many writers at a time: each has a name of its own, and every one removes what killed ones left in ``folder``,
+    which is made for this alone and must be on the file system of the file's final place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    handle, name = tempfile.mkstemp(dir=folder)
+    os.fchmod(handle, 0o644)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    for left in folder.iterdir():
+        with suppress(FileNotFoundError):  # its own writer, or another sweeper, was faster
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name. Raises FileExistsError if the name is taken, whoever took it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        # no hard links here: still whole or absent, but of two writers within a microsecond the last would win
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
+        os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the entries of a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,225 @@
+"""The first step of the main job: load everything, check everything, and say what decides the result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modegpt.backend import Backend, InMemory, Target
+from modegpt.cache import cache_directory
+from modegpt.calibration.cache import StatisticsCache
+from modegpt.calibration.world import World, device_of, join_world
+from modegpt.compression import draw_tokens, make_task
+from modegpt.config import RunConfig
+from modegpt.cost.metering import CostMeter
+from modegpt.data.fingerprints import fingerprint_tokenizer
+from modegpt.data.texts import load_documents
+from modegpt.data.tokens import CalibrationTokens
+from modegpt.errors import UserError
+from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
+from modegpt.files import json_sha256
+from modegpt.methods.base import CompressionTask, Method
+from modegpt.methods.registry import SHARED, decides, make_method, settled
+from modegpt.models.checkpoints import check_destination, load_tokenizer
+from modegpt.progress import Progress
+from modegpt.records.recording import model_name, run_name, speed_decides
+from modegpt.records.store import RecordStore, identity
+from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
+from modegpt.streaming.job import OutOfCore, check_streams
+
+
+@dataclass
+class Run:
+    """One run's ingredients, loaded and checked; nothing expensive has happened yet.
+
+    ``method`` and ``task`` are None for a run that only scores the dense model. ``stage`` is where the run is, for the
+    note that a failure leaves.
+    """
+
+    config: RunConfig
+    command: str
+    backend: Backend
+    tokenizer: PreTrainedTokenizerBase
+    method: Method | None
+    task: CompressionTask | None
+    evaluation: PreparedEvaluation
+    recovery: Recovery | None
+    decides: dict[str, Any]
+    store: RecordStore
+    progress: Progress
+    meter: CostMeter
+    world: World
+    device: str
+    stage: str = "start"
+
+    @property
+    def name(self) -> str:
+        """What tells this run from its neighbours in a listing."""
+        return run_name(self.config, recovery=self.recovery and self.recovery.label)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's record goes."""
+        return self.store.directory(
+            experiment=self.config.output.experiment, name=self.name, hash=identity(self.decides)
+        )
+
+    @property
+    def target(self) -> Target:
+        """Where the compressed model goes."""
+        wanted = self.config.output.save_model
+        directory = None if wanted is None else self.directory / "model" if wanted == "auto" else Path(wanted)
+        return Target(directory, self.tokenizer, self.decides)
+
+
+def prepare(config: RunConfig, *, command: str) -> Run:
+    """Load and check everything; every refusal that needs no forward pass happens here."""
+    method, training = make_method(config), make_recovery(config)  # which refuse before anything is loaded
+    check_options(config, method)
+    store = RecordStore(config.output.root)
+    store.check_writable()
+    world = join_world(
+        device_of(config.model.device),
+        what=f"method={config.method['name']}",
+        shared=config.method["name"] in SHARED and not config.out_of_core.enabled,
+    )
+    device = world.device(device_of(config.model.device))
+    progress, meter = Progress(config.quiet or not world.leads), CostMeter()
+
+    assert config.model.path is not None
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    progress.say(f"loading {model_name(config)}")
+    with meter.stage("loading"):  # every weight is read once, to be checked and identified
+        backend = open_backend(config, device=device)
+        weights_sha256 = backend.fingerprint()
+    config = settled(config, device=device, model_config=backend.model.config)
+    method, task = make_method(config), None
+    if method is not None:
+        tokens = calibration_tokens(config, tokenizer, backend.model)
+        task = make_task(
+            method,
+            backend.model,
+            tokens,
+            method_name=config.method["name"],
+            sparsity=config.compression.sparsity,
+            seed=config.seed,
+            batch_size=config.calibration.batch_size,
+            precision=config.calibration.precision,
+            cache=None if world.size > 1 else statistics_cache(config, weights_sha256, tokens, backend.model),
+            progress=progress,
+            meter=meter,
+            world=world,
+        )
+    evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=backend.model.config)
+    config.evaluation.throughput.check(evaluation.context)
+    recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
+    backend.check(method, task, evaluation)
+    return Run(
+        config=config,
+        command=command,
+        backend=backend,
+        tokenizer=tokenizer,
+        method=method,
+        task=task,
+        evaluation=evaluation,
+        recovery=recovery,
+        decides={
+            "model": {
+                "weights_sha256": weights_sha256,
+                "tokenizer_sha256": fingerprint_tokenizer(tokenizer),
+                "dtype": str(backend.model.dtype),
+            },
+            **what_decides(config, task, evaluation, recovery, device=device),
+        },
+        store=store,
+        progress=progress,
+        meter=meter,
+        world=world,
+        device=device,
+    )
+
+
+def check_options(config: RunConfig, method: Method | None) -> None:
+    """Refuse combinations of options that no model could make possible. Raises UserError."""
+    model, save_model = config.model, config.output.save_model
+    if model.device_map is not None and method is not None:
+        raise UserError(
+            "model.device_map spreads a model to be scored: set method=dense; "
+            "out_of_core.enabled=true compresses one that is larger than the device"
+        )
+    if model.device_map is not None and config.evaluation.throughput.workloads:
+        raise UserError("evaluation.throughput is measured on one device: leave out model.device_map")
+    if config.out_of_core.enabled:
+        check_streams(method, name=config.method["name"], save_model=save_model, evaluation=config.evaluation)
+    if method is None and save_model is not None:
+        raise UserError("output.save_model has no effect with method=dense: there is no compressed model")
+    if save_model not in (None, "auto"):
+        check_destination(save_model)
+
+
+def open_backend(config: RunConfig, *, device: str) -> Backend:
+    """The dense model, whole in memory or out of core."""
+    if config.out_of_core.enabled:
+        return OutOfCore.open(config.model.path, config.model, device=device, options=config.out_of_core)
+    return InMemory.open(config.model.path, config.model, device=device)
+
+
+def calibration_tokens(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> CalibrationTokens:
+    """The calibration windows that ``config`` asks for."""
+    wanted = config.calibration
+    return draw_tokens(
+        load_documents(wanted.source, path=wanted.path, split="calibration"),
+        tokenizer,
+        model,
+        num_samples=wanted.num_samples,
+        sequence_length=wanted.sequence_length,
+        seed=wanted.seed,
+    )
+
+
+def statistics_cache(
+    config: RunConfig, weights_sha256: str, tokens: CalibrationTokens, model: PreTrainedModel
+) -> StatisticsCache | None:
+    """Where this calibration's statistics live between runs; None where there is no cache, or not the whole model."""
+    if config.cache.max_bytes == 0 or config.out_of_core.enabled:
+        return None
+    decides = {
+        "weights": weights_sha256,
+        "tokens": tokens.sha256,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "precision": config.calibration.precision,
+        "batch_size": config.calibration.batch_size,
+    }
+    return StatisticsCache(
+        root=cache_directory(config.cache.dir), key=json_sha256(decides), max_bytes=config.cache.max_bytes
+    )
+
+
+def what_decides(
+    config: RunConfig,
+    task: CompressionTask | None,
+    evaluation: PreparedEvaluation,
+    recovery: Recovery | None,
+    *,
+    device: str,
+) -> dict[str, Any]:
+    """Everything beside the model that decides the result, free of paths.
+
+    A part that a run has not is absent, so that runs from before there was such a part keep their identity.
+    """
+    calibration = None
+    if task is not None:
+        tokens = task.calibration.tokens
+        calibration = {"tokens_sha256": tokens.sha256, "precision": config.calibration.precision}
+    if calibration is not None and recovery is not None:
+        calibration["recovery_tokens_sha256"] = recovery.tokens.sha256
+    found = decides(config) | {"calibration": calibration, "evaluation": evaluation.fingerprint()}
+    if recovery is not None:
+        found["recovery"] = recovery.decides()
+    if config.evaluation.throughput.workloads:
+        found["throughput"] = speed_decides(config.evaluation.throughput, device)
+    return found
