@@ -23,6 +23,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKING_MODES = ("offline", "online", "disabled")
 BUDGETS = ("exact", "nearest")
+PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
+"""The paper's decomposition of each module."""
 
 
 def unknown(where: str, given: object, choices: Iterable[str]) -> UserError:

@@ -53,9 +53,15 @@ class PreparedEvaluation:
 
 
 def prepare_evaluation(
-    spec: EvaluationSpec, *, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig
+    spec: EvaluationSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    documents: Documents | None = None,
 ) -> PreparedEvaluation:
     """Load the text and the tasks of ``spec`` and check them against the model.
+
+    ``documents``: the text, if it is at hand; it is not loaded then.
 
     Raises UserError on unreadable files, unknown tasks or sources, a hub out of reach, a text shorter than one window,
     a window longer than the model's context, and a tokenizer with ids the model has no embedding for.
@@ -64,12 +70,12 @@ def prepare_evaluation(
     context = int(model_config.max_position_embeddings)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has neither a BOS nor an EOS token; zero-shot scoring needs one to start from")
-    tasks, text, documents = {}, None, None
-    if spec.perplexity and spec.perplexity.source:
+    tasks, text = {}, None
+    if documents is None and spec.perplexity and spec.perplexity.source:
         documents = load_documents(spec.perplexity.source, path=spec.perplexity.path, split="test")
     if spec.zeroshot and spec.zeroshot.tasks:
         tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path, documents=documents)
-    if documents is not None:
+    if spec.perplexity and documents is not None:
         text = _prepare_text(spec.perplexity, documents, tokenizer, model_config.vocab_size, context)
     return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
 

@@ -1,7 +1,7 @@
 """The only place that knows Hugging Face names: families, weights by role, sizes, compressed models, checkpoints.
 
 Importing this package registers the compressed classes with ``AutoConfig`` and ``AutoModelForCausalLM``, and makes
-``save_pretrained`` put their modeling file beside the weights.
+``save_pretrained`` put their modeling file, and the report that a model carries, beside the weights.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modegpt.models import modeling_modegpt, modeling_sliced
 from modegpt.models.build import build_compressed, build_layer, empty_compressed, merged_tensors, unfused
 from modegpt.models.families import FAMILIES, Family, family_of
+from modegpt.models.saving import carries_report
 from modegpt.models.shapes import LayerShape, compressed_config, dense_shape, is_compressed, layer_shapes
 from modegpt.models.weights import (
     block_linear_parameters,
@@ -24,6 +25,7 @@ for _model in (*modeling_modegpt.MODELS, *modeling_sliced.MODELS):
     AutoModelForCausalLM.register(_model.config_class, _model)
     _model.config_class.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForCausalLM")
+    carries_report(_model)
 
 __all__ = [
     "FAMILIES",

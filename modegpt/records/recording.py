@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from modegpt.config import RunConfig, TrackingConfig
+from modegpt.config import PAPER, RunConfig, TrackingConfig
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
 from modegpt.evaluation.spec import ThroughputSpec
@@ -21,10 +21,6 @@ from modegpt.records.provenance import hardware, provenance
 from modegpt.records.store import load_record, timestamp
 from modegpt.records.summary import summary
 from modegpt.records.tracking import make_tracker
-
-PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
-"""The decompositions that a name leaves out."""
-
 
 def run_name(config: RunConfig, *, recovery: str | None) -> str:
     """What tells a run from its neighbours in a listing; ``recovery`` names the training, if there is one."""
