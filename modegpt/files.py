@@ -43,7 +43,8 @@ def read_json(path: Path) -> Any:
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write in the block, which then takes the place of ``path``.
 
-    It is synced first, and a kill or an error leaves what was there. For one writer at a time: its next attempt overwrites what a killed one left.
+    It is synced first, and a kill or an error leaves what was there. For one writer at a time: its next attempt
+    overwrites what a killed one left.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:

@@ -247,7 +247,7 @@ def test_bad_models_and_texts_are_refused(smaller: PreTrainedModel, dense: PreTr
             modegpt.compress(model, tokens, texts, **SMALL)
     with pytest.raises(UserError, match="nothing to score"):
         modegpt.evaluate(dense, tokenizer)
-    with pytest.raises(UserError, match="^windows="):
+    with pytest.raises(UserError, match=r"^windows="):
         modegpt.evaluate(dense, tokenizer, TEXTS, windows=[1])
 
 

@@ -22,6 +22,7 @@ from modegpt.records.store import load_record, timestamp
 from modegpt.records.summary import summary
 from modegpt.records.tracking import make_tracker
 
+
 def run_name(config: RunConfig, *, recovery: str | None) -> str:
     """What tells a run from its neighbours in a listing; ``recovery`` names the training, if there is one."""
     method = config.method["name"]

@@ -41,7 +41,7 @@ class StreamedCompression:
     def run(self) -> tuple[Compressed, int]:
         """Write every compressed layer to the workspace, going on from where an earlier process got to.
 
-        Returns what ``MoDeGPT.compress`` does, its model without data, and the number of layers that were found finished.
+        Returns what ``MoDeGPT.compress`` does, its model without data, and how many layers were found finished.
         """
         method, task, calibration = self.method, self.task, self.task.calibration
         num_layers, names = calibration.num_layers, method.required_statistics(task.family)
@@ -70,7 +70,10 @@ class StreamedCompression:
         return method.finish(task, plan, model, position.reports, position.influence), found
 
     def complete(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write what makes the layers a checkpoint of ``model``: the tensors outside them, index, configuration, code, tokenizer."""
+        """Write all that makes the layers a checkpoint of ``model``.
+
+        These are the tensors outside the layers, the index, the configuration, the modeling file and the tokenizer.
+        """
         files = self.workspace.directory / "files"
         shutil.rmtree(files, ignore_errors=True)
         with quiet():
@@ -150,7 +153,7 @@ class StreamedCompression:
         self.workspace.write(named, shard=index + 1, num_shards=self._num_shards)
 
     def _outer_shards(self) -> dict[int, list[str]]:
-        """Names of the tensors outside the layers by shard: the first holds those before the layers, the last those behind."""
+        """Names of the tensors outside the layers, by shard: those before the layers in the first, the rest in the last."""
         names = list(self.streamed.sources)
         first = next(index for index, name in enumerate(names) if name.startswith(self.streamed.layers_prefix))
         outer = [name for name in self.streamed.outer_names(head=True) if name not in self.streamed.tied]

@@ -13,7 +13,7 @@ from modegpt.streaming.model import StreamedModel
 
 
 class DiskBatches(Sequence):
-    """Stands in for the list of batches: what is set goes to ``target``, what is read comes from there or else from ``source``."""
+    """A list of batches on disk: writes go to ``target``, reads come from there, or else from ``source``."""
 
     def __init__(self, source: Path | None, target: Path, count: int, device: torch.device) -> None:
         self.source, self.target, self.count, self.device = source, target, count, device
@@ -64,7 +64,7 @@ def embedded(streamed: StreamedModel, tokens: Tensor, *, batch_size: int, direct
 
 
 def arguments_alone(streamed: StreamedModel, tokens: Tensor, *, batch_size: int) -> list[dict]:
-    """What layers are called with beside the hidden states, by layer and batch size (see ``HiddenStates.arguments``)."""
+    """The arguments of each layer beside the hidden states, by batch size (see ``HiddenStates.arguments``)."""
     arguments: list[dict] = [{} for _ in range(streamed.model.config.num_hidden_layers)]
     with streamed.outer(head=False) as model:
         for chunk in {len(chunk): chunk for chunk in tokens.split(batch_size)}.values():

@@ -88,7 +88,7 @@ class OutOfCore:
         return _score(self.streamed, evaluation, label="dense", progress=progress)
 
     def compress(self, method: Method, task: CompressionTask, target: Target) -> Compressed:
-        """Compress into a workspace beside the target, going on where an earlier process of the same run was stopped."""
+        """Compress into a workspace beside the target, and go on where an earlier process of the same run stopped."""
         assert isinstance(method, MoDeGPT) and target.directory is not None
         progress, settings = task.calibration.progress, self._settings(task, target)
         self.workspace = Workspace(target.directory, json_sha256(settings), settings)
@@ -134,7 +134,10 @@ class OutOfCore:
         return scores
 
     def save(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
-        """Seal the checkpoint, move it to the target and leave nothing beside it. Raises UserError when the place is taken."""
+        """Seal the checkpoint, move it to the target and leave nothing beside it.
+
+        Raises UserError when the place is taken.
+        """
         assert self.workspace is not None and target.directory is not None
         (self.workspace.checkpoint / "README.md").write_text(model_card(compressed.model, record), encoding="utf-8")
         publish(self.workspace.checkpoint, target.directory)
@@ -145,7 +148,8 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
     """Raises UserError unless a run of ``method`` can be done out of core."""
     if type(method) is not MoDeGPT:
         raise UserError(
-            f"method={name} needs the whole model in memory; out_of_core.enabled=true goes with method=modegpt, random or magnitude"
+            f"method={name} needs the whole model in memory; "
+            "out_of_core.enabled=true goes with method=modegpt, random or magnitude"
         )
     if save_model is None:
         raise UserError(
@@ -153,11 +157,13 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
         )
     if evaluation.throughput.workloads:
         raise UserError(
-            "speed is measured with the whole model in memory: out_of_core.enabled=true goes without evaluation.throughput"
+            "speed is measured with the whole model in memory: "
+            "out_of_core.enabled=true goes without evaluation.throughput"
         )
     if evaluation.zeroshot and evaluation.zeroshot.tasks:
         raise UserError(
-            "zero-shot tasks need the whole model in memory: with out_of_core.enabled=true set evaluation.zeroshot.tasks=null"
+            "zero-shot tasks need the whole model in memory: "
+            "with out_of_core.enabled=true set evaluation.zeroshot.tasks=null"
         )
 
 

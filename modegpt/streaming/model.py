@@ -1,6 +1,6 @@
 """A causal language model whose weights stay on disk: a skeleton on the meta device, filled one layer at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ class StreamedModel:
 
     @classmethod
     def open(cls, path: str, *, dtype: str = "auto", device: str = "cpu") -> "StreamedModel":
-        """The model in a local directory (or ``embedded:NAME``), dense or compressed; same dtype as ``load_model`` gives it.
+        """The dense or compressed model in a local directory (or ``embedded:NAME``), in the dtype of ``load_model``.
 
         Raises UserError for what is not a whole local checkpoint of a supported family in safetensors form.
         """
         if not path.startswith(("embedded:", "/", ".", "~")) and not Path(path).exists():
             raise UserError(
-                f"out_of_core reads a local directory and {path} is none; download it first: model=local model.path=DIRECTORY"
+                f"out_of_core reads a local directory and {path} is none; "
+                "download it first: model=local model.path=DIRECTORY"
             )
         with located(path) as source:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -71,7 +72,10 @@ class StreamedModel:
         return tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor
 
     def fingerprint(self) -> str:
-        """What ``fingerprint_weights`` says of the loaded model, in one pass over the files. Raises UserError for NaN or inf in a weight."""
+        """The ``fingerprint_weights`` of the loaded model, in one pass over the files.
+
+        Raises UserError for NaN or inf in a weight.
+        """
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name in sorted(self.sources):
@@ -144,43 +148,57 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, slice]]:
-    """Where each tensor of ``model`` is stored; ``native`` has the maps that ``model``'s family stores as one still fused."""
-    family, tied, expected = family_of(model.config), _tied(model), model.state_dict()
-    fused = (
-        {part: (whole, parts) for whole, parts in family.fused.items() for part in parts} if native is not model else {}
-    )
-    base = f"{model.base_model_prefix}."
+    """Where each tensor of ``model`` is stored.
 
-    def stored(name: str) -> str | None:
-        return next((known for known in (name, name.removeprefix(base)) if known in shards), None)
-
-    def source(name: str) -> tuple[str, slice] | None:
-        path, _, last = name.rpartition(".")
-        for part, (whole, parts) in fused.items():
-            if path.endswith(f".{part}"):
-                layer = path.removesuffix(part)
-                sizes = [len(expected[f"{layer}{member}.{last}"]) for member in parts]
-                start = sum(sizes[: parts.index(part)])
-                found = stored(f"{layer}{whole}.{last}")
-                return None if found is None else (found, slice(start, start + sizes[parts.index(part)]))
-        found = stored(name)
-        return None if found is None else (found, slice(None))
-
-    sources = {name: source(name) for name in expected}
+    ``native`` has the fused maps of the family, which ``model`` has apart. Raises UserError for tensors that are missing
+    or misshapen, and for tied ones that differ.
+    """
+    tied, expected = _tied(model), model.state_dict()
+    fused = _fused_parts(model) if native is not model else {}
+    found = {name: _source(name, model, expected, fused, shards) for name in expected}
     for name, original in tied.items():
-        if sources[name] is not None and sources[original] is not None:
-            if not torch.equal(shards.read(sources[name][0]), shards.read(sources[original][0])):
-                raise UserError(
-                    f"{shards.directory} ties {name} to {original} but stores different values; set tie_word_embeddings to false in its config.json"
-                )
-        sources[name] = sources[original] = sources[original] or sources[name]
-    missing = sorted(name for name, found in sources.items() if found is None)
-    if missing:
+        ours, theirs = found[name], found[original]
+        if ours and theirs and not torch.equal(shards.read(ours[0]), shards.read(theirs[0])):
+            raise UserError(
+                f"{shards.directory} ties {name} to {original} but stores different values; "
+                "set tie_word_embeddings to false in its config.json"
+            )
+        found[name] = found[original] = theirs or ours
+    sources = {name: source for name, source in found.items() if source is not None}
+    if missing := sorted(expected.keys() - sources.keys()):
         raise UserError(
-            f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model"
+            f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: "
+            "incomplete, or not a causal language model"
         )
-    for name, (found, rows) in sources.items():
-        shape, wanted = shards.shape(found), list(expected[name].shape)
+    for name, (stored, rows) in sources.items():
+        shape, wanted = shards.shape(stored), list(expected[name].shape)
         if (shape != wanted and rows == slice(None)) or shape[1:] != wanted[1:]:
-            raise UserError(f"{shards.directory}: {found} is {shape}, but config.json asks for {wanted}")
+            raise UserError(f"{shards.directory}: {stored} is {shape}, but config.json asks for {wanted}")
     return sources
+
+
+def _fused_parts(model: PreTrainedModel) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each map that the family stores inside a fused one: the fused map and all its parts, in order."""
+    fused = family_of(model.config).fused
+    return {part: (whole, tuple(parts)) for whole, parts in fused.items() for part in parts}
+
+
+def _source(
+    name: str,
+    model: PreTrainedModel,
+    expected: Mapping[str, Tensor],
+    fused: Mapping[str, tuple[str, tuple[str, ...]]],
+    shards: Shards,
+) -> tuple[str, slice] | None:
+    """The stored name and rows of tensor ``name``; None where it is missing."""
+    path, _, last = name.rpartition(".")
+    rows = slice(None)
+    for part, (whole, parts) in fused.items():
+        if path.endswith(f".{part}"):
+            layer = path.removesuffix(part)
+            sizes = [len(expected[f"{layer}{member}.{last}"]) for member in parts]
+            start = sum(sizes[: parts.index(part)])
+            name, rows = f"{layer}{whole}.{last}", slice(start, start + sizes[parts.index(part)])
+            break
+    known = (name, name.removeprefix(f"{model.base_model_prefix}."))
+    return next(((stored, rows) for stored in known if stored in shards), None)

@@ -22,10 +22,10 @@ def streamed_perplexity(
     batch_tokens: int,
     progress: Progress,
 ) -> dict[str, float | int]:
-    """``evaluation.perplexity.perplexity``, to the bit, of the model that ``streamed`` holds on disk (``model``: its skeleton).
+    """``evaluation.perplexity.perplexity``, to the bit, of the model that ``streamed`` holds on disk.
 
-    All windows walk through one layer after the other; the model's own forward then runs from the last layer's output. Hidden
-    states of the whole text are held: 1 d_h value a token.
+    All windows walk through one layer after the other; the model's own forward then runs from the last layer's output.
+    Hidden states of the whole text are held: d_h values a token. ``model`` is the skeleton of ``streamed``.
     """
     assert model is streamed.model
     num_windows, batch_size = token_ids.numel() // window, max(1, batch_tokens // window)

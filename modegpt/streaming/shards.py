@@ -29,7 +29,8 @@ class Shards:
                 self.files = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise UserError(
-                f"{directory} has no safetensors weights, which out-of-core compression reads; save the model again with save_pretrained"
+                f"{directory} has no safetensors weights, which out-of-core compression reads; "
+                "save the model again with save_pretrained"
             )
 
     def __contains__(self, name: str) -> bool:

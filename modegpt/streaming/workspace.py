@@ -36,17 +36,19 @@ class Position:
     reports: list[dict[str, Any]] = field(default_factory=list)
 
     def remember(self, generator: torch.Generator) -> None:
+        """Keep the state of ``generator``."""
         self.generator = generator.get_state().numpy().tobytes().hex()
 
     def restore(self, generator: torch.Generator) -> None:
+        """Put ``generator`` into the state that was kept."""
         generator.set_state(torch.frombuffer(bytearray.fromhex(self.generator), dtype=torch.uint8))
 
 
 class Workspace:
     """``<destination>.partial-<key>``: the growing checkpoint, the hidden states and the position of one run.
 
-    The key is the hash of everything that decides the result, so runs with other settings never meet. One process at a time
-    holds it; the lock goes with the process, however that ends.
+    The key is the hash of everything that decides the result, so runs with other settings never meet. One process at a
+    time holds it; the lock goes with the process, however that ends.
 
     Raises:
         UserError: another process works there, or the folder is another run's.

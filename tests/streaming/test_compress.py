@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from modegpt.streaming.shards import Shards
 from tests.models.family_table import CONFIGS, tokens
 from tests.streaming.streamed_task import compress_out_of_core, save_dense, task_on
 
+UNIFORM = Uniform()
 
-def paper(allocation: Policy = Uniform(), **changes) -> MoDeGPT:
+
+def paper(allocation: Policy = UNIFORM, **changes: Any) -> MoDeGPT:
     return MoDeGPT(
         **{
             "mlp": MLPNystrom(),

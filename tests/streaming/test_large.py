@@ -1,4 +1,7 @@
-"""A 1.3B-shaped checkpoint (bf16, 2.7 GB on disk) compressed by the main job in under 4 GiB: minutes, so ``make test-slow`` alone runs it."""
+"""A 1.3B-shaped checkpoint (bf16, 2.7 GB on disk) compressed by the main job in under 4 GiB.
+
+It takes minutes, so ``make test-slow`` alone runs it.
+"""
 
 import json
 import os

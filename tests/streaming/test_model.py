@@ -91,17 +91,17 @@ def test_refusals_name_the_cause(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="download it first"):
         StreamedModel.open("someone/model")
-    with pytest.raises(UserError, match="lacks 1 of its tensors, first model.norm.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 of its tensors, first model\.norm\.weight"):
         StreamedModel.open(
             with_tensors("missing", {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
         )
-    with pytest.raises(UserError, match="ties lm_head.weight"):
+    with pytest.raises(UserError, match=r"ties lm_head\.weight"):
         StreamedModel.open(
             with_tensors("untied", tensors | {"lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])})
         )
     with pytest.raises(UserError, match=r"model.norm.weight is \[3\]"):
         StreamedModel.open(with_tensors("misshapen", tensors | {"model.norm.weight": torch.zeros(3)}))
-    with pytest.raises(UserError, match="weight model.norm.weight holds NaN"):
+    with pytest.raises(UserError, match=r"weight model\.norm\.weight holds NaN"):
         StreamedModel.open(
             with_tensors("broken", tensors | {"model.norm.weight": tensors["model.norm.weight"] * torch.nan})
         ).fingerprint()

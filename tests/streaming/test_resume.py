@@ -29,7 +29,7 @@ def kill() -> None:
 
 
 def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after: bool) -> None:
-    """Patch ``owner.name``, in a process that is to die, to kill it before or after the call for which ``moment`` is true."""
+    """Let a process die before or after the call of ``owner.name`` for which ``moment`` is true."""
     original = getattr(owner, name)
 
     def dying(*args, **kwargs):

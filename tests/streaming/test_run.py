@@ -18,9 +18,15 @@ from modegpt.run import run
 from modegpt.streaming.job import OutOfCore
 from tests.processes import CLEAN
 from tests.streaming.test_resume import killed_when
-from tests.test_run import results, small  # noqa: F401 - a fixture
+from tests.test_run import small
 
 OUT_OF_CORE = OutOfCoreConfig(enabled=True)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "results"
 
 
 def perplexity_alone(folder: Path) -> EvaluationSpec:
