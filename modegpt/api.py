@@ -132,8 +132,8 @@ def compress(
         )
         with _evaluating(model):
             compressed, report = _compressed(config, unfused(model), tokenizer, documents, Progress(quiet))
-    smaller = compressed.model
-    smaller.modegpt_report, smaller.modegpt_files = report | {"options": options}, compressed.files
+    smaller, report["model"]["path"], report["options"] = compressed.model, _hub_name(model), options
+    smaller.modegpt_report, smaller.modegpt_files = report, compressed.files
     return smaller
 
 
@@ -292,6 +292,12 @@ def _config(
     return settled(config, device=model.device, model_config=model.config)
 
 
+def _hub_name(model: PreTrainedModel) -> str | None:
+    """The name of ``model`` on the hub; None for one of a local directory, whose place is nobody else's business."""
+    path = str(getattr(model.config, "_name_or_path", ""))
+    return path if "/" in path and not path.startswith(("/", ".", "~")) and not Path(path).exists() else None
+
+
 def _named(choice: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"name": choice} if isinstance(choice, str) else dict(choice)
 
@@ -336,7 +342,7 @@ def _compressed(
     with meter.stage("compression"):
         compressed = InMemory(model).compress(method, task)
     return compressed, {
-        "model": {"name": model_name(config), "path": config.model.path} | model_facts(model),
+        "model": {"name": model_name(config)} | model_facts(model),
         "calibration": calibration_facts(tokens, source=documents.source, seed=wanted.seed)
         | {"batch_size": wanted.batch_size, "precision": wanted.precision},
         "compression": compression_facts(

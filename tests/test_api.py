@@ -1,5 +1,6 @@
 """The public Python API: what it returns, saves and loads again, and what it refuses."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def test_the_compressed_model_has_its_report(dense: PreTrainedModel, tokenizer: 
     assert report["compression"]["target_sparsity"] == 0.4 and report["compression"]["method"] == "modegpt"
     assert report["calibration"]["source"] == "texts" and report["calibration"]["num_tokens"] == 512
     assert report["model"]["num_parameters"] == dense.num_parameters()
+    assert report["model"]["name"] == "tiny-llama" and report["model"]["path"] is None, "no path of this machine"
     assert [layer["ranks"]["mlp"] for layer in report["compression"]["layers"]] == model.config.intermediate_sizes
 
 
@@ -134,8 +136,17 @@ def test_scores_in_the_report_go_into_the_card(smaller: PreTrainedModel, tokeniz
     smaller.modegpt_report = report | {"metrics": {"compressed": scores}}
     smaller.save_pretrained(tmp_path)
     smaller.modegpt_report = report
-    value = scores["perplexity"]["ppl_texts_128"]["value"]
-    assert f"| ppl_texts_128 |  | {value:.4f} |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    value, card = scores["perplexity"]["ppl_texts_128"]["value"], (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| ppl_texts_128 |  | {value:.4f} |" in card and "base_model" not in card
+
+
+def test_the_card_names_the_model_on_the_hub(dense: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    model = copy.deepcopy(dense)
+    model.config._name_or_path = "someone/tiny"
+    smaller = modegpt.compress(model, tokenizer, TEXTS, method="random", **SMALL)
+    smaller.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "\nbase_model: someone/tiny\n" in card and "| dense model | tiny |" in card
 
 
 def test_a_pushed_model_has_the_same_files(

@@ -282,6 +282,6 @@ def test_activations_that_are_not_finite_name_their_layer(results: Path) -> None
     model = damaged(results, lambda tensors: tensors["model.layers.3.mlp.down_proj.weight"].fill_(3e38))
     with pytest.raises(UserError, match="decoder layer 3"):
         run(small(results, model=model), command="modegpt")
-    with pytest.raises(UserError, match="NaN|inf"):
+    with pytest.raises(UserError, match=r"NaN|inf"):
         run(small(results, model=model, method={"name": "dense"}), command="modegpt")
     assert not list(results.glob("**/record.json"))

@@ -1,9 +1,9 @@
 """The store: one directory a run, one write-once ``record.json`` in it.
 
-``<root>/<experiment>/<slug of the name>-<first 8 of the identity>/record.json``; a run that failed leaves ``error.json``
-there instead, which holds no number and disappears when the run succeeds. Files appear whole or not at all: they are
-written and synced under ``<root>/.partial`` and then linked to their place, which fails if the place is taken, so
-concurrent writers need no lock and a kill at any moment leaves either nothing or everything.
+``<root>/<experiment>/<slug of the name>-<first 8 of the identity>/record.json``; a run that failed leaves
+``error.json`` there instead, which holds no number and disappears when the run succeeds. Files appear whole or not at
+all: they are written and synced under ``<root>/.partial`` and then linked to their place, which fails if the place is
+taken, so concurrent writers need no lock and a kill at any moment leaves either nothing or everything.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ RECORD, ERROR, PARTIAL = "record.json", "error.json", ".partial"
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of ``value``: sorted keys, no spaces. Raises UserError for NaN, inf and what JSON cannot hold."""
+    """The one JSON text of ``value``, see ``canonical_json``. Raises UserError for NaN and what JSON cannot hold."""
     for problem in json_problems(value):
         raise UserError(problem)
     return canonical_json(value)

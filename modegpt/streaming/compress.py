@@ -153,7 +153,7 @@ class StreamedCompression:
         self.workspace.write(named, shard=index + 1, num_shards=self._num_shards)
 
     def _outer_shards(self) -> dict[int, list[str]]:
-        """Names of the tensors outside the layers, by shard: those before the layers in the first, the rest in the last."""
+        """Names of the tensors outside the layers by shard: the first has what is before them, the last the rest."""
         names = list(self.streamed.sources)
         first = next(index for index, name in enumerate(names) if name.startswith(self.streamed.layers_prefix))
         outer = [name for name in self.streamed.outer_names(head=True) if name not in self.streamed.tied]

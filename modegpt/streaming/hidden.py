@@ -49,7 +49,7 @@ def write_batch(directory: Path, index: int, value: Tensor) -> None:
 
 
 def embedded(streamed: StreamedModel, tokens: Tensor, *, batch_size: int, directory: Path | None) -> HiddenStates:
-    """The batches of ``tokens`` (num_samples, sequence_length) in front of layer 0: in memory, or in files of ``directory``."""
+    """The batches of ``tokens`` (num_samples, sequence_length) in front of layer 0, in memory or in ``directory``."""
     num_batches = -(-len(tokens) // batch_size)
     batches = [None] * num_batches if directory is None else DiskBatches(None, directory, num_batches, streamed.device)
     arguments: list[dict] = [{} for _ in range(streamed.model.config.num_hidden_layers)]

@@ -150,8 +150,8 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) -> dict[str, tuple[str, slice]]:
     """Where each tensor of ``model`` is stored.
 
-    ``native`` has the fused maps of the family, which ``model`` has apart. Raises UserError for tensors that are missing
-    or misshapen, and for tied ones that differ.
+    ``native`` has the fused maps of the family, which ``model`` has apart. Raises UserError for tensors that are
+    missing or misshapen, and for tied ones that differ.
     """
     tied, expected = _tied(model), model.state_dict()
     fused = _fused_parts(model) if native is not model else {}

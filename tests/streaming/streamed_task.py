@@ -38,7 +38,7 @@ def task_on(model: PreTrainedModel, sparsity: float = 0.3) -> CompressionTask:
 def compress_out_of_core(
     method: MoDeGPT, dense: Path, destination: Path, *, on_disk: bool = False
 ) -> tuple[Compressed, Path, int]:
-    """Compress the checkpoint in ``dense``; returns the result, the workspace's checkpoint, the layers found finished."""
+    """Compress the checkpoint in ``dense``; returns the result, its checkpoint, and the layers found finished."""
     streamed = StreamedModel.open(str(dense))
     workspace = Workspace(destination, "0" * 12, {})
     job = StreamedCompression(method, task_on(streamed.model), streamed, workspace, on_disk=on_disk)
