@@ -115,10 +115,8 @@ def compress(
         0.3
     """
     with _plain_names():
-        model, tokenizer = _opened(model, tokenizer)
-        documents = _documents(texts, split="calibration")
         config = _config(
-            model,
+            model if isinstance(model, str | Path) else _path(model) or type(model).__name__,
             sparsity=sparsity,
             method=method,
             calibration=CalibrationConfig(
@@ -130,9 +128,15 @@ def compress(
             ),
             options=options,
         )
+        if make_method(config) is None:  # which refuses wrong options before anything is loaded
+            raise UserError("method=dense compresses nothing; modegpt.evaluate scores a dense model")
+        documents = _documents(texts, split="calibration")
+        model, tokenizer = _opened(model, tokenizer)
+        config = settled(config, device=model.device, model_config=model.config)
         with _evaluating(model):
             compressed, report = _compressed(config, unfused(model), tokenizer, documents, Progress(quiet))
-    smaller, report["model"]["path"], report["options"] = compressed.model, _hub_name(model), options
+        report["model"]["path"], report["options"] = _hub_name(model), options
+    smaller = compressed.model
     smaller.modegpt_report, smaller.modegpt_files = report, compressed.files
     return smaller
 
@@ -143,7 +147,7 @@ def evaluate(
     texts: Texts | None = None,
     *,
     tasks: Sequence[str] | str | None = None,
-    windows: Sequence[int] | str = "auto",
+    windows: Sequence[int] | int | str = "auto",
     batch_tokens: int = 4096,
     batch_size: int = 32,
     limit: int | None = None,
@@ -184,7 +188,7 @@ def evaluate(
         spec = EvaluationSpec(
             PerplexitySpec(
                 source=documents and documents.source,
-                windows=windows if isinstance(windows, str) else list(windows),
+                windows=windows if isinstance(windows, str | int) else list(windows),
                 batch_tokens=batch_tokens,
             ),
             ZeroShotSpec(tasks=names, data_path=data_path, batch_size=batch_size, limit=limit),
@@ -259,7 +263,7 @@ def _documents(texts: Texts, *, split: str) -> Documents:
 
 
 def _config(
-    model: PreTrainedModel,
+    path: str | Path,
     *,
     sparsity: float,
     method: str,
@@ -267,7 +271,7 @@ def _config(
     options: Mapping[str, Any],
 ) -> RunConfig:
     """The main job's configuration of the same compression."""
-    name, rest = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__, dict(options)
+    rest = dict(options)
     ranks = {option: rest.pop(option) for option in RANKS if option in rest}
     for option, cls in (("module_sparsity", ModuleSparsity), ("rank_multiple", RankMultiple)):
         if option in ranks:
@@ -280,21 +284,25 @@ def _config(
         allocation = _named(rest.pop("allocation", "entropic"))
         if rest:
             raise unknown_key(sorted(rest)[0], [*PAPER, "allocation", *RANKS, *KEYWORDS])
-    config = RunConfig(
+    return RunConfig(
         seed=calibration.seed,
-        model=ModelConfig(name=name, path=name),
+        model=ModelConfig(name=str(path), path=str(path)),
         method={"name": method} | rest,
         decomposition=DecompositionConfig(**decomposition),
         allocation=allocation,
         calibration=calibration,
         compression=CompressionConfig(sparsity=sparsity, **ranks),
     )
-    return settled(config, device=model.device, model_config=model.config)
+
+
+def _path(model: Any) -> str:
+    """Where ``model`` was loaded from; empty where it was made otherwise."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def _hub_name(model: PreTrainedModel) -> str | None:
     """The name of ``model`` on the hub; None for one of a local directory, whose place is nobody else's business."""
-    path = str(getattr(model.config, "_name_or_path", ""))
+    path = _path(model)
     return path if "/" in path and not path.startswith(("/", ".", "~")) and not Path(path).exists() else None
 
 
@@ -317,8 +325,7 @@ def _compressed(
 ) -> tuple[Compressed, dict[str, Any]]:
     """``model`` compressed as ``config`` says, and the report of it."""
     wanted, method, meter = config.calibration, make_method(config), CostMeter()
-    if method is None:
-        raise UserError("method=dense compresses nothing; modegpt.evaluate scores a dense model")
+    assert method is not None
     tokens = draw_tokens(
         documents,
         tokenizer,
