@@ -5,12 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.hub import PushToHubMixin
 
 import modegpt
 from modegpt.config import CalibrationConfig, DecompositionConfig, ModelConfig, OutputConfig, RunConfig, TrackingConfig
@@ -154,23 +154,17 @@ def test_a_pushed_model_has_the_same_files(
 ) -> None:
     pushed: dict[str, bytes] = {}
 
-    def upload(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        pushed.update({path.name: path.read_bytes() for path in Path(working_dir).iterdir() if path.is_file()})
-        return repo_id
-
     class Hub:
         def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-            return type("Repository", (), {"repo_id": repo_id})
+            return SimpleNamespace(repo_id=repo_id)
 
-    class Generic:
-        def save(self, path: str) -> None:
-            Path(path).write_text("a generated card")
+        def create_commit(self, *, operations: list[Any], **kwargs: Any) -> None:
+            pushed.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
 
+    generic = SimpleNamespace(save=lambda path: Path(path).write_text("a generated card"))
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: Generic())
-    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", lambda *_, **__: pytest.fail("the network was used"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: generic)
     smaller.save_pretrained(tmp_path)
-    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
     smaller.push_to_hub("someone/smaller")
     for name in ("README.md", "modegpt_report.json", "config.json", "model.safetensors", "modeling_modegpt.py"):
         assert pushed[name] == (tmp_path / name).read_bytes(), name
