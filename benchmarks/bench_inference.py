@@ -17,7 +17,7 @@ from bench_compression import llama_config
 from matplotlib.figure import Figure
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from modegpt.allocation.allocate import entropic_cap
+from modegpt.allocation.policies import entropic_cap
 from modegpt.allocation.ranks import integer_ranks
 from modegpt.errors import exit_status
 from modegpt.evaluation.spec import Workload

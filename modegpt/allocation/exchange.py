@@ -1,13 +1,15 @@
 """Splitting one parameter budget over modules and layers by what each rank costs."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from modegpt.allocation.ranks import ModuleBudget, RankPlan, is_free, removed_parameters
 
 
 def allowed_ranks(module: ModuleBudget, cap: float) -> list[int]:
     """The ranks a module may have, descending from its full size, none removing more than the share ``cap``."""
-    ranks, rank = [], module.size
+    ranks: list[int] = []
+    rank: int | None = module.size
     while rank is not None and module.size - rank <= cap * module.size:
         ranks.append(rank)
         rank = module.move(rank, -1)
@@ -36,10 +38,10 @@ def exchange(
 ) -> RankPlan:
     """Ranks that remove as much as ``start`` aims at for the least summed cost.
 
-    costs[layer][module][k]: cost of removing k of the module's dims (k = 0 ... size), of free modules; those that are not free, and layers without
-    costs, keep the ranks of ``start``. Steps are taken where the convex hull of cost over parameters is flattest, which is
-    the optimum of the Lagrangian; then single units move, the cheapest a parameter first, until the total is within half the
-    smallest step of the target. No module loses more than the share ``cap``.
+    costs[layer][module][k]: cost of removing k of the module's dims (k = 0 ... size), of free modules; those that are
+    not free, and layers without costs, keep the ranks of ``start``. Steps are taken where the convex hull of cost over
+    parameters is flattest, which is the optimum of the Lagrangian; then single units move, the cheapest a parameter
+    first, until the total is within half the smallest step of the target. No module loses more than the share ``cap``.
     """
     ranks = [dict(of_layer) for of_layer in start.ranks]
     free = {
@@ -63,7 +65,7 @@ def exchange(
         allowed = allowed_ranks(module, cap)
         points = [(module.removed(rank), costs[index][name][module.size - rank]) for rank in allowed]
         corners = hull(points)
-        for one, two in zip(corners, corners[1:]):
+        for one, two in pairwise(corners):
             slope = (points[two][1] - points[one][1]) / (points[two][0] - points[one][0])
             segments.append((slope, index, name, allowed[one : two + 1]))
     segments.sort(key=lambda segment: segment[0])
@@ -87,7 +89,7 @@ def _settle(
     ranks: list[dict[str, int]],
     budget: float,
     free: Mapping[tuple[int, str], ModuleBudget],
-    costs,
+    costs: Sequence[Mapping[str, Sequence[float]]],
     *,
     cap: float,
     tolerance: float,

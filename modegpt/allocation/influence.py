@@ -12,7 +12,8 @@ CACHED_ROWS = 128
 class BlockInfluence:
     """Streaming ``s = 1 - mean cos(x_in, x_out)`` over the tokens of one layer.
 
-    Source: block influence of ShortGPT, as used by MoDeGPT (arXiv 2408.09632) for its allocation. Cosines and sum in float64.
+    Source: block influence of ShortGPT, as used by MoDeGPT (arXiv 2408.09632) for its allocation. Cosines and sum in
+    float64.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class BlockInfluence:
         assert x_in.shape == x_out.shape, (x_in.shape, x_out.shape)
         size = x_in.shape[-1]
         num_rows = CACHED_ROWS if x_in.device.type == "cpu" else x_in.numel() // size
-        pairs = zip(x_in.reshape(-1, size).split(num_rows), x_out.reshape(-1, size).split(num_rows), strict=True)
+        pairs = zip(*(torch.split(x.reshape(-1, size), num_rows) for x in (x_in, x_out)), strict=True)
         cosines = torch.cat(
             [torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300) for a, b in pairs]
         )

@@ -1,44 +1,138 @@
-"""Allocation policies by name: each turns block influence into one sparsity a layer at the wanted mean."""
+"""Sparsity per layer at an exact mean: the allocation policies by name, and their maths.
 
+``sparsity`` is the share removed. Source: MoDeGPT (arXiv 2408.09632), global sparsity allocation.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 
-from modegpt.allocation import allocate
 from modegpt.errors import UserError
 
 
+def entropic(
+    influence: Sequence[float], sparsity: float, *, epsilon: float, cap: float, weights: Sequence[float] | None = None
+) -> list[float]:
+    """Entropic allocation: ``phi_l = min(cap, c exp(-s_l / epsilon))`` with c such that the mean is ``sparsity``.
+
+    It maximises ``sum w_l (s_l (1 - phi_l) - epsilon phi_l log phi_l)`` at that mean under ``phi_l <= cap``. While no
+    layer reaches the cap it is the paper's ``L sparsity softmax(-s / epsilon)``; the cap and the redistribution of what
+    it holds back are ours. The mean is met to 1e-12.
+
+    Args:
+        influence: s, one finite number a layer.
+        sparsity: the mean to meet, in [0, 1).
+        epsilon: the temperature; the larger, the more uniform.
+        cap: the largest share a layer may lose, in [sparsity, 1).
+        weights: the layers' parameter counts, by which the mean is weighted; equal by default.
+
+    Raises:
+        UserError: an input out of range.
+    """
+    check_sparsity(sparsity)
+    if not epsilon > 0:
+        raise UserError(f"allocation: epsilon must be positive, got {epsilon}")
+    if not sparsity <= cap < 1:
+        raise UserError(f"allocation: cap must be at least the sparsity {sparsity} and below 1, got {cap}")
+    weights = check_layers(influence, weights)
+    phi = [0.0] * len(influence)
+    free = list(range(len(influence)))
+    budget = sparsity * math.fsum(weights)
+    while free:
+        nearest = min(influence[layer] for layer in free)
+        share = {layer: math.exp((nearest - influence[layer]) / epsilon) for layer in free}
+        level = budget / math.fsum(weights[layer] * share[layer] for layer in free)
+        capped = [layer for layer in free if level * share[layer] > cap]
+        if not capped:
+            for layer in free:
+                phi[layer] = level * share[layer]
+            break
+        for layer in capped:
+            phi[layer] = cap
+        budget = max(0.0, budget - cap * math.fsum(weights[layer] for layer in capped))
+        free = [layer for layer in free if layer not in capped]
+    return phi
+
+
+def epsilon_for_cap(
+    influence: Sequence[float], sparsity: float, *, cap: float, weights: Sequence[float] | None = None
+) -> float:
+    """The epsilon at which the most compressed layer of the uncapped entropic allocation just meets ``cap``.
+
+    Found by bisection; the arguments are those of ``entropic``. Raises UserError where no epsilon does: the whole
+    budget in the least influential layers stays under the cap.
+    """
+    check_sparsity(sparsity)
+    if not sparsity < cap < 1:
+        raise UserError(f"allocation: cap must lie between the sparsity {sparsity} and 1, got {cap}")
+    weights = check_layers(influence, weights)
+    lowest = min(influence)
+
+    def most_compressed(epsilon: float) -> float:
+        shares = [w * math.exp((lowest - s) / epsilon) for w, s in zip(weights, influence, strict=True)]
+        return sparsity * math.fsum(weights) / math.fsum(shares)
+
+    # bracket: most_compressed falls from its limit at epsilon -> 0 to `sparsity` at infinity
+    limit = sparsity * math.fsum(weights) / math.fsum(w for w, s in zip(weights, influence, strict=True) if s == lowest)
+    if limit <= cap:
+        raise UserError(
+            f"allocation: no epsilon brings a layer to the cap {cap} at sparsity {sparsity} (at most {limit:.4g}); "
+            "lower the cap or give epsilon"
+        )
+    low = high = max(max(influence) - lowest, 1e-12)
+    while most_compressed(high) > cap:
+        high *= 2
+    while most_compressed(low) < cap:
+        low /= 2
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if most_compressed(middle) > cap else (low, middle)
+    return high
+
+
+def entropic_cap(
+    influence: Sequence[float], sparsity: float, *, cap: float, weights: Sequence[float] | None = None
+) -> list[float]:
+    """Entropic allocation whose most compressed layer just meets ``cap``; see ``epsilon_for_cap``."""
+    epsilon = epsilon_for_cap(influence, sparsity, cap=cap, weights=weights)
+    return entropic(influence, sparsity, epsilon=epsilon, cap=cap, weights=weights)
+
+
+def check_sparsity(sparsity: float, where: str = "allocation") -> None:
+    """UserError unless sparsity is in [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"{where}: sparsity must be in [0, 1), got {sparsity}")
+
+
+def check_layers(influence: Sequence[float], weights: Sequence[float] | None) -> Sequence[float]:
+    """The layer weights, equal by default, after checking lengths and values."""
+    if not len(influence) or not all(math.isfinite(s) for s in influence):
+        raise UserError("allocation: the influence of every layer must be a finite number")
+    if weights is None:
+        return [1.0] * len(influence)
+    if len(weights) != len(influence):
+        raise UserError(f"allocation: {len(weights)} layer weights given for {len(influence)} layers")
+    if not all(w > 0 and math.isfinite(w) for w in weights):
+        raise UserError("allocation: every layer weight must be positive and finite")
+    return weights
+
+
 class Policy(Protocol):
-    """``influence`` (L,) is None where ``needs_influence`` is False. ``sparsity``: the mean to meet."""
+    """From block influence (L,) to one sparsity a layer whose mean is ``sparsity``.
+
+    ``influence`` is None where ``needs_influence`` is False.
+    """
 
     needs_influence: ClassVar[bool]
 
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
-    ) -> list[float]: ...
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The range of the entropic policies' options."""
-
-    epsilon: float = 0.1
-    cap: float = 0.8
-    needs_influence: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon < float("inf"):
-            raise UserError(
-                f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation"
-            )
-        check_cap(self.cap)
-
-
-def check_cap(cap: float) -> None:
-    if not 0 < cap < 1:
-        raise UserError(f"allocation.cap={cap} must lie between 0 and 1: it is the largest share a layer may lose")
+    ) -> list[float]:
+        """Allocate ``sparsity``; ``generator`` decides what is random."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +144,9 @@ class Uniform:
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
     ) -> list[float]:
-        return allocate.uniform(num_layers, sparsity)
+        """See ``Policy``."""
+        check_sparsity(sparsity)
+        return [sparsity] * num_layers
 
 
 @dataclass(frozen=True)
@@ -63,17 +159,39 @@ class Explicit:
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
     ) -> list[float]:
-        return allocate.explicit(self.values, num_layers)
+        """See ``Policy``."""
+        if len(self.values) != num_layers:
+            raise UserError(f"explicit allocation: {len(self.values)} sparsities given for {num_layers} layers")
+        for index, value in enumerate(self.values):
+            check_sparsity(value, where=f"explicit allocation, layer {index}")
+        return [float(value) for value in self.values]
 
 
 @dataclass(frozen=True)
-class Entropic(Softmax):
+class Entropic:
     """The paper's: ``L phi softmax(-s / epsilon)``, capped, the rest redistributed."""
+
+    epsilon: float = 0.1
+    cap: float = 0.8
+    needs_influence: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < float("inf"):
+            raise UserError(
+                f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation"
+            )
+        check_cap(self.cap)
 
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
     ) -> list[float]:
-        return allocate.entropic(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
+        """See ``Policy``."""
+        assert influence is not None
+        return entropic(self.seen(influence, generator), sparsity, epsilon=self.epsilon, cap=self.cap)
+
+    def seen(self, influence: Sequence[float], generator: torch.Generator) -> Sequence[float]:
+        """The influence that is allocated by; controls change it."""
+        return influence
 
 
 @dataclass(frozen=True)
@@ -89,27 +207,34 @@ class EntropicCap:
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
     ) -> list[float]:
-        return allocate.entropic_cap(influence, sparsity, cap=self.cap)
+        """See ``Policy``."""
+        assert influence is not None
+        return entropic_cap(influence, sparsity, cap=self.cap)
 
 
 @dataclass(frozen=True)
-class Inverse(Softmax):
-    """Control: entropic on the negated influence."""
+class Inverse(Entropic):
+    """Control: the entropic allocation of ``-influence``, which removes most from the most influential layers."""
 
-    def __call__(
-        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
-    ) -> list[float]:
-        return allocate.inverse(influence, sparsity, epsilon=self.epsilon, cap=self.cap)
+    def seen(self, influence: Sequence[float], generator: torch.Generator) -> Sequence[float]:
+        """Negated."""
+        return [-s for s in influence]
 
 
 @dataclass(frozen=True)
-class Random(Softmax):
-    """Control: the entropic sparsities in random order."""
+class Random(Entropic):
+    """Control: the entropic allocation of the influences in random order, the same spread on other layers."""
 
-    def __call__(
-        self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
-    ) -> list[float]:
-        return allocate.random(influence, sparsity, epsilon=self.epsilon, cap=self.cap, generator=generator)
+    def seen(self, influence: Sequence[float], generator: torch.Generator) -> Sequence[float]:
+        """Shuffled."""
+        order = torch.randperm(len(influence), generator=generator, device=generator.device).tolist()
+        return [influence[layer] for layer in order]
+
+
+def check_cap(cap: float) -> None:
+    """UserError unless cap is in (0, 1)."""
+    if not 0 < cap < 1:
+        raise UserError(f"allocation.cap={cap} must lie between 0 and 1: it is the largest share a layer may lose")
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modegpt.allocation.allocate import check_sparsity
+from modegpt.allocation.policies import check_sparsity
 from modegpt.errors import UserError
 
 BUDGETS = ("exact", "nearest")
@@ -14,8 +14,9 @@ BUDGETS = ("exact", "nearest")
 class ModuleBudget:
     """One module of one layer as the budget sees it.
 
-    size: its full inner size. unit: granularity of the kept rank (2 for rotary pairs, times any rank multiple); the full size is
-    always allowed, whether or not the unit divides it. parameters_per_dimension: weights removed with each dimension.
+    size: its full inner size. unit: granularity of the kept rank (2 for rotary pairs, times any rank multiple); the
+    full size is always allowed, whether or not the unit divides it. parameters_per_dimension: weights removed with each
+    dimension.
     sparsity: its own target instead of the layer's. frozen: left at full size.
     """
 
@@ -37,13 +38,18 @@ class ModuleBudget:
 
     @property
     def parameters(self) -> int:
+        """Weights at full size."""
         return self.size * self.parameters_per_dimension
 
     def removed(self, rank: int) -> int:
+        """Weights removed at ``rank``."""
         return (self.size - rank) * self.parameters_per_dimension
 
     def nearest_rank(self, removed: float) -> int:
-        """The allowed rank (a multiple of the unit, or the full size) that removes closest to ``removed`` parameters; 0 if none."""
+        """The allowed rank that removes closest to ``removed`` parameters: a multiple of the unit or the full size.
+
+        0 where less than half a unit should stay; that rank is nobody's to keep.
+        """
         wanted = min(self.size - removed / self.parameters_per_dimension, float(self.size))
         rank = min(round(wanted / self.unit), self.size // self.unit) * self.unit
         return self.size if self.size - wanted < abs(wanted - rank) else max(rank, 0)
@@ -68,7 +74,8 @@ class RankPlan:
 def free_sparsity(sparsity: float, layers: Sequence[Mapping[str, ModuleBudget]]) -> float:
     """Mean sparsity the free modules must reach for the whole to reach ``sparsity``.
 
-    Frozen modules remove nothing and overridden ones remove their own share. Raises UserError where that is out of [0, 1).
+    Frozen modules remove nothing and overridden ones remove their own share.
+    Raises UserError where that is out of [0, 1).
     """
     check_sparsity(sparsity)
     modules = [module for layer in layers for module in layer.values()]
@@ -78,18 +85,20 @@ def free_sparsity(sparsity: float, layers: Sequence[Mapping[str, ModuleBudget]])
     needed = wanted / free if free else math.inf if wanted > 0 else 0.0
     if not 0 <= needed < 1:
         raise UserError(
-            f"sparsity {sparsity} is out of reach: the modules that are neither frozen nor given their own sparsity would need {needed:.4g}"
+            f"sparsity {sparsity} is out of reach: the modules that are neither frozen nor given their own sparsity "
+            f"would need {needed:.4g}"
         )
     return needed
 
 
 def is_free(module: ModuleBudget) -> bool:
+    """Whether the module takes part in the common budget: neither frozen nor given a sparsity of its own."""
     return not module.frozen and module.sparsity is None
 
 
 def own_sparsity(module: ModuleBudget) -> float:
     """The share a module that is not free removes."""
-    return 0.0 if module.frozen else module.sparsity
+    return 0.0 if module.frozen or module.sparsity is None else module.sparsity
 
 
 def integer_ranks(
@@ -97,23 +106,28 @@ def integer_ranks(
 ) -> RankPlan:
     """Kept ranks per layer and module.
 
-    sparsities (L,): share to remove from the free modules of each layer; layers (L,): module name to ModuleBudget. Modules with their
-    own sparsity are rounded to it, frozen ones stay full, and neither compensates for the others; nor does a layer at sparsity 0.
-    budget="exact": within a layer, modules are rounded from the coarsest parameter step to the finest, which absorbs the layer's
-    remainder; then single units move, where a layer's own deviation grows least, until the total is within half the smallest
-    step of the target. budget="nearest": every module rounds ``(1 - phi) size`` on its own (METHOD.md's k).
-    Raises UserError for a sparsity out of [0, 1), unequal lengths, or a rank that would reach zero (layer and module named).
+    sparsities (L,): share to remove from the free modules of each layer; layers (L,): module name to ModuleBudget.
+    Modules with their own sparsity are rounded to it, frozen ones stay full, and neither compensates for the others;
+    nor does a layer at sparsity 0. budget="exact": within a layer, modules are rounded from the coarsest parameter step
+    to the finest, which absorbs the layer's remainder; then single units move, where a layer's own deviation grows
+    least, until the total is within half the smallest step of the target. budget="nearest": every module rounds
+    ``(1 - phi) size`` on its own (the k of docs/method.md).
+    Raises UserError for a sparsity out of [0, 1), unequal lengths, or a rank that would reach zero (layer and module
+    named).
     """
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     if len(sparsities) != len(layers):
         raise UserError(f"{len(sparsities)} layer sparsities given for {len(layers)} layers")
-    ranks = [layer_ranks(index, phi, layer, budget) for index, (phi, layer) in enumerate(zip(sparsities, layers))]
-    targets = [layer_target(phi, layer) for phi, layer in zip(sparsities, layers)]
+    ranks = [
+        layer_ranks(index, phi, layer, budget)
+        for index, (phi, layer) in enumerate(zip(sparsities, layers, strict=True))
+    ]
+    targets = [layer_target(phi, layer) for phi, layer in zip(sparsities, layers, strict=True)]
     if budget == "exact":
         settle(ranks, targets, sparsities, layers)
     total = sum(module.parameters for layer in layers for module in layer.values())
-    removed = sum(removed_parameters(kept, layer) for kept, layer in zip(ranks, layers))
+    removed = sum(removed_parameters(kept, layer) for kept, layer in zip(ranks, layers, strict=True))
     return RankPlan(ranks=ranks, target=math.fsum(targets) / total, achieved=removed / total)
 
 
@@ -123,11 +137,13 @@ def layer_target(phi: float, layer: Mapping[str, ModuleBudget]) -> float:
 
 
 def removed_parameters(ranks: Mapping[str, int], layer: Mapping[str, ModuleBudget]) -> int:
+    """Weights removed from a layer whose modules keep ``ranks``."""
     return sum(module.removed(ranks[name]) for name, module in layer.items())
 
 
 def layer_ranks(index: int, phi: float, layer: Mapping[str, ModuleBudget], budget: str) -> dict[str, int]:
-    """Ranks of one layer, the finest free module (of equals the largest) absorbing what the others leave (budget="exact")."""
+    """Ranks of one layer, the finest free module (of equals the largest) absorbing what the others leave
+    (budget="exact")."""
     check_sparsity(phi, where=f"layer {index}")
     free = [name for name, module in layer.items() if is_free(module)]
     free.sort(key=lambda name: (-layer[name].step, layer[name].parameters))
@@ -142,7 +158,9 @@ def layer_ranks(index: int, phi: float, layer: Mapping[str, ModuleBudget], budge
         if budget == "exact" and name == free[-1]:
             ranks[name] = max(module.nearest_rank(remaining), min(module.unit, module.size))
         elif budget == "exact" and module.removed(ranks[name]) > remaining:
-            ranks[name] = module.move(ranks[name], 1)  # else a finer module would have to grow beyond its size
+            larger = module.move(ranks[name], 1)
+            assert larger is not None, "a module that removes too much is not at its full size"
+            ranks[name] = larger  # else a finer module would have to grow beyond its size
         remaining -= module.removed(ranks[name])
     return {name: ranks[name] for name in layer}
 
@@ -152,8 +170,8 @@ def nonzero(index: int, name: str, module: ModuleBudget, removed: float) -> int:
     rank = module.nearest_rank(removed)
     if rank == 0:
         raise UserError(
-            f"layer {index}, {name}: removing {removed / module.parameters:.1%} of {module.size} dimensions leaves a rank of zero "
-            f"(granularity {module.unit}); lower the sparsity, the cap or the rank multiple"
+            f"layer {index}, {name}: removing {removed / module.parameters:.1%} of {module.size} dimensions leaves a "
+            f"rank of zero (granularity {module.unit}); lower the sparsity, the cap or the rank multiple"
         )
     return rank
 
@@ -164,14 +182,16 @@ def settle(
     sparsities: Sequence[float],
     layers: Sequence[Mapping[str, ModuleBudget]],
 ) -> None:
-    """Move single units of ``ranks``, in place, until the total removed is within half the smallest step of the total target."""
+    """Move single units of ``ranks``, in place, until the total is within half the smallest step of its target."""
     movable = [
         (index, name, module)
-        for index, (phi, layer) in enumerate(zip(sparsities, layers))
+        for index, (phi, layer) in enumerate(zip(sparsities, layers, strict=True))
         for name, module in layer.items()
         if phi > 0 and is_free(module)
     ]
-    excess = [removed_parameters(kept, layer) - target for kept, layer, target in zip(ranks, layers, targets)]
+    excess = [
+        removed_parameters(kept, layer) - target for kept, layer, target in zip(ranks, layers, targets, strict=True)
+    ]
     while movable:
         total = math.fsum(excess)
         if 2 * abs(total) <= min(module.step for _, _, module in movable):

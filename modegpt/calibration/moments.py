@@ -30,6 +30,7 @@ class SecondMoment:
     def zeros(
         cls, num_groups: int, size: int, *, device: torch.device | str = "cpu", precision: torch.dtype = torch.float64
     ) -> "SecondMoment":
+        """The sums over no rows."""
         return cls(torch.zeros(num_groups, size, size, dtype=torch.float64, device=device), precision)
 
     @property
@@ -38,7 +39,10 @@ class SecondMoment:
         return mirror_blocks(self.sums)
 
     def update(self, rows: Tensor) -> None:
-        """Add ``rows`` (num_rows, num_groups, size) to the sum. FLOPs: num_rows * num_groups * size^2 and the diagonal blocks."""
+        """Add ``rows`` (num_rows, num_groups, size) to the sum.
+
+        num_rows num_groups size^2 FLOPs, and those of the diagonal blocks.
+        """
         for chunk in rows.split(CHUNK_ROWS[self.precision]):
             x = chunk.transpose(0, 1)
             # half-precision products are exact in float32, in which a GPU's matrix units sum them
@@ -49,17 +53,20 @@ class SecondMoment:
 
 @dataclass
 class FirstMoment:
-    """``sum x`` over rows (num_rows, size), accumulated in float64."""
+    """``sum x`` over rows (num_rows, ...), accumulated in float64."""
 
     sums: Tensor
 
     @classmethod
-    def zeros(cls, size: int, *, device: torch.device | str = "cpu") -> "FirstMoment":
+    def zeros(cls, *size: int, device: torch.device | str = "cpu") -> "FirstMoment":
+        """The sum over no rows, each of shape ``size``."""
         return cls(torch.zeros(size, dtype=torch.float64, device=device))
 
     @property
     def value(self) -> Tensor:
+        """The sum so far."""
         return self.sums
 
     def update(self, rows: Tensor) -> None:
+        """Add ``rows`` to the sum."""
         self.sums += rows.sum(dim=0, dtype=torch.float64)

@@ -1,22 +1,9 @@
 """Which statistics of a layer exist, and how hooks collect them while the layer runs.
 
-Names, shapes and meaning (all unnormalised float64 sums over calibration tokens, unless stated):
-
-=====================  ==============  =========================================================
-attention.C_x          (d_h, d_h)      Gram of the attention input (query, key and value projections)
-query_key.C_Q          (H, d, d)       Gram per query head of the states entering the product
-query_key.C_K          (H_kv, d, d)    the same for keys: after bias, head norm and rotation
-value_output.G         (H_kv, d, d)    Gram of the value states, value bias taken off
-value_output.A         (H, d, d)       Gram per query head of the output projection's input, value bias taken off
-value_output.mean      (H, d)          mean (not sum) of the same input, value bias taken off
-value_output.C_o       (H d, H d)      Gram of the output projection's whole input, bias included
-mlp.C_x                (d_h, d_h)      Gram of the MLP's input
-mlp.C                  (n, n)          Gram of the down projection's input
-mlp.mean               (n,)            mean (not sum) of the down projection's input
-layer.influence        ()              block influence 1 - mean cos(x_l, x_{l+1})
-=====================  ==============  =========================================================
+A new statistic is one entry of ``STATISTICS``; a decomposition that reads it names it in ``required``.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,39 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.moments import FirstMoment, SecondMoment
 from modegpt.calibration.world import World
-from modegpt.decompositions.modules import MLPStatistics, QueryKeyStatistics, ValueOutputStatistics
+from modegpt.decompositions.modules import Sizes
 from modegpt.models import Family
 
 Statistics = dict[str, Tensor]
-"""The collected statistics of one layer, by the names above."""
-
-NAMES = frozenset(
-    [
-        "attention.C_x",
-        "query_key.C_Q",
-        "query_key.C_K",
-        "value_output.G",
-        "value_output.A",
-        "value_output.mean",
-        "value_output.C_o",
-        "mlp.C_x",
-        "mlp.C",
-        "mlp.mean",
-        "layer.influence",
-    ]
-)
-
-
-UNGROUPED = frozenset({"attention.C_x", "value_output.C_o", "mlp.C_x", "mlp.C"})
-"""Gram matrices of a whole activation rather than one a head."""
+"""The collected statistics of one layer, by their names in ``STATISTICS``."""
 
 
 def rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Apply the rotary embedding to ``states`` (batch, sequence, heads, d); pairs are (i, i + d/2). None: no rotation."""
+    """Apply the rotary embedding to ``states`` (batch, sequence, heads, d).
+
+    Pairs are (i, i + d/2). None: no rotation.
+    """
     if position_embeddings is None:
         return states
     cos, sin = (table.unsqueeze(-2) for table in position_embeddings)
@@ -71,6 +42,88 @@ def rotate(states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) ->
     return rotated
 
 
+def head_states(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """(..., heads d) to (..., heads, d)."""
+    return states.unflatten(-1, (-1, observer.head_dim))
+
+
+def query_states(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """Queries as they enter the product: after bias, head norm and rotation."""
+    states = observer.family.normalise_query(observer.layer, head_states(observer, states))
+    return rotate(states, observer.position_embeddings)
+
+
+def key_states(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """Keys as they enter the product: after bias, head norm and rotation."""
+    states = observer.family.normalise_key(observer.layer, head_states(observer, states))
+    return rotate(states, observer.position_embeddings)
+
+
+def unbiased_states(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """Values, or values mixed by attention, (..., heads, d): the value bias of each head taken off."""
+    states = head_states(observer, states)
+    b_V = observer.family.value(observer.layer).bias
+    if b_V is None:
+        return states
+    b_V = head_states(observer, b_V)
+    return states - b_V.repeat_interleave(states.shape[-2] // len(b_V), dim=0)
+
+
+def whole(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """What passes, as it is."""
+    return states
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic of a layer.
+
+    Args:
+        shape: in the letters of ``Sizes``, products spelled with a space. Where the last letter comes twice the
+            statistic is a Gram matrix, or one a head: an unnormalised float64 sum over tokens. Else it is a mean.
+        linear: the role in ``Family`` of the linear map at which it is taken; None: it is taken at the residual stream.
+        side: whether the map's input or output is looked at.
+        rows: from what passes there to what is summed.
+    """
+
+    shape: tuple[str, ...]
+    linear: str | None = None
+    side: str = "input"
+    rows: Callable[["LayerObserver", Tensor], Tensor] = whole
+
+    @property
+    def is_gram(self) -> bool:
+        """Whether it is a second moment."""
+        return len(self.shape) > 1 and self.shape[-1] == self.shape[-2]
+
+    def num_elements(self, sizes: Sizes) -> int:
+        """Its elements in a layer of these sizes."""
+        return math.prod(getattr(sizes, letter) for side in self.shape for letter in side.split())
+
+
+STATISTICS: dict[str, Statistic] = {
+    # the attention's input: what query, key and value projections read
+    "attention.C_x": Statistic(("d_h", "d_h"), "query"),
+    # the two sides of the product, by query and by key head
+    "query_key.C_Q": Statistic(("H", "d", "d"), "query", "output", query_states),
+    "query_key.C_K": Statistic(("H_kv", "d", "d"), "key", "output", key_states),
+    # the values, and what the output projection reads of them
+    "value_output.G": Statistic(("H_kv", "d", "d"), "value", "output", unbiased_states),
+    "value_output.A": Statistic(("H", "d", "d"), "output", "input", unbiased_states),
+    "value_output.mean": Statistic(("H", "d"), "output", "input", unbiased_states),
+    # the output projection's whole input, bias included
+    "value_output.C_o": Statistic(("H d", "H d"), "output"),
+    # the MLP's input, and the down projection's
+    "mlp.C_x": Statistic(("d_h", "d_h"), "up"),
+    "mlp.C": Statistic(("n", "n"), "down"),
+    "mlp.mean": Statistic(("n",), "down"),
+    # block influence 1 - mean cos(x_l, x_{l+1}), and how many tokens all of these are over
+    "layer.influence": Statistic(()),
+    "layer.num_tokens": Statistic(()),
+}
+"""Every statistic that a layer can be asked for."""
+
+
 @dataclass
 class LayerObserver:
     """Collects the statistics ``names`` of one layer while it runs inside ``watching``."""
@@ -83,89 +136,47 @@ class LayerObserver:
     moments: dict[str, SecondMoment | FirstMoment] = field(default_factory=dict)
     num_tokens: int = 0
     influence: BlockInfluence = field(default_factory=BlockInfluence)
+    position_embeddings: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        unknown = self.names - NAMES
+        unknown = self.names - STATISTICS.keys()
         assert not unknown, f"unknown statistics {sorted(unknown)}"
-
-    def _second(self, name: str, rows: Tensor) -> None:
-        """Add ``rows`` (..., groups, size) to the Gram matrices called ``name``."""
-        if name in self.names:
-            rows = rows.reshape(-1, *rows.shape[-2:])
-            if name not in self.moments:
-                self.moments[name] = SecondMoment.zeros(
-                    rows.shape[1], rows.shape[2], device=rows.device, precision=self.precision
-                )
-            self.moments[name].update(rows)
-
-    def _first(self, name: str, rows: Tensor) -> None:
-        """Add ``rows`` (..., size) to the sum called ``name``."""
-        if name in self.names:
-            rows = rows.reshape(-1, rows.shape[-1])
-            if name not in self.moments:
-                self.moments[name] = FirstMoment.zeros(rows.shape[1], device=rows.device)
-            self.moments[name].update(rows)
 
     @contextmanager
     def watching(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Hook the layer's linears. ``arguments`` are those the layer is called with (for the rotary embedding)."""
-        handles = self._hook(arguments.get("position_embeddings"))
+        self.position_embeddings = arguments.get("position_embeddings")
+        handles = [
+            self._hook(name, statistic)
+            for name, statistic in STATISTICS.items()
+            if name in self.names and statistic.linear is not None
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, position_embeddings: tuple[Tensor, Tensor] | None) -> list:
-        family, layer = self.family, self.layer
-        value, output = family.value(layer), family.output(layer)
-        b_V = (
-            torch.zeros((), device=value.weight.device)
-            if value.bias is None
-            else value.bias.unflatten(-1, (-1, self.head_dim))
-        )
+    def _hook(self, name: str, statistic: Statistic) -> RemovableHandle:
+        linear: nn.Module = getattr(self.family, statistic.linear)(self.layer)
+        if statistic.side == "input":
+            return linear.register_forward_pre_hook(lambda _, args: self._add(name, statistic, args[0]))
+        return linear.register_forward_hook(lambda _, __, out: self._add(name, statistic, out))
 
-        def heads(states: Tensor) -> Tensor:
-            return states.unflatten(-1, (-1, self.head_dim))
-
-        def on_input(module: nn.Module, tap: Callable[[Tensor], None]):
-            return module.register_forward_pre_hook(lambda _, args: tap(args[0]))
-
-        def on_output(module: nn.Module, tap: Callable[[Tensor], None]):
-            return module.register_forward_hook(lambda _, __, out: tap(out))
-
-        def query_states(out: Tensor) -> None:
-            self._second("query_key.C_Q", rotate(family.normalise_query(layer, heads(out)), position_embeddings))
-
-        def key_states(out: Tensor) -> None:
-            self._second("query_key.C_K", rotate(family.normalise_key(layer, heads(out)), position_embeddings))
-
-        def attention_output(x: Tensor) -> None:
-            self._second("value_output.C_o", x.unsqueeze(-2))
-            states = heads(x)
-            if b_V.ndim:
-                states = states - b_V.repeat_interleave(states.shape[-2] // b_V.shape[0], dim=0)
-            self._second("value_output.A", states)
-            self._first("value_output.mean", states.flatten(-2))
-
-        def mlp_hidden(x: Tensor) -> None:
-            self._second("mlp.C", x.unsqueeze(-2))
-            self._first("mlp.mean", x)
-
-        wanted = {
-            ("attention.C_x",): lambda: on_input(
-                family.query(layer), lambda x: self._second("attention.C_x", x.unsqueeze(-2))
-            ),
-            ("query_key.C_Q",): lambda: on_output(family.query(layer), query_states),
-            ("query_key.C_K",): lambda: on_output(family.key(layer), key_states),
-            ("value_output.G",): lambda: on_output(
-                value, lambda out: self._second("value_output.G", heads(out) - b_V if b_V.ndim else heads(out))
-            ),
-            ("value_output.A", "value_output.mean", "value_output.C_o"): lambda: on_input(output, attention_output),
-            ("mlp.C_x",): lambda: on_input(family.up(layer), lambda x: self._second("mlp.C_x", x.unsqueeze(-2))),
-            ("mlp.C", "mlp.mean"): lambda: on_input(family.down(layer), mlp_hidden),
-        }
-        return [hook() for names, hook in wanted.items() if self.names.intersection(names)]
+    def _add(self, name: str, statistic: Statistic, states: Tensor) -> None:
+        """Add the rows of ``states`` to the sum called ``name``."""
+        rows = statistic.rows(self, states)
+        size = rows.shape[-(len(statistic.shape) - statistic.is_gram) :]
+        rows = rows.reshape(-1, *size)
+        if statistic.is_gram and len(size) == 1:
+            rows = rows.unsqueeze(1)
+        if name not in self.moments:
+            self.moments[name] = (
+                SecondMoment.zeros(*rows.shape[1:], device=rows.device, precision=self.precision)
+                if statistic.is_gram
+                else FirstMoment.zeros(*size, device=rows.device)
+            )
+        self.moments[name].update(rows)
 
     def residual(self, x_in: Tensor, x_out: Tensor) -> None:
         """See one batch of the residual stream, (batch, sequence, d_h), entering and leaving the layer."""
@@ -191,43 +202,14 @@ class LayerObserver:
         """The collected statistics, on the layer's device."""
         statistics: Statistics = {}
         for name, moment in self.moments.items():
-            value = moment.value
-            if name.endswith(".mean"):
-                value = value / self.num_tokens
-            elif name in UNGROUPED:
-                value = value.squeeze(0)
-            statistics[name] = value
-        if "value_output.mean" in statistics:
-            statistics["value_output.mean"] = statistics["value_output.mean"].unflatten(-1, (-1, self.head_dim))
+            if isinstance(moment, FirstMoment):
+                statistics[name] = moment.value / self.num_tokens
+            else:
+                statistics[name] = moment.value if len(STATISTICS[name].shape) > 2 else moment.value.squeeze(0)
         if "layer.influence" in self.names:
             statistics["layer.influence"] = torch.tensor(self.influence.value(), dtype=torch.float64)
+        if "layer.num_tokens" in self.names:
+            statistics["layer.num_tokens"] = torch.tensor(self.num_tokens)
         missing = self.names - statistics.keys()
         assert not missing, f"hooks saw nothing for {sorted(missing)}"
         return statistics
-
-
-def mlp_statistics(statistics: Statistics, num_tokens: int) -> MLPStatistics:
-    """What an MLP variant reads; fields that were not collected are None."""
-    return MLPStatistics(
-        C=statistics.get("mlp.C"), mean=statistics.get("mlp.mean"), C_x=statistics.get("mlp.C_x"), num_tokens=num_tokens
-    )
-
-
-def query_key_statistics(statistics: Statistics, num_tokens: int) -> QueryKeyStatistics:
-    """What a query-key variant reads; fields that were not collected are None."""
-    return QueryKeyStatistics(
-        C_Q=statistics.get("query_key.C_Q"),
-        C_K=statistics.get("query_key.C_K"),
-        C_x=statistics.get("attention.C_x"),
-        num_tokens=num_tokens,
-    )
-
-
-def value_output_statistics(statistics: Statistics, num_tokens: int) -> ValueOutputStatistics:
-    """What a value-output variant reads; fields that were not collected are None."""
-    return ValueOutputStatistics(
-        G=statistics.get("value_output.G"),
-        A=statistics.get("value_output.A"),
-        C_x=statistics.get("attention.C_x"),
-        num_tokens=num_tokens,
-    )

@@ -1,4 +1,10 @@
-"""Decompositions of the three modules of a layer: pure functions on tensors, one dataclass a variant, named here."""
+"""Decompositions of the three modules of a layer: pure functions on tensors, one dataclass a variant.
+
+A new decomposition is one class in one file, imported and named here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from modegpt.decompositions.controls import (
     MLPMagnitude,
@@ -10,7 +16,7 @@ from modegpt.decompositions.controls import (
 )
 from modegpt.decompositions.cr import QueryKeyCR, QueryKeyCRPairs
 from modegpt.decompositions.elimination import MLPElimination, ValueOutputColumns
-from modegpt.decompositions.modules import Variant
+from modegpt.decompositions.modules import MLPVariant, QueryKeyVariant, ValueOutputVariant, Variant
 from modegpt.decompositions.nystrom import MLPColumns, MLPNystrom, MLPNystromBias
 from modegpt.decompositions.svd import (
     MLPSVD,
@@ -20,7 +26,7 @@ from modegpt.decompositions.svd import (
     ValueOutputSVDPerHead,
 )
 
-MLP_VARIANTS: dict[str, type[Variant]] = {
+MLP_VARIANTS: dict[str, type[MLPVariant]] = {
     "nystrom": MLPNystrom,
     "nystrom_bias": MLPNystromBias,
     "columns": MLPColumns,
@@ -29,14 +35,14 @@ MLP_VARIANTS: dict[str, type[Variant]] = {
     "magnitude": MLPMagnitude,
     "random": MLPRandom,
 }
-QUERY_KEY_VARIANTS: dict[str, type[Variant]] = {
+QUERY_KEY_VARIANTS: dict[str, type[QueryKeyVariant]] = {
     "cr": QueryKeyCR,
     "cr_pairs": QueryKeyCRPairs,
     "svd": QueryKeySVD,
     "magnitude": QueryKeyMagnitude,
     "random": QueryKeyRandom,
 }
-VALUE_OUTPUT_VARIANTS: dict[str, type[Variant]] = {
+VALUE_OUTPUT_VARIANTS: dict[str, type[ValueOutputVariant]] = {
     "svd": ValueOutputSVD,
     "svd_per_head": ValueOutputSVDPerHead,
     "svd_attention": ValueOutputSVDAttention,
@@ -44,3 +50,9 @@ VALUE_OUTPUT_VARIANTS: dict[str, type[Variant]] = {
     "magnitude": ValueOutputMagnitude,
     "random": ValueOutputRandom,
 }
+VARIANTS: dict[str, Mapping[str, type[Variant[Any]]]] = {
+    "mlp": MLP_VARIANTS,
+    "query_key": QUERY_KEY_VARIANTS,
+    "value_output": VALUE_OUTPUT_VARIANTS,
+}
+"""Every decomposition by module and by name; ``VARIANTS[module][name].label`` is what tables and figures call it."""

@@ -1,8 +1,9 @@
 """Choosing the query-key dims that stay by what the attention's output loses, to first order in the logits.
 
-States enter as they meet in the product: after bias, norm, rotation and softmax scale. Dims come in blocks: a rotated pair ``(i, i + d/2)``
-under RoPE, one dim otherwise. A block's *real* feature is its share of the logit, ``c_i = q_i k_i + q_j k_j``; a pair also has a *quadrature*
-feature ``q_i k_j - q_j k_i``, the share it would have with its queries turned by 90 degrees.
+States enter as they meet in the product: after bias, norm, rotation and softmax scale. Dims come in blocks: a rotated
+pair ``(i, i + d/2)`` under RoPE, one dim otherwise. A block's *real* feature is its share of the logit,
+``c_i = q_i k_i + q_j k_j``; a pair also has a *quadrature* feature ``q_i k_j - q_j k_i``, the share it would have with
+its queries turned by 90 degrees.
 """
 
 import itertools
@@ -16,10 +17,11 @@ from modegpt.decompositions.linalg import psd_cholesky
 
 @dataclass(frozen=True)
 class AttentionStates:
-    """Some queries of some windows and all they attend to: q (B, H, t, d), k (B, H_kv, s, d), v (B, H, s, m), bias (B or 1, 1, t, s).
+    """Some queries of some windows and all they attend to.
 
-    v are the value states of each query head in the metric of its output block (so that norms are those of the attention's output);
-    bias is 0 where a key may be attended to and -inf elsewhere.
+    q (B, H, t, d), k (B, H_kv, s, d), v (B, H, s, m), bias (B or 1, 1, t, s). v are the value states of
+    each query head in the metric of its output block (so that norms are those of the attention's output); bias is 0
+    where a key may be attended to and -inf elsewhere.
     """
 
     q: Tensor
@@ -34,7 +36,7 @@ class AttentionStates:
     def output(self, T_Q: Tensor | None = None, T_K: Tensor | None = None) -> Tensor:
         """``softmax(q T_Q (k T_K)^T) v``, (B, H, t, m); T_Q (H, d, r), T_K (H_kv, d, r), None for the dense states."""
         q, k = self.q, self.keys()
-        if T_Q is not None:
+        if T_Q is not None and T_K is not None:
             q, k = q @ T_Q, k @ T_K.repeat_interleave(len(T_Q) // len(T_K), dim=0)
         return (q @ k.mT + self.bias).softmax(dim=-1) @ self.v
 
@@ -46,18 +48,17 @@ class AttentionStates:
 def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
     """M (H, F, F): inner products, summed over queries, of the output changes that the features cause to first order.
 
-    Adding ``e_s`` to the logits of a query changes its output by ``sum_s p_s e_s (v_s - v_mean)``: a shift common to all keys does
-    nothing. For a feature of block i this is its query coordinates times the covariance of k and v under p. Removing blocks R costs
-    ``1_R^T M 1_R`` over their real features. F = d: the d/2 real, then the d/2 quadrature features (pairs), else the d dims.
-    2 t s d m FLOPs a head and window.
+    Adding ``e_s`` to the logits of a query changes its output by ``sum_s p_s e_s (v_s - v_mean)``: a shift common to
+    all keys does nothing. For a feature of block i this is its query coordinates times the covariance of k and v under
+    p. Removing blocks R costs ``1_R^T M 1_R`` over their real features. F = d: the d/2 real, then the d/2 quadrature
+    features (pairs), else the d dims. 2 t s d m FLOPs a head and window.
     """
     k = states.keys()
     p = (states.q @ k.mT + states.bias).softmax(dim=-1)
     v_mean, k_mean = p @ states.v, p @ k
     M = p.new_zeros(p.shape[1], k.shape[-1], k.shape[-1], dtype=torch.float64)
-    for window, head in itertools.product(
-        *map(range, p.shape[:2])
-    ):  # one at a time, so that what is made of it stays in a processor's cache
+    # one at a time, so that what is made of it stays in a processor's cache
+    for window, head in itertools.product(*map(range, p.shape[:2])):
         N = (p[window, head].unsqueeze(1) * k[window, head].mT) @ states.v[window, head]
         N -= k_mean[window, head].unsqueeze(-1) * v_mean[window, head].unsqueeze(-2)
         q = states.q[window, head].unsqueeze(-1)
@@ -72,7 +73,10 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
 
 
 def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:
-    """Greedy order (num_removed,) in which features go, and ``1_S^T R_SS 1_S`` after each removal, S what is gone; R (b, b) Gram of what each adds."""
+    """Greedy order (num_removed,) in which features go, and ``1_S^T R_SS 1_S`` after each removal, S what is gone.
+
+    R (b, b): Gram of what each feature adds.
+    """
     alive = torch.ones(len(R), dtype=torch.bool, device=R.device)
     order, lost = [], R.new_zeros(num_removed)
     for step in range(num_removed):
@@ -86,11 +90,12 @@ def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:
 def eliminate_blocks(M: Tensor, num_kept: int, *, pairs: bool, ridge: float | None) -> tuple[Tensor, Tensor]:
     """Backward elimination of one key head's blocks; returns (kept blocks ascending (num_kept,), coefficients (g, F)).
 
-    M (g, F, F) of the group's query heads. ``ridge=None``: what is removed costs ``1_R^T M_RR 1_R``, pair interactions included, and
-    the kept features keep coefficient 1. Otherwise those of each query head are refitted at each step,
-    ``min_a ||sum_f (a_f - t_f) D_f||^2 + ridge sum_S M_ff (a_f - t_f)^2`` with ``a_R = 0`` and t 1 (real) or 0 (quadrature): a pair's queries are
-    turned and scaled, which commutes with the rotation. The increase of the optimum with each removal is exact (block optimal brain surgeon).
-    O(g F^3) FLOPs for the inverse and O(g F^2) a removal, float64.
+    M (g, F, F) of the group's query heads. ``ridge=None``: what is removed costs ``1_R^T M_RR 1_R``, pair interactions
+    included, and the kept features keep coefficient 1. Otherwise those of each query head are refitted at each step,
+    ``min_a ||sum_f (a_f - t_f) D_f||^2 + ridge sum_S M_ff (a_f - t_f)^2`` with ``a_R = 0`` and t 1 (real) or 0
+    (quadrature): a pair's queries are turned and scaled, which commutes with the rotation. The increase of the optimum
+    with each removal is exact (block optimal brain surgeon). O(g F^3) FLOPs for the inverse and O(g F^2) a removal,
+    float64.
     """
     g, F, _ = M.shape
     num_blocks = F // 2 if pairs else F
@@ -127,7 +132,10 @@ def eliminate_blocks(M: Tensor, num_kept: int, *, pairs: bool, ridge: float | No
 
 
 def block_map(kept: Tensor, coefficients: Tensor, size: int, *, pairs: bool) -> tuple[Tensor, Tensor]:
-    """T_Q (g, d, r), T_K (d, r) that keep the blocks ``kept`` of one key head and scale the queries by ``coefficients`` (g, F)."""
+    """T_Q (g, d, r), T_K (d, r) of one key head.
+
+    They keep the blocks ``kept`` and scale the queries by ``coefficients`` (g, F).
+    """
     num_blocks = size // 2 if pairs else size
     dims = torch.cat([kept, kept + num_blocks]) if pairs else kept
     T_K = torch.zeros(size, len(dims), dtype=coefficients.dtype, device=coefficients.device)

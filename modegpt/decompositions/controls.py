@@ -8,14 +8,15 @@ from torch import Tensor
 
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.modules import (
-    MLPStatistics,
+    MLPVariant,
     MLPWeights,
-    QueryKeyStatistics,
+    QueryKeyVariant,
     QueryKeyWeights,
     Reduction,
-    ValueOutputStatistics,
+    Sizes,
+    Statistics,
+    ValueOutputVariant,
     ValueOutputWeights,
-    Variant,
 )
 from modegpt.decompositions.selection import (
     choose_query_key,
@@ -32,26 +33,31 @@ from modegpt.decompositions.selection import (
 
 
 def uniform_scores(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Independent uniform scores: their top-k is a uniformly random subset, the same on every device for a given generator."""
+    """Independent uniform scores, the same on every device. Their top k are a uniformly random subset."""
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
 
 
 @dataclass(frozen=True)
-class MLPControl(Variant):
-    """Keep the best channels by ``scores``, slices of the dense weights. C serves the reported error alone, as for MLPNystrom."""
+class MLPControl(MLPVariant):
+    """Keep the channels of best score, as slices. C serves the reported error alone, which is that of MLPNystrom."""
 
-    required: ClassVar[frozenset[str]] = frozenset({"C"})
+    required: ClassVar[frozenset[str]] = frozenset({"mlp.C"})
 
-    def scores(self, weights: MLPWeights, generator: torch.Generator) -> Tensor:
-        """(n,)"""
+    def scores(self, weights: MLPWeights[Tensor], generator: torch.Generator) -> Tensor:
+        """What ranks the channels, (n,)."""
         raise NotImplementedError
 
     def reduce(
-        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
+        self, weights: MLPWeights[Tensor], statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[MLPWeights[Tensor]]:
+        """Keep the channels of best score."""
         kept = largest(self.scores(weights, generator), rank)
-        error = mlp_relative_error(statistics.C, weights.W_D, kept, weights.W_D[kept])
+        error = mlp_relative_error(statistics["mlp.C"], weights.W_D, kept, weights.W_D[kept])
         return Reduction(keep_mlp(weights, kept), relative_error=error, kept=kept)
+
+    def solver_elements(self, sizes: Sizes, rank: int) -> int:
+        """Six copies of a matrix: what scores and error take."""
+        return 6 * sizes.n * sizes.d_h
 
 
 @dataclass(frozen=True)
@@ -61,35 +67,45 @@ class MLPMagnitude(MLPControl):
     Optimum: none. Cost: O(n d_h) FLOPs, plus 2 n^2 d_h for the reported error. Source: structured magnitude pruning.
     """
 
-    def scores(self, weights: MLPWeights, generator: torch.Generator) -> Tensor:
-        scores = weights.W_U.double().norm(dim=0) * weights.W_D.double().norm(dim=1)
+    label: ClassVar[str] = "Magnitude"
+
+    def scores(self, weights: MLPWeights[Tensor], generator: torch.Generator) -> Tensor:
+        """Products of norms, (n,)."""
+        scores: Tensor = weights.W_U.double().norm(dim=0) * weights.W_D.double().norm(dim=1)
         return scores if weights.W_G is None else scores * weights.W_G.double().norm(dim=0)
 
 
 @dataclass(frozen=True)
 class MLPRandom(MLPControl):
-    """Channels uniformly at random. Optimum: none. Cost: none, plus 2 n^2 d_h FLOPs for the reported error. Source: control."""
+    """Channels uniformly at random.
 
-    def scores(self, weights: MLPWeights, generator: torch.Generator) -> Tensor:
+    Optimum: none. Cost: none, plus 2 n^2 d_h FLOPs for the reported error. Source: control.
+    """
+
+    label: ClassVar[str] = "Random"
+
+    def scores(self, weights: MLPWeights[Tensor], generator: torch.Generator) -> Tensor:
+        """Uniform draws, (n,)."""
         return uniform_scores((weights.inner_size,), generator, weights.W_D.device)
 
 
 @dataclass(frozen=True)
-class QueryKeyControl(Variant):
-    """Keep the best dims (whole pairs under RoPE) by ``scores``. The Grams serve the reported error alone, as for QueryKeyCR."""
+class QueryKeyControl(QueryKeyVariant):
+    """Keep the dims (pairs under RoPE) of best score. The Grams serve the reported error alone, that of QueryKeyCR."""
 
-    required: ClassVar[frozenset[str]] = frozenset({"C_Q", "C_K"})
+    required: ClassVar[frozenset[str]] = frozenset({"query_key.C_Q", "query_key.C_K"})
 
     def scores(self, weights: QueryKeyWeights, generator: torch.Generator) -> Tensor:
-        """(H_kv, d)"""
+        """What ranks the dims of each head, (H_kv, d)."""
         raise NotImplementedError
 
     def reduce(
-        self, weights: QueryKeyWeights, statistics: QueryKeyStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
+        self, weights: QueryKeyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[QueryKeyWeights]:
+        """Keep the dims or pairs of best score in each key head."""
         scores = self.scores(weights, generator)
         kept = choose_query_key(sum_pairs(scores) if weights.rope else scores, rank, rope=weights.rope)
-        error = query_key_relative_error(statistics.C_Q, statistics.C_K, kept)
+        error = query_key_relative_error(statistics["query_key.C_Q"], statistics["query_key.C_K"], kept)
         return Reduction(keep_query_key(weights, kept), relative_error=error, kept=kept)
 
 
@@ -100,7 +116,10 @@ class QueryKeyMagnitude(QueryKeyControl):
     Optimum: none. Cost: O((H + H_kv) d_h d) FLOPs. Source: structured magnitude pruning.
     """
 
+    label: ClassVar[str] = "Magnitude"
+
     def scores(self, weights: QueryKeyWeights, generator: torch.Generator) -> Tensor:
+        """Products of norms, (H_kv, d)."""
         return cr_scores(*(W.double().square().sum(dim=1) for W in (weights.W_Q, weights.W_K)))
 
 
@@ -108,27 +127,32 @@ class QueryKeyMagnitude(QueryKeyControl):
 class QueryKeyRandom(QueryKeyControl):
     """Dims (pairs under RoPE) at random per key head. Optimum: none. Cost: none. Source: control."""
 
+    label: ClassVar[str] = "Random"
+
     def scores(self, weights: QueryKeyWeights, generator: torch.Generator) -> Tensor:
+        """Uniform draws, (H_kv, d)."""
         return uniform_scores((len(weights.W_K), weights.inner_size), generator, weights.W_K.device)
 
 
 @dataclass(frozen=True)
-class ValueOutputControl(Variant):
-    """Keep the best value dims by ``scores``. G serves the reported error alone, as for ValueOutputSVD."""
+class ValueOutputControl(ValueOutputVariant):
+    """Keep the value dims of best score. G serves the reported error alone, that of ValueOutputSVD."""
 
-    required: ClassVar[frozenset[str]] = frozenset({"G"})
+    required: ClassVar[frozenset[str]] = frozenset({"value_output.G"})
 
     def scores(self, weights: ValueOutputWeights, generator: torch.Generator) -> Tensor:
-        """(H_kv, d)"""
+        """What ranks the dims of each head, (H_kv, d)."""
         raise NotImplementedError
 
     def reduce(
-        self, weights: ValueOutputWeights, statistics: ValueOutputStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
+        self, weights: ValueOutputWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[ValueOutputWeights]:
+        """Keep the dims of best score in each value head."""
         kept = largest(self.scores(weights, generator), rank)
         W_O = group_heads(weights.W_O.double(), len(weights.W_V))
         mask = torch.zeros(W_O.shape[0], W_O.shape[2], dtype=W_O.dtype, device=W_O.device).scatter(1, kept, 1.0)
-        error = value_output_relative_error(statistics.G.double().unsqueeze(1), W_O, W_O * mask[:, None, :, None])
+        G = statistics["value_output.G"].double().unsqueeze(1)
+        error = value_output_relative_error(G, W_O, W_O * mask[:, None, :, None])
         return Reduction(keep_value_output(weights, kept), relative_error=error, kept=kept)
 
 
@@ -136,17 +160,25 @@ class ValueOutputControl(Variant):
 class ValueOutputMagnitude(ValueOutputControl):
     """Value dims of largest ``||W_V[:, i]|| ||[W_O,1 ... W_O,g][i]||``.
 
-    Optimum: none. Cost: O((H + H_kv) d_h d) FLOPs, plus 2 H d^2 d_h for the reported error. Source: structured magnitude pruning.
+    Optimum: none. Cost: O((H + H_kv) d_h d) FLOPs, plus 2 H d^2 d_h for the reported error.
+    Source: structured magnitude pruning.
     """
 
+    label: ClassVar[str] = "Magnitude"
+
     def scores(self, weights: ValueOutputWeights, generator: torch.Generator) -> Tensor:
+        """Products of norms, (H_kv, d)."""
         W_O = group_heads(weights.W_O.double(), len(weights.W_V))
-        return weights.W_V.double().norm(dim=1) * W_O.norm(dim=(1, 3))
+        scores: Tensor = weights.W_V.double().norm(dim=1) * W_O.norm(dim=(1, 3))
+        return scores
 
 
 @dataclass(frozen=True)
 class ValueOutputRandom(ValueOutputControl):
     """Value dims at random per value head. Optimum: none. Cost: none, plus that of the error. Source: control."""
 
+    label: ClassVar[str] = "Random"
+
     def scores(self, weights: ValueOutputWeights, generator: torch.Generator) -> Tensor:
+        """Uniform draws, (H_kv, d)."""
         return uniform_scores((len(weights.W_V), weights.inner_size), generator, weights.W_V.device)

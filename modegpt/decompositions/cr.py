@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.modules import QueryKeyStatistics, QueryKeyWeights, Reduction, Variant
+from modegpt.decompositions.modules import QueryKeyVariant, QueryKeyWeights, Reduction, Statistics
 from modegpt.decompositions.selection import (
     choose_query_key,
     group_heads,
@@ -22,27 +22,33 @@ SCORES = ("dims", "pairs")
 def cr_scores(energy_Q: Tensor, energy_K: Tensor) -> Tensor:
     """CR score of each dim, (H_kv, d): ``sqrt(sum over the group of C_Q,ii * C_K,ii)``, float64.
 
-    energy_Q (H, d) and energy_K (H_kv, d) are the diagonals of the Grams. Equals ``||C_Q^1/2[:, i]|| ||C_K^1/2[:, i]||``, since
-    ``||C^1/2[:, i]||^2 = C_ii``; the query heads of a group enter by the root of the sum of squares.
+    energy_Q (H, d) and energy_K (H_kv, d) are the diagonals of the Grams. Equals
+    ``||C_Q^1/2[:, i]|| ||C_K^1/2[:, i]||``, since ``||C^1/2[:, i]||^2 = C_ii``; the query heads of a group enter by the
+    root of the sum of squares.
     """
     grouped = group_heads(energy_Q.double(), len(energy_K)).sum(dim=1)
     return (grouped * energy_K.double()).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
-class QueryKeyCR(Variant):
-    """Keep, per key head, the dims of W_Q and W_K with the largest product of norms; pairs (i, i + d/2) stay whole under RoPE.
+class QueryKeyCR(QueryKeyVariant):
+    """Keep, per key head, the dims of W_Q and W_K with the largest product of norms.
 
-    ``score="dims"``: the score of a pair is the sum of its two post-RoPE scores ``sqrt(C_Q,ii C_K,ii)`` (as restated from the paper).
+    Pairs (i, i + d/2) stay whole under RoPE.
+    ``score="dims"``: the score of a pair is the sum of its two post-RoPE scores ``sqrt(C_Q,ii C_K,ii)`` (as restated
+    from the paper).
     ``score="pairs"``: ``sqrt((C_Q,ii + C_Q,jj)(C_K,ii + C_K,jj))``, the same before and after rotation.
-    The softmax scale of the original head size must be kept by the model. Biases are indexed with their columns.
-    Optimum: none in general (exact when the kept and removed dims are orthogonal); column sampling with the norm bound of CR.
+    The softmax scale of the original head size must be kept by the model. Biases are indexed with their
+    columns.
+    Optimum: none in general (exact when the kept and removed dims are orthogonal); column sampling with the norm bound
+    of CR.
     relative_error: squared error of the logits over all token pairs, see ``query_key_relative_error``.
     Cost: O(H d) FLOPs for the scores, O(H d^2) for the error.
     Source: MoDeGPT (arXiv 2408.09632), Type II.
     """
 
-    required: ClassVar[frozenset[str]] = frozenset({"C_Q", "C_K"})
+    label: ClassVar[str] = "CR"
+    required: ClassVar[frozenset[str]] = frozenset({"query_key.C_Q", "query_key.C_K"})
     score: str = "dims"
 
     def __post_init__(self) -> None:
@@ -50,21 +56,25 @@ class QueryKeyCR(Variant):
             raise UserError(f"{type(self).__name__}: score must be one of {', '.join(SCORES)}, got {self.score!r}")
 
     def applicable(self, weights: QueryKeyWeights) -> str | None:
+        """The pair score needs rotary pairs."""
         if self.score == "pairs" and not weights.rope:
             return "the pair score needs rotary pairs, and this model has no RoPE; use score=dims"
         return super().applicable(weights)
 
     def reduce(
-        self, weights: QueryKeyWeights, statistics: QueryKeyStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
-        energy_Q, energy_K = (C.double().diagonal(dim1=-2, dim2=-1) for C in (statistics.C_Q, statistics.C_K))
+        self, weights: QueryKeyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[QueryKeyWeights]:
+        """Keep the dims or pairs of best score in each key head."""
+        energy_Q, energy_K = (
+            C.double().diagonal(dim1=-2, dim2=-1) for C in (statistics["query_key.C_Q"], statistics["query_key.C_K"])
+        )
         if self.score == "pairs":
             scores = cr_scores(sum_pairs(energy_Q), sum_pairs(energy_K))
         else:
             scores = cr_scores(energy_Q, energy_K)
             scores = sum_pairs(scores) if weights.rope else scores
         kept = choose_query_key(scores, rank, rope=weights.rope)
-        error = query_key_relative_error(statistics.C_Q, statistics.C_K, kept)
+        error = query_key_relative_error(statistics["query_key.C_Q"], statistics["query_key.C_K"], kept)
         return Reduction(keep_query_key(weights, kept), relative_error=error, kept=kept)
 
 
@@ -72,4 +82,5 @@ class QueryKeyCR(Variant):
 class QueryKeyCRPairs(QueryKeyCR):
     """QueryKeyCR with the rotation-invariant pair score: optimum, cost and source as there. RoPE only."""
 
+    label: ClassVar[str] = "CR, pair score"
     score: str = "pairs"

@@ -1,19 +1,20 @@
 """Output-aware backward elimination: remove, one at a time, the channel whose loss costs the refitted output least."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from modegpt.decompositions.linalg import equilibrate, psd_cholesky
 from modegpt.decompositions.modules import (
-    MLPStatistics,
+    MLPVariant,
     MLPWeights,
     Reduction,
-    ValueOutputStatistics,
+    Sizes,
+    Statistics,
+    ValueOutputVariant,
     ValueOutputWeights,
-    Variant,
     check_positive,
 )
 from modegpt.decompositions.nystrom import reduce_to_channels, refit
@@ -21,14 +22,15 @@ from modegpt.decompositions.selection import group_heads, keep_value_output, val
 
 
 def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> tuple[Tensor, Tensor]:
-    """Greedy backward elimination of ``n - rank`` channels; returns (removed in order (n - rank,), cost of each removal).
+    """Greedy backward elimination of ``n - rank`` channels: what is removed, in order, and the cost of each removal.
 
-    C (n, n) Gram of the channels, W (n, m) output matrix. With S the channels still kept, ``P = (C_SS)^-1`` and ``B = P C_S: W``
-    the refitted output matrix, removing j raises the squared error ``min_B ||h W - h_S B||^2`` by exactly ``||B_j||^2 / P_jj``;
-    only P and ``E = B B^T`` are needed, and both change by a rank-one and a rank-two term a removal. Those are applied
-    in panels of ``block`` removals, so that the work is in matrix products, and what is gone leaves P and E; the result does not depend on ``block``. ``ridge``
-    is added to the unit diagonal of the equilibrated C for the scores alone; it bounds P, whose downdates would otherwise
-    lose what a singular C has. About n^3 + 2 n^2 m + 2 (n^3 - rank^3) FLOPs, float64.
+    Both are (n - rank,). C (n, n) Gram of the channels, W (n, m) output matrix. With S the channels still kept,
+    ``P = (C_SS)^-1`` and ``B = P C_S: W`` the refitted output matrix, removing j raises the squared error
+    ``min_B ||h W - h_S B||^2`` by exactly ``||B_j||^2 / P_jj``; only P and ``E = B B^T`` are needed, and both change by
+    a rank-one and a rank-two term a removal. Those are applied in panels of ``block`` removals, so that the work is in
+    matrix products, and what is gone leaves P and E; the result does not depend on ``block``. ``ridge`` is added to the
+    unit diagonal of the equilibrated C for the scores alone; it bounds P, whose downdates would otherwise lose what a
+    singular C has. About n^3 + 2 n^2 m + 2 (n^3 - rank^3) FLOPs, float64.
     """
     K, scale, _ = equilibrate(C)
     K.diagonal().add_(ridge)
@@ -73,16 +75,19 @@ def surviving(removed: Tensor, num_channels: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MLPElimination(Variant):
+class MLPElimination(MLPVariant):
     """Backward elimination of MLP channels weighted by W_D, then the refit of MLPNystrom.
 
-    Each step removes the channel that raises ``min_W' ||h W_D - h_S W'||^2`` least. Optimum: the exact greedy choice at each step
-    (up to ``ridge``) and the least-squares optimum for the final set; the best set is NP-hard. relative_error: as MLPNystrom.
+    Each step removes the channel that raises ``min_W' ||h W_D - h_S W'||^2`` least. Optimum: the exact greedy choice at
+    each step (up to ``ridge``) and the least-squares optimum for the final set; the best set is NP-hard.
+    relative_error: as MLPNystrom.
     Cost: n^3 + 2 n^2 d_h + 2 (n^3 - k^3) FLOPs, then that of the refit. ``block``: panel width, speed alone.
-    Source: optimal brain surgeon step (Hassibi & Stork, 1993) on columns, with delayed updates as in blocked pivoted Cholesky.
+    Source: optimal brain surgeon step (Hassibi & Stork, 1993) on columns, with delayed updates as in blocked pivoted
+    Cholesky.
     """
 
-    required: ClassVar[frozenset[str]] = frozenset({"C"})
+    label: ClassVar[str] = "Greedy elimination"
+    required: ClassVar[frozenset[str]] = frozenset({"mlp.C"})
     ridge: float = 1e-6
     block: int = 128
 
@@ -91,14 +96,19 @@ class MLPElimination(Variant):
         check_positive(self, "block")
 
     def reduce(
-        self, weights: MLPWeights, statistics: MLPStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
-        removed, _ = eliminate(statistics.C, weights.W_D, rank, ridge=self.ridge, block=self.block)
-        return reduce_to_channels(weights, statistics.C, surviving(removed, weights.inner_size))
+        self, weights: MLPWeights[Tensor], statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[MLPWeights[Tensor]]:
+        """Eliminate down to ``rank``, refit W_D."""
+        removed, _ = eliminate(statistics["mlp.C"], weights.W_D, rank, ridge=self.ridge, block=self.block)
+        return reduce_to_channels(weights, statistics["mlp.C"], surviving(removed, weights.inner_size))
+
+    def solver_elements(self, sizes: Sizes, rank: int) -> int:
+        """P and E, what they were made of and what replaces them after a panel."""
+        return 8 * sizes.n**2 + 2 * sizes.n * sizes.d_h
 
 
 @dataclass(frozen=True)
-class ValueOutputColumns(Variant):
+class ValueOutputColumns(ValueOutputVariant):
     """Keep columns of W_V and refit the group's output blocks: ``W_O <- (G_SS)^+ G_S: W_O``.
 
     The columns come from backward elimination weighted by the output blocks of the group. Optimum: least squares
@@ -107,27 +117,32 @@ class ValueOutputColumns(Variant):
     Source: column selection, the alternative to Type III that MoDeGPT (arXiv 2408.09632) sets aside.
     """
 
-    required: ClassVar[frozenset[str]] = frozenset({"G"})
+    label: ClassVar[str] = "Columns"
+    required: ClassVar[frozenset[str]] = frozenset({"value_output.G"})
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
         check_positive(self, "ridge", zero_allowed=True)
 
     def reduce(
-        self, weights: ValueOutputWeights, statistics: ValueOutputStatistics, rank: int, generator: torch.Generator
-    ) -> Reduction:
-        G, d = statistics.G.double(), weights.inner_size
+        self, weights: ValueOutputWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[ValueOutputWeights]:
+        """Eliminate and refit in each value head."""
+        G, d = statistics["value_output.G"].double(), weights.inner_size
         W_O = group_heads(weights.W_O.double(), len(weights.W_V))
         group_size, d_h = W_O.shape[1], W_O.shape[3]
-        kept, blocks, numerics = [], [], {}
-        for head, (G_head, W) in enumerate(zip(G, W_O.transpose(1, 2).reshape(len(G), d, group_size * d_h))):
+        flat = W_O.transpose(1, 2).reshape(len(G), d, group_size * d_h)
+        chosen: list[Tensor] = []
+        blocks: list[Tensor] = []
+        numerics: dict[str, Any] = {}
+        for head, (G_head, W) in enumerate(zip(G, flat, strict=True)):
             removed, _ = eliminate(G_head, W, rank, ridge=self.ridge, block=d)
-            kept.append(surviving(removed, d))
-            solved, report = refit(G_head, W, kept[-1])
+            chosen.append(surviving(removed, d))
+            solved, report = refit(G_head, W, chosen[-1])
             blocks.append(solved.reshape(rank, group_size, d_h).transpose(0, 1))
             if report:
                 numerics[f"head_{head}"] = report
-        kept, B = torch.stack(kept), torch.stack(blocks)
+        kept, B = torch.stack(chosen), torch.stack(blocks)
         lifted = torch.zeros_like(W_O).scatter(2, kept[:, None, :, None].expand_as(B), B)
         error = value_output_relative_error(G.unsqueeze(1), W_O, lifted)
         return Reduction(keep_value_output(weights, kept, W_O=B), relative_error=error, kept=kept, numerics=numerics)

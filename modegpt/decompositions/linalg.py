@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +13,23 @@ DEAD = 1e-30  # energy of a channel, relative to the largest, under which it nev
 DEAD_SCALE = 1e-6  # amplitude given to a dead channel: last in every ordering, yet invertible
 EIGENVALUE_FLOOR = 1e-8
 BLOCK_ROWS = 1024
-"""Larger matrices are worked on in blocks, which halves the FLOPs of what is symmetric or triangular, and its memory."""
+"""Larger matrices are worked on in blocks, which halves the FLOPs and the memory of what is symmetric or triangular."""
 
 SYMMETRIC_BLOCK = {"cpu": 384, "cuda": 2048}
-"""Columns of one block of a symmetric product: wide enough for the product's full rate, narrow enough to skip nearly half of it."""
+"""Columns of a block of a symmetric product: wide enough for its full rate, narrow enough to skip nearly half of it."""
 
 
 def upper_blocks(C: Tensor) -> list[tuple[int, int]]:
-    """First and last row of the blocks in which a symmetric C (..., n, n) is summed: of each the columns from its first row on."""
+    """First and last row of each block of a symmetric C (..., n, n); its columns are those from its first row on."""
     size, block = C.shape[-1], SYMMETRIC_BLOCK.get(C.device.type, 384)
     return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
 def add_gram(C: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
-    """Add ``x^T x`` of rows x (..., rows, n) to C (..., n, n), in place, on ``upper_blocks`` alone: ``mirror_blocks`` fills in the rest."""
+    """Add ``x^T x`` of rows x (..., rows, n) to C (..., n, n), in place.
+
+    Only ``upper_blocks`` are summed; ``mirror_blocks`` fills in the rest.
+    """
     for start, stop in upper_blocks(C):
         C[..., start:stop, start:] += product(x[..., start:stop].mT, x[..., start:])
 
@@ -43,7 +47,7 @@ class PSDFactor:
 
     lower: Tensor
     scale: Tensor
-    numerics: dict
+    numerics: dict[str, Any]
 
     def root(self) -> Tensor:
         """Lower-triangular L (..., n, n) with ``C = L L^T``."""
@@ -66,8 +70,8 @@ class PSDFactor:
 def inverse_diagonal(L: Tensor) -> Tensor:
     """``diag((L L^T)^-1)`` (..., n) of a lower-triangular L (..., n, n): the squared column norms of ``L^-1``.
 
-    Above ``BLOCK_ROWS`` by halves: with ``L = [[A, 0], [B, D]]`` the first half has the columns of ``A^-1`` and of ``D^-1 B A^-1``,
-    so the inverse itself is never held. n^3/3 FLOPs; below, n^3 2/3.
+    Above ``BLOCK_ROWS`` by halves: with ``L = [[A, 0], [B, D]]`` the first half has the columns of ``A^-1`` and of
+    ``D^-1 B A^-1``, so the inverse itself is never held. n^3/3 FLOPs; below, n^3 2/3.
     """
     half = L.shape[-1] // 2
     if L.shape[-1] <= BLOCK_ROWS:
@@ -99,17 +103,17 @@ def equilibrate(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def psd_cholesky(C: Tensor) -> PSDFactor:
     """Cholesky factor of a positive semidefinite C (..., n, n), in float64, after diagonal equilibration.
 
-    A matrix whose pivots reach rounding noise gets the smallest jitter of 1e-12 ... 1e-8 (relative to its unit diagonal) that
-    makes it definite; if none does, its eigenvalues are floored at 1e-8 of the largest. What was done is in ``numerics``:
-    ``jitter`` (largest used), ``num_jittered``, ``num_dead`` and ``num_floored`` (counts over the batch). Equilibration
-    makes the jitter blind to outlier channels, which would inflate one relative to the mean diagonal.
-    n^3/3 FLOPs a matrix.
+    A matrix whose pivots reach rounding noise gets the smallest jitter of 1e-12 ... 1e-8 (relative to its unit
+    diagonal) that makes it definite; if none does, its eigenvalues are floored at 1e-8 of the largest. What was done is
+    in ``numerics``: ``jitter`` (largest used), ``num_jittered``, ``num_dead`` and ``num_floored`` (counts over the
+    batch). Equilibration makes the jitter blind to outlier channels, which would inflate one relative to the mean
+    diagonal. n^3/3 FLOPs a matrix.
     """
     K, scale, dead = equilibrate(C)
     flat = K.reshape(-1, *K.shape[-2:])
     lower: Tensor | None = None
     pending = torch.arange(len(flat), device=flat.device)
-    numerics: dict = {"num_dead": int(dead.sum())} if dead.any() else {}
+    numerics: dict[str, Any] = {"num_dead": int(dead.sum())} if dead.any() else {}
     for jitter in JITTERS:
         shifted = flat
         if jitter:
@@ -130,19 +134,19 @@ def psd_cholesky(C: Tensor) -> PSDFactor:
         pending = pending[~definite]
         if not len(pending):
             break
+    assert lower is not None, "JITTERS is not empty"
     if len(pending):
         eigenvalues, vectors = torch.linalg.eigh(flat[pending])
         floored = torch.maximum(eigenvalues, EIGENVALUE_FLOOR * eigenvalues[..., -1:])
         lower[pending] = torch.linalg.cholesky((vectors * floored.unsqueeze(-2)) @ vectors.mT)
         numerics["num_floored"] = len(pending)
-    assert lower is not None
     return PSDFactor(lower=lower.reshape(K.shape), scale=scale, numerics=numerics)
 
 
 def energy(C: Tensor, X: Tensor) -> Tensor:
-    """``sum tr(X^T C X)`` over the batch, a scalar: the squared norm of ``x X`` over tokens x with Gram C (..., n, n), symmetric.
+    """``sum tr(X^T C X)`` over the batch, a scalar: the squared norm of ``x X`` over tokens x with Gram C (..., n, n).
 
-    2 n^2 m FLOPs; above ``BLOCK_ROWS`` about n^2 m, as the blocks above the diagonal are those below it.
+    C is symmetric. 2 n^2 m FLOPs; above ``BLOCK_ROWS`` about n^2 m, as blocks above the diagonal are those below it.
     """
     n = C.shape[-1]
     if n <= BLOCK_ROWS:
@@ -157,10 +161,13 @@ def energy(C: Tensor, X: Tensor) -> Tensor:
 
 
 def all_finite(X: Tensor) -> bool:
-    """Whether X holds neither NaN nor inf. One sum tells almost always, in a fraction of the time of looking at every element."""
+    """Whether X holds neither NaN nor inf.
+
+    One sum tells almost always, in a fraction of the time that it takes to look at every element.
+    """
     return bool(torch.isfinite(X.sum())) or bool(torch.isfinite(X).all())
 
 
-def relative(error: Tensor, total: Tensor) -> float:
+def relative(error: Tensor | float, total: Tensor | float) -> float:
     """Error / total as a float; rounding below zero counts as zero, and a target without energy has no error."""
     return max(float(error), 0.0) / float(total) if float(total) > 0 else 0.0

@@ -1,18 +1,32 @@
-"""The three modules of a transformer layer as pairs of matrices, their calibration statistics, and the form of a variant.
+"""The three modules of a transformer layer as pairs of matrices, and the form of a variant that reduces one.
 
-Convention: row vectors, ``y = x W`` with W of shape (in, out). ``H`` query heads, ``H_kv`` key/value heads, ``g = H / H_kv``
-(query head h reads key/value head ``h // g``), ``d`` head size, ``d_h`` hidden size, ``n`` MLP width.
-Statistics are unnormalised float64 sums over calibration tokens; a field is None when it was not collected.
+Convention: row vectors, ``y = x W`` with W of shape (in, out). ``H`` query heads, ``H_kv`` key/value heads,
+``g = H / H_kv`` (query head h reads key/value head ``h // g``), ``d`` head size, ``d_h`` hidden size, ``n`` MLP width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
+
+Statistics = Mapping[str, Tensor]
+"""The calibration statistics of one layer by name, as ``calibration/statistics.py`` lists them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The letters of a layer: d_h hidden size, n MLP width, H query heads and H_kv key/value heads of size d."""
+
+    d_h: int
+    n: int
+    H: int
+    H_kv: int
+    d: int
 
 
 @dataclass(frozen=True)
@@ -24,29 +38,35 @@ class LowRank:
 
     @property
     def shape(self) -> torch.Size:
+        """That of the product, (in, out)."""
         return torch.Size((self.A.shape[0], self.B.shape[1]))
 
 
+Matrix = TypeVar("Matrix", bound=Tensor | LowRank)
+
+
 @dataclass(frozen=True)
-class MLPWeights:
+class MLPWeights(Generic[Matrix]):
     """``h = act(x W_G + b_G) * (x W_U + b_U)`` (or ``act(x W_U + b_U)`` without gate), ``y = h W_D + b_D``.
 
     W_U, W_G (d_h, n); W_D (n, d_h); b_U, b_G (n,); b_D (d_h,).
     """
 
-    W_U: Tensor | LowRank
-    W_G: Tensor | LowRank | None
-    W_D: Tensor | LowRank
+    W_U: Matrix
+    W_G: Matrix | None
+    W_D: Matrix
     b_U: Tensor | None = None
     b_G: Tensor | None = None
     b_D: Tensor | None = None
 
     @property
     def inner_size(self) -> int:
+        """What a variant reduces: the width n."""
         return self.W_D.shape[0]
 
     @property
     def rank_unit(self) -> int:
+        """Ranks are multiples of this."""
         return 1
 
 
@@ -54,8 +74,8 @@ class MLPWeights:
 class QueryKeyWeights:
     """W_Q (H, d_h, d), W_K (H_kv, d_h, d), b_Q (H, d), b_K (H_kv, d).
 
-    Under ``rope`` the dims ``(i, i + d/2)`` are one rotated pair, and ``rope_index`` (H_kv, d/2), int64, names the original
-    frequency of each pair (None: all of them, in order).
+    Under ``rope`` the dims ``(i, i + d/2)`` are one rotated pair, and ``rope_index`` (H_kv, d/2), int64, names the
+    original frequency of each pair (None: all of them, in order).
     """
 
     W_Q: Tensor
@@ -67,10 +87,12 @@ class QueryKeyWeights:
 
     @property
     def inner_size(self) -> int:
+        """What a variant reduces: the head size d."""
         return self.W_K.shape[-1]
 
     @property
     def rank_unit(self) -> int:
+        """Ranks are multiples of this."""
         return 2 if self.rope else 1
 
 
@@ -85,86 +107,62 @@ class ValueOutputWeights:
 
     @property
     def inner_size(self) -> int:
+        """What a variant reduces: the head size d."""
         return self.W_V.shape[-1]
 
     @property
     def rank_unit(self) -> int:
+        """Ranks are multiples of this."""
         return 1
 
 
-@dataclass(frozen=True)
-class MLPStatistics:
-    """C (n, n): Gram of h, the down projection's input; mean (n,) of h; C_x (d_h, d_h): Gram of the MLP's input."""
-
-    C: Tensor | None = None
-    mean: Tensor | None = None
-    num_tokens: int = 0
-    C_x: Tensor | None = None
+Weights = MLPWeights[Any] | QueryKeyWeights | ValueOutputWeights
+W = TypeVar("W", bound=Weights)
 
 
 @dataclass(frozen=True)
-class QueryKeyStatistics:
-    """C_Q (H, d, d), C_K (H_kv, d, d): Grams of the states entering the product (after bias, q/k norm and RoPE)."""
-
-    C_Q: Tensor | None = None
-    C_K: Tensor | None = None
-    C_x: Tensor | None = None
-    num_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class ValueOutputStatistics:
-    """G (H_kv, d, d): Gram of the value states; A (H, d, d): Gram of each query head's input to W_O; both without b_V."""
-
-    G: Tensor | None = None
-    A: Tensor | None = None
-    C_x: Tensor | None = None
-    num_tokens: int = 0
-
-
-Weights = MLPWeights | QueryKeyWeights | ValueOutputWeights
-Statistics = MLPStatistics | QueryKeyStatistics | ValueOutputStatistics
-
-
-@dataclass(frozen=True)
-class Reduction:
+class Reduction(Generic[W]):
     """A reduced module.
 
-    weights: in the dtype of the input weights. relative_error: squared error over the energy of the dense target, in the
-    closed form that the variant's docstring names (never NaN). kept: indices of the kept inner dimensions, (k,) for the MLP and
-    (H_kv, k) for heads, None where nothing is selected. numerics: what the solver had to do (jitter, dead channels,
-    fallback), empty if nothing unusual; ready for JSON.
+    weights: in the dtype of the input weights. relative_error: squared error over the energy of the dense target, in
+    the closed form that the variant's docstring names (never NaN). kept: indices of the kept inner dimensions, (k,) for
+    the MLP and (H_kv, k) for heads, None where nothing is selected. numerics: what the solver had to do (jitter, dead
+    channels, fallback), empty if nothing unusual; ready for JSON.
     """
 
-    weights: Weights
+    weights: W
     relative_error: float
     kept: Tensor | None = None
-    numerics: dict = field(default_factory=dict)
+    numerics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Generic[W]):
     """One way to reduce one module to an inner size; the fields of a subclass are its hyper-parameters.
 
-    ``required`` names the statistics fields it reads. Subclasses implement ``reduce``; the call checks the request first and
-    returns the very same weights at full rank. Raises UserError for a rank out of range or not whole pairs under RoPE, an
-    inapplicable module, or a statistic that was not collected or is not finite.
+    ``label`` is its name in figures and tables, ``required`` names the statistics that it reads. Subclasses implement
+    ``reduce`` and ``solver_elements``. A call checks the request first and returns the very same weights at full rank.
+    It raises UserError for a rank out of range or not whole pairs under RoPE, an inapplicable module, or a statistic
+    that was not collected or is not finite.
     """
 
+    label: ClassVar[str]
     required: ClassVar[frozenset[str]] = frozenset()
 
-    def applicable(self, weights: Weights) -> str | None:
+    def applicable(self, weights: W) -> str | None:
         """Why this variant cannot reduce these weights, or None."""
-        if isinstance(weights, MLPWeights) and any(
-            isinstance(W, LowRank) for W in (weights.W_U, weights.W_G, weights.W_D)
-        ):
-            return "the MLP is already stored as low-rank factors"
         return None
 
-    def reduce(self, weights: Weights, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction:
+    def reduce(self, weights: W, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction[W]:
+        """The module at inner size ``rank``, which is below the full one."""
         raise NotImplementedError
 
-    def __call__(self, weights: Weights, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction:
+    def solver_elements(self, sizes: Sizes, rank: int) -> int:
+        """Float64 elements that ``reduce`` holds at most, beside the weights and the statistics."""
+        raise NotImplementedError
+
+    def __call__(self, weights: W, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction[W]:
+        """Check the request, then reduce."""
         name, full, unit = type(self).__name__, weights.inner_size, weights.rank_unit
         if not 1 <= rank <= full:
             raise UserError(f"{name}: rank {rank} is not between 1 and the full inner size {full}")
@@ -174,15 +172,40 @@ class Variant:
             return Reduction(weights=weights, relative_error=0.0)
         if (reason := self.applicable(weights)) is not None:
             raise UserError(f"{name} does not apply: {reason}")
-        missing = sorted(key for key in self.required if getattr(statistics, key) is None)
-        if missing:
+        if missing := sorted(self.required - statistics.keys()):
             raise UserError(f"{name} needs the statistics {', '.join(missing)}, which were not collected")
         for key in sorted(self.required):
-            if not all_finite(getattr(statistics, key)):
+            if not all_finite(statistics[key]):
                 raise UserError(
                     f"{name}: the calibration statistic {key} holds NaN or inf; check the model's activations"
                 )
         return self.reduce(weights, statistics, rank, generator)
+
+
+class MLPVariant(Variant[MLPWeights[Any]]):
+    """A variant of the MLP."""
+
+    def applicable(self, weights: MLPWeights[Any]) -> str | None:
+        """Only whole matrices can be reduced."""
+        if any(isinstance(matrix, LowRank) for matrix in (weights.W_U, weights.W_G, weights.W_D)):
+            return "the MLP is already stored as low-rank factors"
+        return None
+
+
+class AttentionVariant(Variant[W]):
+    """A variant of a module of attention, whose matrices outweigh what is worked out for each head."""
+
+    def solver_elements(self, sizes: Sizes, rank: int) -> int:
+        """Six copies of the larger matrix, d_h x H d."""
+        return 6 * sizes.d_h * sizes.H * sizes.d
+
+
+class QueryKeyVariant(AttentionVariant[QueryKeyWeights]):
+    """A variant of query-key."""
+
+
+class ValueOutputVariant(AttentionVariant[ValueOutputWeights]):
+    """A variant of value-output."""
 
 
 def check_positive(owner: object, name: str, *, zero_allowed: bool = False) -> None:

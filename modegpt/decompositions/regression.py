@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,18 @@ class Moments:
 
     @classmethod
     def zeros(cls, num_features: int, num_targets: int, *, device: torch.device | str = "cpu") -> "Moments":
+        """The moments of no rows."""
+
         def empty(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
         return cls(G=empty(num_features, num_features), X=empty(num_features, num_targets), energy=empty(), num_rows=0)
 
     def updated(self, z: Tensor, t: Tensor, *, precision: torch.dtype) -> "Moments":
-        """With the rows z (rows, m) and t (rows, p) added, in place. rows m (m + 2 p) FLOPs in ``precision``, and those of the diagonal blocks."""
+        """With the rows z (rows, m) and t (rows, p) added, in place.
+
+        rows m (m + 2 p) FLOPs in ``precision``, and those of the diagonal blocks.
+        """
         z, t = z.to(precision), t.to(precision)
         add_gram(self.G, z)
         mirror_blocks(self.G)
@@ -68,15 +74,16 @@ class Moments:
         return max(float(energy(self.G, W) - 2 * (W * self.X).sum() + self.energy), 0.0)
 
 
-def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tensor, dict]]:
-    """From a ridge to ``argmin_W sum ||z W - t||^2 + ridge ||D^1/2 (W - W_0)||^2`` with ``D = diag(G)``, and the solver's numerics.
+def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tensor, dict[str, Any]]]:
+    """From a ridge to ``argmin_W sum ||z W - t||^2 + ridge ||D^1/2 (W - W_0)||^2``, D = diag(G), and the numerics.
 
-    ``W_0 + (G + ridge D)^-1 (X - G W_0)``: D makes the ridge blind to the features' scales. 2 m^2 p FLOPs, and m^3/3 + 2 m^2 p a ridge, float64.
+    ``W_0 + (G + ridge D)^-1 (X - G W_0)``: D makes the ridge blind to the features' scales.
+    2 m^2 p FLOPs, and m^3/3 + 2 m^2 p a ridge, float64.
     """
     _, scale, _ = equilibrate(moments.G)
     missing = moments.X - moments.G @ W_0
 
-    def solve(ridge: float) -> tuple[Tensor, dict]:
+    def solve(ridge: float) -> tuple[Tensor, dict[str, Any]]:
         G = moments.G.clone()
         G.diagonal().add_(ridge * scale**2)
         factor = psd_cholesky(G)
@@ -87,26 +94,30 @@ def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tens
 
 @dataclass(frozen=True)
 class Refit:
-    """W (m, p) solved on all rows, ``fitted`` on those to fit on; ridge chosen (inf: the start); held_out: relative errors of start and choice on the held-out rows."""
+    """W (m, p) solved on all rows, ``fitted`` on those to fit on, and the ridge that was chosen (inf: the start).
+
+    held_out: relative errors of start and choice on the held-out rows.
+    """
 
     W: Tensor
     fitted: Tensor
     ridge: float
     held_out: tuple[float, float]
-    numerics: dict
+    numerics: dict[str, Any]
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """For the record."""
         ridge = "kept the start" if self.ridge == float("inf") else self.ridge
         return {"ridge": ridge, "held_out": list(self.held_out), **self.numerics}
 
 
 def held_out_refit(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit:
-    """``ridge_towards`` on the rows of ``fit`` and ``held`` together, the ridge being the one that errs least on ``held`` when solved on ``fit``.
+    """``ridge_towards`` on all rows, at the ridge that errs least on those of ``held`` when solved on those of ``fit``.
 
-    start: W_0 from the rows of ``fit`` alone, and from all rows. Keeping the start is one of the choices, so the choice never does
-    worse than it on the held-out rows. As a rule the error falls and then rises with the ridge: from ``FIRST_RIDGE`` the search walks down that slope, and stops where it rises
-    again. Ties go to the larger ridge. About four times the cost of one solve, plus 6 m^2 p FLOPs.
+    start: W_0 from the rows of ``fit`` alone, and from all rows. Keeping the start is one of the choices, so the choice
+    never does worse than it on the held-out rows. As a rule the error falls and then rises with the ridge: from
+    ``FIRST_RIDGE`` the search walks down that slope, and stops where it rises again. Ties go to the larger ridge.
+    About four times the cost of one solve, plus 6 m^2 p FLOPs.
     """
     W_fit, W_all = start
     solve, before = ridge_towards(fit, W_fit), held.error(W_fit)

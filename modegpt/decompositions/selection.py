@@ -20,14 +20,16 @@ def group_heads(per_head: Tensor, num_groups: int) -> Tensor:
     return per_head.reshape(num_groups, -1, *per_head.shape[1:])
 
 
-def keep_mlp(weights: MLPWeights, kept: Tensor, *, W_D: Tensor | None = None, b_D: Tensor | None = None) -> MLPWeights:
+def keep_mlp(
+    weights: MLPWeights[Tensor], kept: Tensor, *, W_D: Tensor | None = None, b_D: Tensor | None = None
+) -> MLPWeights[Tensor]:
     """Keep the channels ``kept`` (k,); W_D (k, d_h) and b_D (d_h,) replace the slices of the old ones where given."""
 
     def columns(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[..., kept]
 
     return MLPWeights(
-        W_U=columns(weights.W_U),
+        W_U=weights.W_U[:, kept],
         W_G=columns(weights.W_G),
         W_D=weights.W_D[kept] if W_D is None else W_D.to(weights.W_D.dtype),
         b_U=columns(weights.b_U),
@@ -68,10 +70,8 @@ def keep_query_key(weights: QueryKeyWeights, kept: Tensor) -> QueryKeyWeights:
     num_groups, num_heads = len(weights.W_K), len(weights.W_Q)
     query_kept = kept.repeat_interleave(num_heads // num_groups, dim=0)
 
-    def gather(tensor: Tensor | None, index: Tensor) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.gather(-1, index if tensor.ndim == 2 else index.unsqueeze(1).expand(-1, tensor.shape[1], -1))
+    def columns(W: Tensor, index: Tensor) -> Tensor:
+        return W.gather(-1, index.unsqueeze(1).expand(-1, W.shape[1], -1))
 
     rope_index = None
     if weights.rope:
@@ -79,10 +79,10 @@ def keep_query_key(weights: QueryKeyWeights, kept: Tensor) -> QueryKeyWeights:
         rope_index = pairs if weights.rope_index is None else weights.rope_index.gather(-1, pairs)
     return replace(
         weights,
-        W_Q=gather(weights.W_Q, query_kept),
-        W_K=gather(weights.W_K, kept),
-        b_Q=gather(weights.b_Q, query_kept),
-        b_K=gather(weights.b_K, kept),
+        W_Q=columns(weights.W_Q, query_kept),
+        W_K=columns(weights.W_K, kept),
+        b_Q=None if weights.b_Q is None else weights.b_Q.gather(-1, query_kept),
+        b_K=None if weights.b_K is None else weights.b_K.gather(-1, kept),
         rope_index=rope_index,
     )
 
@@ -90,8 +90,9 @@ def keep_query_key(weights: QueryKeyWeights, kept: Tensor) -> QueryKeyWeights:
 def query_key_relative_error(C_Q: Tensor, C_K: Tensor, kept: Tensor) -> float:
     """``sum ||Q K^T - Q_S K_S^T||_F^2 / sum ||Q K^T||_F^2`` over query heads and all pairs of calibration tokens.
 
-    ``||Q_R K_R^T||_F^2 = tr(C_Q[R, R] C_K[R, R])`` for the removed dims R, with the Grams C_Q (H, d, d), C_K (H_kv, d, d) of
-    the states that enter the product. Causality is ignored: a token pair counts wherever its tokens stand.
+    ``||Q_R K_R^T||_F^2 = tr(C_Q[R, R] C_K[R, R])`` for the removed dims R, with the Grams C_Q (H, d, d) and
+    C_K (H_kv, d, d) of the states that enter the product. Causality is ignored: a token pair counts wherever its tokens
+    stand.
     """
     C_Q, C_K = group_heads(C_Q.double(), len(C_K)).sum(dim=1), C_K.double()
     removed = torch.ones(C_K.shape[:2], dtype=torch.bool, device=C_K.device).scatter(1, kept, False).double()
@@ -101,7 +102,10 @@ def query_key_relative_error(C_Q: Tensor, C_K: Tensor, kept: Tensor) -> float:
 
 
 def fold_value_bias(weights: ValueOutputWeights) -> Tensor | None:
-    """Output bias (d_h,) that replaces b_V exactly: attention rows sum to 1, so b_V adds the constant ``sum_h b_V W_O,h``."""
+    """Output bias (d_h,) that replaces b_V exactly.
+
+    Attention rows sum to 1, so b_V adds the constant ``sum_h b_V W_O,h``.
+    """
     if weights.b_V is None:
         return weights.b_O
     W_O = group_heads(weights.W_O.double(), len(weights.W_V))
@@ -122,7 +126,10 @@ def build_value_output(weights: ValueOutputWeights, W_V: Tensor, W_O: Tensor) ->
 
 
 def keep_value_output(weights: ValueOutputWeights, kept: Tensor, *, W_O: Tensor | None = None) -> ValueOutputWeights:
-    """Keep the dims ``kept`` (H_kv, k) of each value head; W_O (H_kv, g, k, d_h) replaces the slice of the old one if given."""
+    """Keep the dims ``kept`` (H_kv, k) of each value head.
+
+    W_O (H_kv, g, k, d_h), where given, replaces the slice of the old one.
+    """
     W_V = weights.W_V.gather(-1, kept.unsqueeze(1).expand(-1, weights.W_V.shape[1], -1))
     if W_O is None:
         W_O = take_rows(group_heads(weights.W_O, len(weights.W_V)), kept)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modegpt.allocation.policies import Policy
 from modegpt.allocation.ranks import ModuleBudget, RankPlan, free_sparsity, integer_ranks, is_free
-from modegpt.calibration.statistics import Statistics, mlp_statistics, query_key_statistics, value_output_statistics
+from modegpt.calibration.statistics import Statistics
 from modegpt.decompositions.modules import LowRank, Reduction, Variant
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
@@ -33,13 +33,7 @@ from modegpt.models import (
 
 MODULES = ("mlp", "query_key", "value_output")
 READ = {"mlp": read_mlp, "query_key": read_query_key, "value_output": read_value_output}
-VIEW = {"mlp": mlp_statistics, "query_key": query_key_statistics, "value_output": value_output_statistics}
-STATISTIC = {
-    "mlp": {"C": "mlp.C", "mean": "mlp.mean", "C_x": "mlp.C_x"},
-    "query_key": {"C_Q": "query_key.C_Q", "C_K": "query_key.C_K", "C_x": "attention.C_x"},
-    "value_output": {"G": "value_output.G", "A": "value_output.A", "C_x": "attention.C_x"},
-}
-"""The collected statistic behind each field that a variant of a module may require."""
+"""How each module of a dense layer is read."""
 
 
 def module_budgets(
@@ -138,6 +132,7 @@ class MoDeGPT(Method):
         return integer_ranks(sparsities, layers, budget=self.budget)
 
     def check(self, task: CompressionTask) -> None:
+        """Refuse a decomposition that does not apply, and ranks that cannot be met where they are known beforehand."""
         layer = decoder_layers(task.model)[0]
         for module, variant in self.variants(task.family).items():
             reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
@@ -148,15 +143,11 @@ class MoDeGPT(Method):
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Names of the statistics of a layer that its decompositions read."""
-        variants = self.variants(family)
-        return frozenset(
-            STATISTIC[module][key]
-            for module, variant in variants.items()
-            if variant is not None
-            for key in variant.required
-        )
+        variants = self.variants(family).values()
+        return frozenset().union(*(variant.required for variant in variants if variant is not None))
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Allocate, then reduce every layer on the dense model's statistics."""
         calibration, names = task.calibration, self.required_statistics(task.family)
         influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
         plan = self.plan(task, influence)
@@ -179,7 +170,10 @@ class MoDeGPT(Method):
         statistics: Statistics,
         generator: torch.Generator,
     ) -> tuple[LayerShape, dict[str, Tensor], dict[str, Any]]:
-        """Layer ``index`` reduced to ``ranks``: its shape, the tensors that changed (as ``layer_tensors`` names them), its report."""
+        """Layer ``index`` reduced to ``ranks``: its shape, the tensors that changed and its report.
+
+        Tensors are named as by ``layer_tensors``.
+        """
         with task.calibration.meter.stage("decomposition", counted=True):
             reductions = self._reduce(task, layer, ranks, statistics, generator, index)
         return *assemble_layer(task.family, task.model.config, reductions), report(index, reductions, ranks, task)
@@ -215,9 +209,7 @@ class MoDeGPT(Method):
             if variant is None or ranks[module] == weights.inner_size:
                 continue
             try:
-                reductions[module] = variant(
-                    weights, VIEW[module](statistics, task.calibration.tokens.num_tokens), ranks[module], generator
-                )
+                reductions[module] = variant(weights, statistics, ranks[module], generator)
             except UserError as error:
                 raise UserError(f"layer {index}, {module}: {error}") from error
         return reductions

@@ -1,19 +1,21 @@
 """What an out-of-core compression will need at most, from shapes alone, and what there is.
 
-The peak is the largest of four moments: embedding, observing a layer, decomposing it, scoring the model. Each is a sum of
-parts; the solver's share of decomposing is counted in float64 copies of what each decomposition works on.
+The peak is the largest of four moments: embedding, observing a layer, decomposing it, scoring the model. Each is a sum
+of parts. What a statistic and what a decomposition take is for them to say: ``Statistic.num_elements`` and
+``Variant.solver_elements``.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from modegpt.calibration.moments import CHUNK_ROWS
+from modegpt.calibration.statistics import STATISTICS
 from modegpt.cost.metering import peak_memory_bytes
-from modegpt.decompositions.modules import Variant
+from modegpt.decompositions.modules import Sizes
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation
 from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
@@ -24,51 +26,10 @@ from modegpt.streaming.model import StreamedModel
 
 FLOAT64 = 8
 MARGIN, LIBRARIES = 0.1, 2**27
-"""What allocators and libraries hold beside the counted bytes: a share of these, and bytes whatever the size (9 and 16 % were seen for 7B and 1.3B shapes)."""
+"""What allocators and libraries hold beside the counted bytes: a share of these, and bytes whatever the size.
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """The letters of a layer: d_h hidden size, n MLP width, H and H_kv heads of size d, k the largest width that may be kept."""
-
-    d_h: int
-    n: int
-    H: int
-    H_kv: int
-    d: int
-    k: int
-
-
-STATISTIC_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
-    "attention.C_x": lambda s: s.d_h**2,
-    "query_key.C_Q": lambda s: s.H * s.d**2,
-    "query_key.C_K": lambda s: s.H_kv * s.d**2,
-    "value_output.G": lambda s: s.H_kv * s.d**2,
-    "value_output.A": lambda s: s.H * s.d**2,
-    "mlp.C_x": lambda s: s.d_h**2,
-    "mlp.C": lambda s: s.n**2,
-    "mlp.mean": lambda s: s.n,
-    "layer.influence": lambda s: 1,
-}
-
-
-def _nystrom(s: Sizes) -> int:
-    """Scores: C + lambda I, its equilibrated form, its factor twice. Refit: rows of C, and of k x k a block, its forms, its factor twice."""
-    return max(4 * s.n**2, s.k * s.n + 5 * s.k**2) + 2 * s.n * s.d_h
-
-
-SOLVER_ELEMENTS: dict[str, Callable[[Sizes], int]] = {
-    "MLPNystrom": _nystrom,
-    "MLPNystromBias": lambda s: s.n**2 + _nystrom(s),
-    "MLPColumns": _nystrom,
-    "MLPElimination": lambda s: 8 * s.n**2 + 2 * s.n * s.d_h,
-    "MLPSVD": lambda s: 14 * s.n * s.d_h,
-    "MLPMagnitude": lambda s: 6 * s.n * s.d_h,
-    "MLPRandom": lambda s: 6 * s.n * s.d_h,
-}
-"""Float64 elements that a decomposition holds beside the layer and its statistics."""
-ATTENTION_COPIES = 6
-"""Float64 copies of a module's larger matrix (d_h x H d) that the decompositions of attention hold."""
+9 and 16 % were seen for 7B and 1.3B shapes.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,10 +41,12 @@ class Prediction:
 
     @property
     def host_bytes(self) -> int:
+        """All of the host's."""
         return sum(self.host.values())
 
     @property
     def device_bytes(self) -> int:
+        """All of the device's."""
         return sum(self.device.values())
 
     def record(self) -> dict[str, dict[str, int]]:
@@ -98,59 +61,64 @@ class Prediction:
 def predict(
     method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, evaluation: PreparedEvaluation, *, on_disk: bool
 ) -> Prediction:
-    """The peak of ``method`` on ``task`` and of the scores around it; ``on_disk``: hidden states of the calibration lie in files."""
+    """The peak of ``method`` on ``task`` and of the scores around it.
+
+    ``on_disk``: hidden states of the calibration lie in files.
+    """
     config, model = streamed.model.config, streamed.model
     shape, itemsize = dense_shape(config), model.dtype.itemsize
-    n, tokens, family = shape.intermediate_size, task.calibration.tokens, task.family
-    most_kept = n if method.allocation.needs_influence else max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
-    sizes = Sizes(config.hidden_size, n, config.num_attention_heads, shape.num_kv_heads, shape.qk_head_dim, most_kept)
+    sizes = Sizes(
+        d_h=config.hidden_size,
+        n=shape.intermediate_size,
+        H=config.num_attention_heads,
+        H_kv=shape.num_kv_heads,
+        d=shape.qk_head_dim,
+    )
     state = model.state_dict()
-    layer_sizes = [
-        state[name].numel() * itemsize for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0.")
-    ]
-    tied = streamed.tied
-    outer_sizes = {
-        head: [state[name].numel() * itemsize for name in streamed.outer_names(head=head) if name not in tied]
-        for head in (False, True)
-    }
-    layer, largest = sum(layer_sizes), max(*layer_sizes, *outer_sizes[True])
 
-    length = tokens.ids.shape[1]
-    batch_tokens = min(task.calibration.batch_size, len(tokens.ids)) * length
+    def stored(names: Iterable[str]) -> list[int]:
+        return [state[name].numel() * itemsize for name in names]
+
+    of_layer = stored(name for name in streamed.sources if name.startswith(f"{streamed.layers_prefix}0."))
+    outer, head = (
+        stored(name for name in streamed.outer_names(head=head) if name not in streamed.tied) for head in (False, True)
+    )
+    layer, largest = sum(of_layer), max(*of_layer, *head)
+    streamed_layer = layer + max(of_layer)
+
+    def forward(num_tokens: int) -> int:
+        return num_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * sizes.n) * itemsize
+
+    tokens, batch_size = task.calibration.tokens, task.calibration.batch_size
+    batch_tokens = min(batch_size, len(tokens.ids)) * tokens.ids.shape[1]
     one_batch = batch_tokens * sizes.d_h * itemsize
     hidden = 2 * one_batch if on_disk else tokens.num_tokens * sizes.d_h * itemsize + one_batch
-    activations = batch_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
-    names = method.required_statistics(family)
-    statistics = FLOAT64 * sum(STATISTIC_ELEMENTS[name](sizes) for name in names)
-    chunk = (
-        FLOAT64 * min(CHUNK_ROWS[task.calibration.precision], batch_tokens) * max(n, sizes.H * sizes.d) * 2
-        if names
-        else 0
-    )
-    solver = FLOAT64 * max(
-        (solver_elements(variant, sizes) for variant in method.variants(family).values() if variant is not None),
-        default=0,
-    )
-
+    names = method.required_statistics(task.family)
+    statistics = FLOAT64 * sum(STATISTICS[name].num_elements(sizes) for name in names)
+    chunk_rows = min(CHUNK_ROWS[task.calibration.precision], batch_tokens) if names else 0
+    chunk = FLOAT64 * chunk_rows * max(sizes.n, sizes.H * sizes.d) * 2
     moments = {
-        "embedding": {"weights": sum(outer_sizes[False]) + largest, "hidden states": hidden},
+        "embedding": {"weights": sum(outer) + largest, "hidden states": hidden},
         "observing": {
-            "weights": layer + max(layer_sizes),
+            "weights": streamed_layer,
             "statistics": statistics,
-            "activations": activations + chunk,
+            "activations": forward(batch_tokens) + chunk,
             "hidden states": hidden,
         },
-        "decomposing": {"weights": layer, "statistics": statistics, "solver": solver, "hidden states": hidden},
+        "decomposing": {
+            "weights": layer,
+            "statistics": statistics,
+            "solver": solver_bytes(method, task, sizes),
+            "hidden states": hidden,
+        },
         "saving": {"weights": 2 * layer, "statistics": statistics, "hidden states": hidden},
     }
     if evaluation.text is not None:
-        text = evaluation.text
-        scored = max(text.spec.batch_tokens, max(text.windows))
+        scored = max(evaluation.text.spec.batch_tokens, max(evaluation.text.windows))
         logits = scored * config.vocab_size * itemsize * 2 + 3 * 4 * CHUNK_ELEMENTS
-        states = (text.token_ids.numel() + scored) * sizes.d_h * itemsize
-        moments["scoring"] = {"weights": sum(outer_sizes[True]) + largest, "hidden states": states, "logits": logits}
-        forward = scored * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * n) * itemsize
-        moments["walking"] = {"weights": layer + max(layer_sizes), "hidden states": states, "activations": forward}
+        states = (evaluation.text.token_ids.numel() + scored) * sizes.d_h * itemsize
+        moments["scoring"] = {"weights": sum(head) + largest, "hidden states": states, "logits": logits}
+        moments["walking"] = {"weights": streamed_layer, "hidden states": states, "activations": forward(scored)}
     fullest = max(moments.values(), key=lambda parts: sum(parts.values()))
     fullest["margin"] = round(MARGIN * sum(fullest.values())) + LIBRARIES
     if streamed.device.type == "cpu":
@@ -159,16 +127,22 @@ def predict(
     return Prediction(host={"process": resident_bytes(), **copies}, device=fullest)
 
 
-def solver_elements(variant: Variant, sizes: Sizes) -> int:
-    """Float64 elements that ``variant`` holds at most."""
-    needed = SOLVER_ELEMENTS.get(type(variant).__name__)
-    return ATTENTION_COPIES * sizes.d_h * sizes.H * sizes.d if needed is None else needed(sizes)
+def solver_bytes(method: MoDeGPT, task: CompressionTask, sizes: Sizes) -> int:
+    """What the greediest of the decompositions holds, at the largest MLP width that may be kept."""
+    widest = sizes.n
+    if not method.allocation.needs_influence:
+        widest = max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
+    variants = [variant for variant in method.variants(task.family).values() if variant is not None]
+    return FLOAT64 * max((variant.solver_elements(sizes, widest) for variant in variants), default=0)
 
 
 def check_fits(
     prediction: Prediction, task: CompressionTask, streamed: StreamedModel, *, on_disk: bool, max_host_bytes: int | None
 ) -> dict[str, int]:
-    """What is available, by place. Raises UserError when it is less than what ``prediction`` needs, saying what would fit."""
+    """What is available, by place.
+
+    Raises UserError when that is less than what ``prediction`` needs, saying what would fit.
+    """
     available = {"host": resident_bytes() + available_host_bytes()}
     if max_host_bytes is not None:
         available["host"] = min(available["host"], max_host_bytes)
@@ -180,8 +154,8 @@ def check_fits(
         if excess > 0:
             spelled = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
             raise UserError(
-                f"out of core this needs about {gib(sum(parts.values()))} of {place} memory ({spelled}) and {gib(available[place])} are "
-                f"available; {_remedy(parts, excess, task, on_disk)}"
+                f"out of core this needs about {gib(sum(parts.values()))} of {place} memory ({spelled}) and "
+                f"{gib(available[place])} are available; {_remedy(parts, excess, task, on_disk)}"
             )
     return available
 
@@ -195,12 +169,16 @@ def _remedy(parts: Mapping[str, int], excess: int, task: CompressionTask, on_dis
     if fitting >= 1 and not on_disk:
         return f"calibration.num_samples={fitting} would fit, or out_of_core.hidden_states=disk"
     if parts.get("activations", 0) > excess and task.calibration.batch_size > 1:
-        return f"calibration.batch_size={max(1, int(task.calibration.batch_size * (1 - excess / parts['activations'])))} would fit"
-    return "no number of samples would fit, as one layer alone needs more: leave its MLP dense (decomposition/mlp=none) or use a larger machine"
+        fitting = max(1, int(task.calibration.batch_size * (1 - excess / parts["activations"])))
+        return f"calibration.batch_size={fitting} would fit"
+    return (
+        "no number of samples would fit, as one layer alone needs more: leave its MLP dense (decomposition/mlp=none) "
+        "or use a larger machine"
+    )
 
 
 def available_host_bytes() -> int:
-    """Memory this process can still take: what the system calls available, or less where a control group sets a limit."""
+    """Memory this process can still take: what the system calls available, or less where a control group says so."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -210,7 +188,10 @@ def available_host_bytes() -> int:
 
 
 def _group_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What each control group (version 2 or 1) above this process leaves it; file pages that can be dropped count as left."""
+    """What each control group (version 2 or 1) above this process leaves it.
+
+    File pages that can be dropped count as left.
+    """
     left = []
     try:
         groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
@@ -249,4 +230,5 @@ def resident_bytes() -> int:
 
 
 def gib(num_bytes: float) -> str:
+    """In GiB, for a message."""
     return f"{num_bytes / 2**30:.2f} GiB"

@@ -9,13 +9,13 @@ from torch.nn.functional import cosine_similarity
 
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
-from modegpt.calibration.statistics import NAMES
+from modegpt.calibration.statistics import STATISTICS
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers, dense_shape, family_of
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model
 
-EVERYTHING = frozenset(NAMES)
+EVERYTHING = frozenset(STATISTICS)
 
 
 def calibration_of(name: str, cache: StatisticsCache | None = None) -> Calibration:
@@ -25,7 +25,7 @@ def calibration_of(name: str, cache: StatisticsCache | None = None) -> Calibrati
 
 
 def inputs_and_outputs(calibration: Calibration) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
-    """Every linear's (input, output) over all tokens as rows, float64, from one ordinary forward; and the residual stream."""
+    """Every linear's (input, output) over all tokens, float64, from one ordinary forward; and the residual stream."""
     model, seen = calibration.model, {}
     family = family_of(model.config)
 
@@ -97,6 +97,7 @@ def test_statistics_equal_brute_force(name: str) -> None:
             states = heads[role]
             if name != "qwen3":  # without a head norm, rotation keeps each pair's energy
                 close(pair_energy(statistics[key]), pair_energy(gram(states)))
+        assert statistics["layer.num_tokens"] == len(hidden)
         influence = 1 - cosine_similarity(residual[index].double(), residual[index + 1].double(), dim=-1).mean()
         assert float(statistics["layer.influence"]) == pytest.approx(float(influence), abs=1e-5)
 

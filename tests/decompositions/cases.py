@@ -1,4 +1,4 @@
-"""Small modules with their calibration states, so that every closed form can be checked against the states themselves."""
+"""Small modules with their calibration states, so that closed forms can be checked against the states themselves."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from modegpt.decompositions.modules import (
-    MLPStatistics,
     MLPWeights,
-    QueryKeyStatistics,
     QueryKeyWeights,
-    ValueOutputStatistics,
+    Statistics,
     ValueOutputWeights,
 )
 
@@ -31,8 +29,9 @@ class MLPCase:
     h: Tensor  # (T, n)
 
     @property
-    def statistics(self) -> MLPStatistics:
-        return MLPStatistics(C=self.h.mT @ self.h, mean=self.h.mean(dim=0), num_tokens=len(self.h))
+    def statistics(self) -> Statistics:
+        num_tokens = torch.tensor(len(self.h))
+        return {"mlp.C": self.h.mT @ self.h, "mlp.mean": self.h.mean(dim=0), "layer.num_tokens": num_tokens}
 
     def output_error(self, h_kept: Tensor, W_D: Tensor) -> float:
         dense = self.h @ self.weights.W_D
@@ -69,8 +68,8 @@ class QueryKeyCase:
     K: Tensor  # (H_kv, T, d)
 
     @property
-    def statistics(self) -> QueryKeyStatistics:
-        return QueryKeyStatistics(C_Q=self.Q.mT @ self.Q, C_K=self.K.mT @ self.K, num_tokens=len(self.x))
+    def statistics(self) -> Statistics:
+        return {"query_key.C_Q": self.Q.mT @ self.Q, "query_key.C_K": self.K.mT @ self.K}
 
     def logits(self, weights: QueryKeyWeights | None = None) -> Tensor:
         """(H, T, T), from the states of the (reduced) weights, without rotation."""
@@ -121,10 +120,8 @@ class ValueOutputCase:
     attention: Tensor  # (H, T, T)
 
     @property
-    def statistics(self) -> ValueOutputStatistics:
-        return ValueOutputStatistics(
-            G=self.v.mT @ self.v, A=self.a.mT @ self.a, C_x=self.x.mT @ self.x, num_tokens=len(self.x)
-        )
+    def statistics(self) -> Statistics:
+        return {"value_output.G": self.v.mT @ self.v, "value_output.A": self.a.mT @ self.a}
 
     def maps(self, weights: ValueOutputWeights | None = None) -> Tensor:
         """(H, d_h, d_h): W_V W_O of each query head."""

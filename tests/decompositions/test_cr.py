@@ -3,7 +3,6 @@ import torch
 
 from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs
 from modegpt.decompositions.cr import cr_scores
-from modegpt.decompositions.modules import QueryKeyStatistics
 from modegpt.decompositions.selection import query_key_relative_error, sum_pairs
 from modegpt.errors import UserError
 from tests.decompositions.cases import HEADS, generator, matrix_root, query_key_case
@@ -24,7 +23,7 @@ def rotate(states: torch.Tensor) -> torch.Tensor:
 @heads
 def test_score_equals_the_matrix_root_form(heads):
     case = query_key_case(heads=heads)
-    C_Q, C_K = case.statistics.C_Q, case.statistics.C_K
+    C_Q, C_K = case.statistics["query_key.C_Q"], case.statistics["query_key.C_K"]
     group = len(C_Q) // len(C_K)
     per_head = matrix_root(C_Q).norm(dim=1) * matrix_root(C_K).norm(dim=1).repeat_interleave(group, dim=0)
     oracle = per_head.reshape(len(C_K), group, -1).square().sum(dim=1).sqrt()
@@ -56,7 +55,9 @@ def test_slices_match_the_logits_of_the_kept_dims(heads, rope, bias):
 def test_keeps_whole_pairs_of_the_largest_score(heads):
     case = query_key_case(heads=heads, seed=3)
     d = case.weights.inner_size
-    energy_Q, energy_K = (C.diagonal(dim1=-2, dim2=-1) for C in (case.statistics.C_Q, case.statistics.C_K))
+    energy_Q, energy_K = (
+        C.diagonal(dim1=-2, dim2=-1) for C in (case.statistics["query_key.C_Q"], case.statistics["query_key.C_K"])
+    )
     group = len(energy_Q) // len(energy_K)
     result = QueryKeyCR()(case.weights, case.statistics, 4, generator())
     for k in range(len(energy_K)):
@@ -88,7 +89,10 @@ def test_pair_score_is_rotation_invariant_and_the_dim_score_is_not(heads):
 @heads
 def test_pair_variant_keeps_the_largest_pair_scores(heads):
     case = query_key_case(heads=heads, seed=3)
-    statistics = QueryKeyStatistics(C_Q=rotate(case.Q).mT @ rotate(case.Q), C_K=rotate(case.K).mT @ rotate(case.K))
+    statistics = {
+        "query_key.C_Q": rotate(case.Q).mT @ rotate(case.Q),
+        "query_key.C_K": rotate(case.K).mT @ rotate(case.K),
+    }
     chosen = QueryKeyCRPairs()(case.weights, statistics, 4, generator())
     d, group = case.weights.inner_size, len(case.Q) // len(case.K)
     for k in range(len(case.K)):
@@ -115,7 +119,7 @@ def test_second_reduction_names_the_original_frequencies():
     first = QueryKeyCR()(case.weights, case.statistics, 6, generator())
     Q = torch.stack([case.Q[h][:, first.kept[h // 3]] for h in range(6)])
     K = torch.stack([case.K[k][:, first.kept[k]] for k in range(2)])
-    second = QueryKeyCR()(first.weights, QueryKeyStatistics(C_Q=Q.mT @ Q, C_K=K.mT @ K), 4, generator())
+    second = QueryKeyCR()(first.weights, {"query_key.C_Q": Q.mT @ Q, "query_key.C_K": K.mT @ K}, 4, generator())
     at_once = QueryKeyCR()(case.weights, case.statistics, 4, generator())
     assert torch.equal(second.weights.rope_index, at_once.weights.rope_index)
     assert torch.equal(second.weights.W_K, at_once.weights.W_K)

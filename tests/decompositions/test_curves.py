@@ -6,11 +6,8 @@ import torch
 from modegpt.decompositions import MLPElimination, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
 from modegpt.decompositions.modules import (
-    MLPStatistics,
     MLPWeights,
-    QueryKeyStatistics,
     QueryKeyWeights,
-    ValueOutputStatistics,
     ValueOutputWeights,
 )
 
@@ -29,7 +26,7 @@ def test_mlp() -> None:
     C = gram(10)
     (curve, order), total = mlp_curve(C, weights.W_D, ridge=0.0), float((weights.W_D * (C @ weights.W_D)).sum())
     for rank in range(1, 10):
-        reduction = MLPElimination(ridge=0.0)(weights, MLPStatistics(C=C), rank, GENERATOR)
+        reduction = MLPElimination(ridge=0.0)(weights, {"mlp.C": C}, rank, GENERATOR)
         assert float(curve[10 - rank]) / total == pytest.approx(reduction.relative_error, rel=1e-6)
         assert reduction.kept.tolist() == sorted(order[10 - rank :].tolist())
     assert float(curve[10]) == pytest.approx(total)
@@ -40,7 +37,7 @@ def test_value_output() -> None:
     G = gram(2, 5)
     curve, P, B = value_output_curve(G, weights.W_O)
     for rank in range(1, 5):
-        reduction = ValueOutputSVD()(weights, ValueOutputStatistics(G=G), rank, GENERATOR)
+        reduction = ValueOutputSVD()(weights, {"value_output.G": G}, rank, GENERATOR)
         assert float(curve[5 - rank] / curve[5]) == pytest.approx(reduction.relative_error, rel=1e-8)
         product = (reduction.weights.W_V.repeat_interleave(2, dim=0) @ reduction.weights.W_O).unflatten(0, (2, 2))
         torch.testing.assert_close((weights.W_V @ P[..., :rank]).unsqueeze(1) @ B[:, :, :rank], product)
@@ -55,7 +52,7 @@ def test_query_key(rope: bool) -> None:
     curve, order = query_key_curve(C_Q, C_K, rope=rope)
     unit = 2 if rope else 1
     for rank in range(unit, 6, unit):
-        reduction = QueryKeyCR()(weights, QueryKeyStatistics(C_Q=C_Q, C_K=C_K), rank, GENERATOR)
+        reduction = QueryKeyCR()(weights, {"query_key.C_Q": C_Q, "query_key.C_K": C_K}, rank, GENERATOR)
         assert float(curve[(6 - rank) // unit] / curve[-1]) == pytest.approx(reduction.relative_error, rel=1e-8)
         kept = order[:, (6 - rank) // unit :].sort().values
         assert torch.equal(reduction.kept[:, : rank // unit], kept)

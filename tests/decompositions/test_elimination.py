@@ -14,9 +14,9 @@ def residual(h: torch.Tensor, dense: torch.Tensor, kept: list[int]) -> float:
 def test_every_step_is_the_brute_force_removal():
     case = mlp_case(T=60, d_h=5, n=12)
     dense = case.h @ case.weights.W_D
-    removed, costs = eliminate(case.statistics.C, case.weights.W_D, 3, ridge=0.0, block=4)
+    removed, costs = eliminate(case.statistics["mlp.C"], case.weights.W_D, 3, ridge=0.0, block=4)
     kept, last = list(range(12)), 0.0
-    for j, cost in zip(removed.tolist(), costs.tolist()):
+    for j, cost in zip(removed.tolist(), costs.tolist(), strict=True):
         errors = {i: residual(case.h, dense, [c for c in kept if c != i]) for i in kept}
         assert j == min(errors, key=errors.get)
         assert cost == pytest.approx(errors[j] - last, rel=1e-8, abs=1e-8)
@@ -27,7 +27,9 @@ def test_every_step_is_the_brute_force_removal():
 @pytest.mark.parametrize("ridge", [0.0, 1e-6])
 def test_block_changes_nothing(ridge):
     case = mlp_case(n=40, T=300)
-    runs = [eliminate(case.statistics.C, case.weights.W_D, 11, ridge=ridge, block=block) for block in (1, 7, 128)]
+    runs = [
+        eliminate(case.statistics["mlp.C"], case.weights.W_D, 11, ridge=ridge, block=block) for block in (1, 7, 128)
+    ]
     for removed, costs in runs[1:]:
         assert torch.equal(removed, runs[0][0])
         torch.testing.assert_close(costs, runs[0][1], rtol=1e-8, atol=1e-10)
@@ -49,7 +51,7 @@ def test_output_matrix_decides():
     unread = [2, 9, 20]
     case.weights.W_D[unread] = 0
     case.h[:, unread] *= 100
-    removed, costs = eliminate(case.statistics.C, case.weights.W_D, 20, ridge=0.0, block=128)
+    removed, costs = eliminate(case.statistics["mlp.C"], case.weights.W_D, 20, ridge=0.0, block=128)
     assert set(removed[:3].tolist()) == set(unread)
     assert costs[:3].abs().max() < 1e-9 * costs[3]
 
@@ -74,7 +76,7 @@ def test_ridge_keeps_the_downdates_accurate_where_the_statistics_are_singular():
     dense = case.h @ case.weights.W_D
 
     def discrepancy(ridge):
-        removed, costs = eliminate(case.statistics.C, case.weights.W_D, 20, ridge=ridge, block=128)
+        removed, costs = eliminate(case.statistics["mlp.C"], case.weights.W_D, 20, ridge=ridge, block=128)
         kept = sorted(set(range(300)) - set(removed.tolist()))
         return abs(float(costs.sum()) / residual(case.h, dense, kept) - 1)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modegpt.decompositions import MLPColumns, MLPNystrom, MLPNystromBias
-from modegpt.decompositions.modules import MLPStatistics, MLPWeights
+from modegpt.decompositions.modules import MLPWeights
 from modegpt.decompositions.nystrom import refit, ridge_leverage
 from tests.decompositions.cases import MLPCase, generator, mlp_case, mlp_states, normal
 
@@ -16,7 +16,7 @@ def with_states(h: torch.Tensor, d_h: int = 10) -> MLPCase:
 
 @pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-6])
 def test_ridge_leverage_against_eigendecomposition(ridge):
-    C = mlp_case().statistics.C
+    C = mlp_case().statistics["mlp.C"]
     lam = ridge * C.diagonal().mean()
     eigenvalues, U = torch.linalg.eigh(C)
     oracle = (U.square() * (eigenvalues / (eigenvalues + lam))).sum(dim=1)
@@ -50,7 +50,7 @@ def test_reduced_mlp_computes_the_kept_channels(gated, bias):
 def test_keeps_the_largest_leverage():
     case = mlp_case()
     kept = MLPNystrom(ridge=0.1)(case.weights, case.statistics, 9, generator()).kept
-    oracle = ridge_leverage(case.statistics.C, 0.1).topk(9).indices.sort().values
+    oracle = ridge_leverage(case.statistics["mlp.C"], 0.1).topk(9).indices.sort().values
     assert torch.equal(kept, oracle)
 
 
@@ -120,13 +120,13 @@ def test_dead_and_duplicate_channels():
     h[:, 7] = h[:, 6]
     case = with_states(h)
     kept = torch.tensor([0, 1, 3, 5, 6, 7, 8])
-    W_D, numerics = refit(case.statistics.C, case.weights.W_D, kept)
+    W_D, numerics = refit(case.statistics["mlp.C"], case.weights.W_D, kept)
     assert numerics["num_dead"] == 1 and numerics["num_jittered"] == 1
     best = torch.linalg.lstsq(h[:, kept], h @ case.weights.W_D, driver="gelsd").solution
     excess = case.output_error(h[:, kept], W_D) / case.output_error(h[:, kept], best) - 1
     assert excess < 1e-9
     assert torch.equal(W_D[2], case.weights.W_D[3])  # unobserved: left as it was
-    assert ridge_leverage(case.statistics.C, 1e-2)[3] == pytest.approx(0, abs=1e-15)
+    assert ridge_leverage(case.statistics["mlp.C"], 1e-2)[3] == pytest.approx(0, abs=1e-15)
 
 
 def test_mlp_without_any_activation():
@@ -137,7 +137,7 @@ def test_mlp_without_any_activation():
 
 
 def test_massive_activations():
-    """Outlier channels 1000 times the rest, mixed into the others: float32 normal equations fail, ours match QR to 1e-6."""
+    """Outliers 1000 times the rest, mixed into the others: float32 normal equations fail, ours match QR to 1e-6."""
     T, n = 600, 40
     h = normal(T, n, seed=7)
     outliers = [3, 17, 18]
@@ -148,7 +148,7 @@ def test_massive_activations():
     result = MLPNystrom()(case.weights, case.statistics, 30, generator())
     assert set(outliers) & set(result.kept.tolist())
     kept = torch.cat([result.kept, torch.tensor(outliers)]).unique()
-    W_D, _ = refit(case.statistics.C, case.weights.W_D, kept)
+    W_D, _ = refit(case.statistics["mlp.C"], case.weights.W_D, kept)
 
     h_S, dense = h[:, kept], h @ case.weights.W_D
     Q, R = torch.linalg.qr(h_S)
@@ -166,7 +166,7 @@ def test_massive_activations():
 
 def test_statistics_may_be_float32():
     case = mlp_case()
-    statistics = MLPStatistics(C=case.statistics.C.float(), num_tokens=len(case.h))
+    statistics = {"mlp.C": case.statistics["mlp.C"].float()}
     result = MLPNystrom()(case.weights, statistics, 9, generator())
     exact = MLPNystrom()(case.weights, case.statistics, 9, generator())
     assert result.relative_error == pytest.approx(exact.relative_error, rel=1e-3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modegpt.decompositions import MLPSVD, QueryKeySVD, ValueOutputSVD, ValueOutputSVDAttention, ValueOutputSVDPerHead
-from modegpt.decompositions.modules import LowRank, ValueOutputStatistics
+from modegpt.decompositions.modules import LowRank
 from modegpt.decompositions.svd import product_svd
 from modegpt.errors import UserError
 from tests.decompositions.cases import (
@@ -19,10 +19,10 @@ heads = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 
 def paper_long_form(case, k: int) -> torch.Tensor:
     """(H, d_h, d_h): the paper's two SVDs through C^1/2 (d_h x d_h), on the output blocks of a group side by side."""
-    weights, C_root = case.weights, matrix_root(case.statistics.C_x)
+    weights, C_root = case.weights, matrix_root(case.x.mT @ case.x)
     group = len(weights.W_O) // len(weights.W_V)
-    maps = []
-    for W_V, W_O in zip(weights.W_V, weights.W_O.reshape(len(weights.W_V), group, *weights.W_O.shape[1:])):
+    maps, grouped = [], weights.W_O.reshape(len(weights.W_V), group, *weights.W_O.shape[1:])
+    for W_V, W_O in zip(weights.W_V, grouped, strict=True):
         U, S, Vh = torch.linalg.svd(C_root @ W_V, full_matrices=False)
         U2, S2, Vh2 = torch.linalg.svd(S[:, None] * Vh @ torch.cat(list(W_O), dim=1), full_matrices=False)
         product = torch.linalg.inv(C_root) @ U @ U2[:, :k] @ (S2[:k, None] * Vh2[:k])
@@ -76,8 +76,8 @@ def test_joint_svd_beats_truncation_per_head(heads):
 def test_truncation_per_head_is_the_best_rank_k_of_the_values(heads):
     case = value_output_case(heads=heads)
     reduced = ValueOutputSVDPerHead()(case.weights, case.statistics, 4, generator()).weights
-    for v, W_V in zip(case.v, reduced.W_V):
-        U, S, Vh = torch.linalg.svd(v, full_matrices=False)
+    for v, W_V in zip(case.v, reduced.W_V, strict=True):
+        _, S, _ = torch.linalg.svd(v, full_matrices=False)
         projected = case.x @ W_V  # coordinates in an orthonormal basis of the kept subspace
         assert float(projected.square().sum()) == pytest.approx(float(S[:4].square().sum()), rel=1e-10)
 
@@ -129,7 +129,7 @@ def test_attention_svd_refits_every_head_of_a_group(heads):
     torch.testing.assert_close(result.weights.W_O, oracle, rtol=1e-8, atol=1e-10)
 
     grouped = case.weights.W_O.reshape(heads[1], group, *case.weights.W_O.shape[1:])
-    A = case.statistics.A.reshape(heads[1], group, *case.statistics.A.shape[1:])
+    A = case.statistics["value_output.A"].reshape(heads[1], group, *case.statistics["value_output.A"].shape[1:])
     P, B, _, _ = product_svd(A.sum(dim=1), grouped, 4)
     residual = grouped - P.unsqueeze(1) @ B
     pooled = float((residual * (A @ residual)).sum() / (grouped * (A @ grouped)).sum())
@@ -140,7 +140,7 @@ def test_attention_svd_is_near_the_best_shared_transform():
     """The shared P has no closed form under grouped queries; descent from it gains little."""
     case = value_output_case(heads=(3, 1))
     result = ValueOutputSVDAttention()(case.weights, case.statistics, 4, generator())
-    A, W = case.statistics.A, case.weights.W_O
+    A, W = case.statistics["value_output.A"], case.weights.W_O
     P = product_svd(A.sum(dim=0, keepdim=True), W.unsqueeze(0), 4)[0][0].contiguous().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([P], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
@@ -183,11 +183,11 @@ def test_massive_values():
     scale = torch.ones(8, dtype=torch.float64)
     scale[[1, 6]] = 1000
     case.weights = type(case.weights)(W_V=case.weights.W_V * scale, W_O=case.weights.W_O / scale[:, None])
-    statistics = ValueOutputStatistics(G=(case.v * scale).mT @ (case.v * scale))
+    statistics = {"value_output.G": (case.v * scale).mT @ (case.v * scale)}
     result = ValueOutputSVD()(case.weights, statistics, 5, generator())
     oracle = ValueOutputSVD()(
         type(case.weights)(W_V=case.weights.W_V / scale, W_O=case.weights.W_O * scale[:, None]),
-        ValueOutputStatistics(G=case.v.mT @ case.v),
+        {"value_output.G": case.v.mT @ case.v},
         5,
         generator(),
     )

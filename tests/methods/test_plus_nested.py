@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from modegpt.cli.cut import main
 from modegpt.decompositions import MLPElimination, ValueOutputSVD
-from modegpt.decompositions.modules import MLPStatistics, ValueOutputStatistics
 from modegpt.errors import UserError
 from modegpt.methods.plus.attention_states import sample
 from modegpt.methods.plus.method import MoDeGPTPlus
@@ -82,15 +81,13 @@ def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: st
         (mlp.inner_size // 2, query_key.inner_size // 2),
     ):
         reduced = cut(family, layer, orders, {"mlp": width, "query_key": dims, "value_output": dims})
-        own = MLPElimination()(mlp, MLPStatistics(C=statistics["mlp.C"]), width, torch.Generator())
+        own = MLPElimination()(mlp, statistics, width, torch.Generator())
         assert sorted(reduced["mlp"].kept.tolist()) == own.kept.tolist()
         assert reduced["mlp"].relative_error == pytest.approx(own.relative_error, rel=1e-3, abs=1e-7)
         torch.testing.assert_close(
             reduced["mlp"].weights.W_D[reduced["mlp"].kept.argsort()], own.weights.W_D, rtol=1e-3, atol=1e-4
         )
-        svd = ValueOutputSVD()(
-            value_output, ValueOutputStatistics(G=statistics["value_output.G"]), dims, torch.Generator()
-        )
+        svd = ValueOutputSVD()(value_output, statistics, dims, torch.Generator())
         assert reduced["value_output"].relative_error == pytest.approx(svd.relative_error, rel=1e-4, abs=1e-8)
         sets = [set(head.tolist()) for head in reduced["query_key"].kept]
         assert kept is None or all(small <= large for small, large in zip(sets, kept, strict=True))

@@ -8,24 +8,16 @@ import pytest
 import torch
 
 from modegpt.allocation.policies import Uniform
+from modegpt.calibration.statistics import STATISTICS
 from modegpt.cost.metering import peak_memory_bytes
 from modegpt.decompositions import MLP_VARIANTS, MLPNystrom, QueryKeyCR, ValueOutputSVD
-from modegpt.decompositions.modules import MLPStatistics, MLPWeights, Variant
+from modegpt.decompositions.modules import MLPWeights, Sizes, Variant
 from modegpt.errors import UserError
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.models import read_value_output
 from modegpt.streaming import memory
 from modegpt.streaming.hidden import embedded
-from modegpt.streaming.memory import (
-    FLOAT64,
-    STATISTIC_ELEMENTS,
-    Prediction,
-    Sizes,
-    check_fits,
-    predict,
-    resident_bytes,
-    solver_elements,
-)
+from modegpt.streaming.memory import FLOAT64, Prediction, check_fits, predict, resident_bytes
 from modegpt.streaming.model import StreamedModel
 from tests.models.family_table import CONFIGS
 from tests.processes import CLEAN
@@ -36,14 +28,14 @@ NOT_SCORED = SimpleNamespace(text=None)
 linux = pytest.mark.skipif(not CLEAR.exists(), reason="resets the peak of memory through /proc")
 
 
-def paper(allocation=Uniform()) -> MoDeGPT:
-    return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=allocation)
+def paper() -> MoDeGPT:
+    return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Uniform())
 
 
 def measure(name: str, n: int, d_h: int, rank: int, results: Queue) -> None:
     """In a process of its own: the bytes that MLP variant ``name`` adds at its fullest."""
     X = torch.randn(n + 200, n, dtype=torch.float64)
-    statistics = MLPStatistics(C=X.mT @ X, mean=X.mean(0), C_x=None, num_tokens=n + 200)
+    statistics = {"mlp.C": X.mT @ X, "mlp.mean": X.mean(0), "layer.num_tokens": torch.tensor(n + 200)}
     weights = MLPWeights(
         W_U=torch.randn(d_h, n), W_G=torch.randn(d_h, n), W_D=torch.randn(n, d_h), b_U=None, b_G=None, b_D=None
     )
@@ -61,9 +53,9 @@ def mlp_variant(name: str) -> Variant:
 @linux
 @pytest.mark.parametrize("name", MLP_VARIANTS)
 def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
-    """n x n matrices of 32 MiB, which the allocator gives back at once; at most what is predicted, and at least half."""
+    """n x n matrices of 32 MiB, which the allocator gives back at once; at most what is predicted, at least half."""
     n, d_h, rank = 2048, 256, 1434
-    predicted = FLOAT64 * solver_elements(mlp_variant(name), Sizes(d_h=d_h, n=n, H=4, H_kv=4, d=64, k=rank))
+    predicted = FLOAT64 * mlp_variant(name).solver_elements(Sizes(d_h=d_h, n=n, H=4, H_kv=4, d=64), rank)
     results = CLEAN.Queue()
     process = CLEAN.Process(target=measure, args=(name, n, d_h, rank, results))
     process.start()
@@ -78,11 +70,11 @@ def test_statistics_have_the_sizes_that_are_counted(name: str, tmp_path: Path) -
     task = task_on(streamed.model)
     hidden = embedded(streamed, task.calibration.tokens.ids, batch_size=3, directory=None)
     with streamed.layer(0) as layer:
-        statistics = task.calibration.observe(hidden, 0, frozenset(STATISTIC_ELEMENTS))
+        statistics = task.calibration.observe(hidden, 0, frozenset(STATISTICS))
         W_V = read_value_output(task.family, layer).W_V
-    sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2], k=1)
+    sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2])
     assert {key: value.numel() for key, value in statistics.items()} == {
-        key: count(sizes) for key, count in STATISTIC_ELEMENTS.items()
+        key: statistic.num_elements(sizes) for key, statistic in STATISTICS.items()
     }
 
 
@@ -106,13 +98,9 @@ def test_the_prediction_counts_what_grows(tmp_path: Path) -> None:
 
 
 def test_an_allocation_by_influence_may_leave_a_layer_whole() -> None:
-    whole, reduced = (Sizes(d_h=64, n=400, H=4, H_kv=4, d=16, k=k) for k in (400, 280))
-    assert (
-        solver_elements(MLPNystrom(), whole)
-        == 6 * 400**2 + 2 * 400 * 64
-        > solver_elements(MLPNystrom(), reduced)
-        >= 4 * 400**2
-    )
+    sizes = Sizes(d_h=64, n=400, H=4, H_kv=4, d=16)
+    whole, reduced = (MLPNystrom().solver_elements(sizes, rank) for rank in (400, 280))
+    assert whole == 6 * 400**2 + 2 * 400 * 64 > reduced >= 4 * 400**2
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:

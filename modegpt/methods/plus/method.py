@@ -13,7 +13,7 @@ from modegpt.calibration.gradients import output_sensitivity
 from modegpt.calibration.stream import HiddenStates
 from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.modegpt import MODULES, STATISTIC, MoDeGPT, assemble_layer, module_budgets, report
+from modegpt.methods.modegpt import MODULES, MoDeGPT, assemble_layer, module_budgets, report
 from modegpt.methods.plus.attention_states import sample
 from modegpt.methods.plus.costs import layer_work
 from modegpt.methods.plus.kept_costs import KeptCosts
@@ -148,11 +148,7 @@ class MoDeGPTPlus(Switches, Method):
     def _modules(self, task: CompressionTask) -> dict[str, frozenset[str]]:
         """The modules that may be reduced, and the statistics that their decompositions read."""
         variants = self.faithful().variants(task.family)
-        return {
-            module: frozenset(STATISTIC[module][key] for key in variant.required)
-            for module, variant in variants.items()
-            if variant is not None
-        }
+        return {module: variant.required for module, variant in variants.items() if variant is not None}
 
     def _token_weights(self, task: CompressionTask) -> list[dict[str, tuple[Tensor, ...]]]:
         """For each layer and module with an output solve, the weight of every token, (batch, sequence) a batch. One backward pass."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modegpt.decompositions.attention import AttentionStates, block_map, eliminate_blocks, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
-from modegpt.decompositions.modules import QueryKeyStatistics, QueryKeyWeights
+from modegpt.decompositions.modules import QueryKeyWeights
 from modegpt.decompositions.selection import group_heads, largest, sum_pairs
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.methods.plus.attention_states import SampledStates
@@ -101,7 +101,8 @@ def _singular_basis(C_Q: Tensor, C_K: Tensor) -> tuple[Tensor, Tensor]:
     """T_Q (H, d, d), T_K (H_kv, d, d): the maps of QueryKeySVD at full rank, which leave the logits as they are."""
     identity = torch.eye(C_K.shape[-1], dtype=torch.float64, device=C_K.device)
     maps = QueryKeyWeights(W_Q=identity.repeat(len(C_Q), 1, 1), W_K=identity.repeat(len(C_K), 1, 1), rope=False)
-    reduced = QueryKeySVD().reduce(maps, QueryKeyStatistics(C_Q=C_Q, C_K=C_K), len(identity), torch.Generator()).weights
+    statistics = {"query_key.C_Q": C_Q, "query_key.C_K": C_K}
+    reduced = QueryKeySVD().reduce(maps, statistics, len(identity), torch.Generator()).weights
     return reduced.W_Q, reduced.W_K
 
 

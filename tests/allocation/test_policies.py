@@ -1,0 +1,153 @@
+import math
+import random as standard_random
+
+import pytest
+import torch
+
+from modegpt.allocation.policies import Explicit, Inverse, Random, Uniform, entropic, entropic_cap, epsilon_for_cap
+from modegpt.errors import UserError
+
+SEEDS = range(30)
+
+
+def draw(seed: int) -> tuple[list[float], float, float, float, list[float]]:
+    """influence, sparsity, epsilon, cap, weights"""
+    r = standard_random.Random(seed)
+    influence = [r.expovariate(8.0) for _ in range(r.randint(2, 40))]
+    sparsity = r.uniform(0.05, 0.6)
+    return (
+        influence,
+        sparsity,
+        10 ** r.uniform(-3, 1),
+        r.uniform(sparsity, 0.95),
+        [r.uniform(0.5, 2.0) for _ in influence],
+    )
+
+
+def mean(phi, weights=None):
+    weights = weights or [1.0] * len(phi)
+    return math.fsum(w * p for w, p in zip(weights, phi, strict=True)) / math.fsum(weights)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_entropic_meets_budget_and_cap_and_order(weighted):
+    for seed in SEEDS:
+        influence, sparsity, epsilon, cap, weights = draw(seed)
+        weights = weights if weighted else None
+        phi = entropic(influence, sparsity, epsilon=epsilon, cap=cap, weights=weights)
+        assert abs(mean(phi, weights) - sparsity) < 1e-12
+        assert all(0 <= p <= cap for p in phi)
+        by_influence = [p for _, p in sorted(zip(influence, phi, strict=True))]
+        assert by_influence == sorted(by_influence, reverse=True)
+
+
+def test_entropic_is_the_papers_softmax_under_the_cap_and_optimal_at_it():
+    for seed in SEEDS:
+        influence, sparsity, epsilon, cap, _ = draw(seed)
+        phi = entropic(influence, sparsity, epsilon=epsilon, cap=cap)
+        softmax = torch.softmax(-torch.tensor(influence, dtype=torch.float64) / epsilon, dim=0)
+        paper = (len(influence) * sparsity * softmax).tolist()
+        if max(paper) <= cap:
+            assert phi == pytest.approx(paper, rel=1e-10)
+        # stationarity: s + epsilon (log phi + 1) is one number over the layers under the cap, and no larger at the cap
+        levels = [(s + epsilon * math.log(p), p) for s, p in zip(influence, phi, strict=True) if p > 1e-250]
+        free = [level for level, p in levels if p < cap]
+        if free:
+            assert max(free) - min(free) < 1e-9 * max(1, abs(free[0]))
+            assert all(level <= min(free) + 1e-9 for level, p in levels if p == cap)
+
+
+def test_published_form_by_hand():
+    phi = entropic([0.0, math.log(3)], 0.2, epsilon=1.0, cap=0.8)
+    assert phi == pytest.approx([0.3, 0.1])
+    capped = entropic([0.0, math.log(3)], 0.2, epsilon=1.0, cap=0.25)
+    assert capped == pytest.approx([0.25, 0.15])
+
+
+def test_extremes_of_epsilon():
+    influence = [0.4, 0.1, 0.2, 0.3]
+    assert entropic(influence, 0.3, epsilon=1e9, cap=0.8) == pytest.approx([0.3] * 4)
+    assert entropic(influence, 0.3, epsilon=1e-9, cap=0.8) == pytest.approx([0, 0.8, 0.4, 0])
+    assert entropic(influence, 0.0, epsilon=0.1, cap=0.8) == [0.0] * 4
+    assert entropic(influence, 0.3, epsilon=0.1, cap=0.3) == pytest.approx([0.3] * 4)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_epsilon_for_cap_just_meets_it(weighted):
+    for seed in SEEDS:
+        influence, sparsity, _, cap, weights = draw(seed)
+        weights = weights if weighted else [1.0] * len(influence)
+        lowest = weights[influence.index(min(influence))]
+        if sparsity * math.fsum(weights) / lowest <= cap:
+            with pytest.raises(UserError, match="no epsilon brings a layer to the cap"):
+                epsilon_for_cap(influence, sparsity, cap=cap, weights=weights)
+            continue
+        phi = entropic_cap(influence, sparsity, cap=cap, weights=weights)
+        assert max(phi) == pytest.approx(cap, rel=1e-12)
+        assert abs(mean(phi, weights) - sparsity) < 1e-12
+        epsilon = epsilon_for_cap(influence, sparsity, cap=cap, weights=weights)
+        looser = entropic(influence, sparsity, epsilon=1.01 * epsilon, cap=0.999, weights=weights)
+        tighter = entropic(influence, sparsity, epsilon=0.99 * epsilon, cap=0.999, weights=weights)
+        assert max(looser) < cap < max(tighter)
+
+
+def allocated(policy, sparsity, *, influence=None, num_layers=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return policy(influence, num_layers=num_layers, sparsity=sparsity, generator=generator)
+
+
+def test_uniform_and_explicit():
+    assert allocated(Uniform(), 0.25) == [0.25] * 3
+    assert allocated(Explicit([0.1, 0, 0.5]), 0.25) == [0.1, 0.0, 0.5]
+    with pytest.raises(UserError, match="2 sparsities given for 3 layers"):
+        allocated(Explicit([0.1, 0.2]), 0.25)
+    with pytest.raises(UserError, match="layer 1"):
+        allocated(Explicit([0.1, 1.0, 0.2]), 0.25)
+
+
+def test_inverse_compresses_the_most_influential():
+    phi = allocated(Inverse(epsilon=0.2, cap=0.8), 0.3, influence=[0.4, 0.1, 0.2])
+    assert phi[0] > phi[2] > phi[1]
+    assert abs(mean(phi) - 0.3) < 1e-12
+
+
+def test_random_has_the_spread_of_entropic_in_another_order():
+    influence = [0.4, 0.1, 0.2, 0.35, 0.05, 0.6]
+    options = dict(epsilon=0.2, cap=0.8)
+    draws = [allocated(Random(**options), 0.3, influence=influence, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    assert draws[0] == draws[1]
+    assert len({tuple(phi) for phi in draws}) >= 3
+    for phi in draws:
+        assert sorted(phi) == pytest.approx(sorted(entropic(influence, 0.3, **options)))
+
+
+GOOD = dict(influence=[0.1, 0.2], sparsity=0.3, epsilon=0.1, cap=0.8)
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (dict(sparsity=1.0), r"sparsity must be in \[0, 1\)"),
+        (dict(sparsity=-0.1), r"sparsity must be in \[0, 1\)"),
+        (dict(sparsity=math.nan), r"sparsity must be in \[0, 1\)"),
+        (dict(epsilon=0.0), "epsilon must be positive"),
+        (dict(epsilon=math.nan), "epsilon must be positive"),
+        (dict(cap=0.2), "cap must be at least the sparsity"),
+        (dict(cap=1.0), "cap must be at least the sparsity"),
+        (dict(influence=[0.1, math.nan]), "finite"),
+        (dict(influence=[]), "finite"),
+        (dict(weights=[1.0]), "1 layer weights given for 2 layers"),
+        (dict(weights=[1.0, 0.0]), "weight must be positive"),
+    ],
+)
+def test_refusals(wrong, message):
+    options = GOOD | wrong
+    with pytest.raises(UserError, match=message):
+        entropic(options.pop("influence"), options.pop("sparsity"), **options)
+
+
+def test_equal_influences_meet_no_cap():
+    with pytest.raises(UserError, match="lower the cap or give epsilon"):
+        epsilon_for_cap([0.2] * 4, 0.3, cap=0.8)
+    with pytest.raises(UserError, match="cap must lie between"):
+        epsilon_for_cap([0.1, 0.2], 0.3, cap=0.3)
