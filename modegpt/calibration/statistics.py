@@ -62,10 +62,10 @@ def key_states(observer: "LayerObserver", states: Tensor) -> Tensor:
 def unbiased_states(observer: "LayerObserver", states: Tensor) -> Tensor:
     """Values, or values mixed by attention, (..., heads, d): the value bias of each head taken off."""
     states = head_states(observer, states)
-    b_V = observer.family.value(observer.layer).bias
-    if b_V is None:
+    bias = observer.family.value(observer.layer).bias
+    if bias is None:
         return states
-    b_V = head_states(observer, b_V)
+    b_V = head_states(observer, bias)
     return states - b_V.repeat_interleave(states.shape[-2] // len(b_V), dim=0)
 
 
@@ -147,7 +147,7 @@ class LayerObserver:
         """Hook the layer's linears. ``arguments`` are those the layer is called with (for the rotary embedding)."""
         self.position_embeddings = arguments.get("position_embeddings")
         handles = [
-            self._hook(name, statistic)
+            self._hook(name, statistic, statistic.linear)
             for name, statistic in STATISTICS.items()
             if name in self.names and statistic.linear is not None
         ]
@@ -157,8 +157,8 @@ class LayerObserver:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str, statistic: Statistic) -> RemovableHandle:
-        linear: nn.Module = getattr(self.family, statistic.linear)(self.layer)
+    def _hook(self, name: str, statistic: Statistic, role: str) -> RemovableHandle:
+        linear: nn.Linear = getattr(self.family, role)(self.layer)
         if statistic.side == "input":
             return linear.register_forward_pre_hook(lambda _, args: self._add(name, statistic, args[0]))
         return linear.register_forward_hook(lambda _, __, out: self._add(name, statistic, out))

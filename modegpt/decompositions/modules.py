@@ -117,11 +117,11 @@ class ValueOutputWeights:
 
 
 Weights = MLPWeights[Any] | QueryKeyWeights | ValueOutputWeights
-W = TypeVar("W", bound=Weights)
+AnyWeights = TypeVar("AnyWeights", bound=Weights)
 
 
 @dataclass(frozen=True)
-class Reduction(Generic[W]):
+class Reduction(Generic[AnyWeights]):
     """A reduced module.
 
     weights: in the dtype of the input weights. relative_error: squared error over the energy of the dense target, in
@@ -130,14 +130,14 @@ class Reduction(Generic[W]):
     channels, fallback), empty if nothing unusual; ready for JSON.
     """
 
-    weights: W
+    weights: AnyWeights
     relative_error: float
     kept: Tensor | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Variant(Generic[W]):
+class Variant(Generic[AnyWeights]):
     """One way to reduce one module to an inner size; the fields of a subclass are its hyper-parameters.
 
     ``label`` is its name in figures and tables, ``required`` names the statistics that it reads. Subclasses implement
@@ -149,11 +149,13 @@ class Variant(Generic[W]):
     label: ClassVar[str]
     required: ClassVar[frozenset[str]] = frozenset()
 
-    def applicable(self, weights: W) -> str | None:
+    def applicable(self, weights: AnyWeights) -> str | None:
         """Why this variant cannot reduce these weights, or None."""
         return None
 
-    def reduce(self, weights: W, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction[W]:
+    def reduce(
+        self, weights: AnyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[AnyWeights]:
         """The module at inner size ``rank``, which is below the full one."""
         raise NotImplementedError
 
@@ -161,7 +163,9 @@ class Variant(Generic[W]):
         """Float64 elements that ``reduce`` holds at most, beside the weights and the statistics."""
         raise NotImplementedError
 
-    def __call__(self, weights: W, statistics: Statistics, rank: int, generator: torch.Generator) -> Reduction[W]:
+    def __call__(
+        self, weights: AnyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[AnyWeights]:
         """Check the request, then reduce."""
         name, full, unit = type(self).__name__, weights.inner_size, weights.rank_unit
         if not 1 <= rank <= full:
@@ -192,7 +196,7 @@ class MLPVariant(Variant[MLPWeights[Any]]):
         return None
 
 
-class AttentionVariant(Variant[W]):
+class AttentionVariant(Variant[AnyWeights]):
     """A variant of a module of attention, whose matrices outweigh what is worked out for each head."""
 
     def solver_elements(self, sizes: Sizes, rank: int) -> int:

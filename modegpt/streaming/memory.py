@@ -192,7 +192,7 @@ def _group_limits(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
 
     File pages that can be dropped count as left.
     """
-    left = []
+    left: list[int] = []
     try:
         groups = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:

@@ -1,0 +1,65 @@
+"""What it takes to add a statistic and a decomposition that reads it: one entry, and one class."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from modegpt.allocation.policies import Uniform
+from modegpt.calibration.statistics import STATISTICS, Statistic
+from modegpt.decompositions.modules import MLPVariant, MLPWeights, Reduction, Sizes, Statistics
+from modegpt.decompositions.selection import keep_mlp, largest
+from modegpt.methods.modegpt import MoDeGPT
+from modegpt.models import decoder_layers, read_mlp
+from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model
+
+
+@dataclass(frozen=True)
+class Loudest(MLPVariant):
+    """The channels whose inputs to the gate are largest on average."""
+
+    label: ClassVar[str] = "Loudest"
+    required: ClassVar[frozenset[str]] = frozenset({"mlp.loudness"})
+
+    def reduce(
+        self, weights: MLPWeights[Tensor], statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[MLPWeights[Tensor]]:
+        kept = largest(statistics["mlp.loudness"], rank)
+        return Reduction(keep_mlp(weights, kept), relative_error=0.0, kept=kept)
+
+    def solver_elements(self, sizes: Sizes, rank: int) -> int:
+        return rank
+
+
+def test_a_new_statistic_is_one_entry_and_a_new_decomposition_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistic = Statistic(("n",), "gate", "output", lambda observer, states: states.abs())
+    monkeypatch.setitem(STATISTICS, "mlp.loudness", statistic)
+    model = dense_model("llama")
+    task = task_of(model, 0.3)
+    gates: list[Tensor] = []
+    layer = decoder_layers(model)[0]
+    handle = task.family.gate(layer).register_forward_hook(lambda _, __, out: gates.append(out.abs().flatten(0, 1)))
+    with torch.no_grad():
+        model(task.calibration.tokens.ids, use_cache=False)
+    handle.remove()
+    method = MoDeGPT(mlp=Loudest(), query_key=None, value_output=None, allocation=Uniform())
+    compressed = method.compress(task)
+    width = compressed.layers[0]["ranks"]["mlp"]
+    kept = torch.cat(gates).double().mean(dim=0).topk(width).indices.sort().values
+    smaller = read_mlp(task.family, decoder_layers(compressed.model)[0])
+    assert 0 < width < read_mlp(task.family, layer).inner_size
+    assert torch.equal(smaller.W_U, read_mlp(task.family, layer).W_U[:, kept])
+    assert statistic.num_elements(Sizes(d_h=2, n=5, H=3, H_kv=1, d=4)) == 5
+
+
+def test_sizes_follow_from_shapes() -> None:
+    sizes = Sizes(d_h=2, n=5, H=3, H_kv=1, d=4)
+    counts = {name: statistic.num_elements(sizes) for name, statistic in STATISTICS.items()}
+    assert counts["mlp.C"] == 25 and counts["query_key.C_K"] == 16 and counts["query_key.C_Q"] == 48
+    assert counts["value_output.C_o"] == 144 and counts["layer.num_tokens"] == 1
+    assert {name for name, statistic in STATISTICS.items() if statistic.is_gram} == {
+        name for name in STATISTICS if name.rpartition(".")[2] in ("C", "C_x", "C_Q", "C_K", "C_o", "G", "A")
+    }
