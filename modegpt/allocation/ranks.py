@@ -142,8 +142,10 @@ def removed_parameters(ranks: Mapping[str, int], layer: Mapping[str, ModuleBudge
 
 
 def layer_ranks(index: int, phi: float, layer: Mapping[str, ModuleBudget], budget: str) -> dict[str, int]:
-    """Ranks of one layer, the finest free module (of equals the largest) absorbing what the others leave
-    (budget="exact")."""
+    """Ranks of one layer.
+
+    Under budget="exact" the finest free module (of equals the largest) absorbs what the others leave.
+    """
     check_sparsity(phi, where=f"layer {index}")
     free = [name for name, module in layer.items() if is_free(module)]
     free.sort(key=lambda name: (-layer[name].step, layer[name].parameters))
