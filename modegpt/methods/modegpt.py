@@ -4,7 +4,7 @@ Source: MoDeGPT (arXiv 2408.09632): Type I (MLP), Type II (query-key), Type III 
 global sparsity allocation. Any module's decomposition can be swapped for another variant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,11 @@ from modegpt.models import (
 )
 
 MODULES = ("mlp", "query_key", "value_output")
-READ = {"mlp": read_mlp, "query_key": read_query_key, "value_output": read_value_output}
+READ: dict[str, Callable[[Family, nn.Module], Any]] = {
+    "mlp": read_mlp,
+    "query_key": read_query_key,
+    "value_output": read_value_output,
+}
 """How each module of a dense layer is read."""
 
 
@@ -228,7 +232,7 @@ def assemble_layer(
         linear_ranks = {
             path: getattr(mlp, name).A.shape[1]
             for name, path in paths.items()
-            if isinstance(getattr(mlp, name), LowRank)
+            if path is not None and isinstance(getattr(mlp, name), LowRank)
         }
         biases += [family.down_path] if mlp.b_D is not None else []
     if value_output is not None and value_output.b_O is not None:
