@@ -10,24 +10,27 @@ import pandas
 
 from modegpt.records.schema import flatten
 from modegpt.records.scores import Score, all_scores
-from modegpt.records.store import RecordStore, load_record
+from modegpt.records.store import RecordStore
 
 
 def load_records(root: Path | str = "results") -> pandas.DataFrame:
-    """Load, check and flatten every record under ``root``.
+    """Load, check and flatten every record under ``root``, in archives and in directories.
 
-    Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
-    removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
-    ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
-    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>`` with ``_stderr``), how fast
-    it ran beside the dense model (``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``), what it cost
-    (``seconds seconds_<stage> peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
+    Columns, missing where a run does not have them:
+
+    - what ran: ``experiment name model method mlp query_key value_output allocation calibration ...``
+    - what was removed, as shares: ``target_sparsity achieved_sparsity whole_model_sparsity``
+    - what it scored: ``ppl_<text>_<window>``, ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``;
+      ``dense_...`` for the same of the dense model, which is also what a dense run scores; ``before_...`` for what
+      recovery started from; ``retention_<task>`` with ``_stderr``
+    - how fast it ran: ``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``, ``dense_...``
+    - what it cost: ``seconds seconds_<stage> peak_memory_bytes ...``
+    - where it is: ``hash path schema_version limited``
 
     Raises:
         UserError: the root is not a directory, or a record in it is broken or was changed.
     """
-    paths = RecordStore(root).paths()
-    rows = [{**row(load_record(path)), "path": os.path.relpath(path, root)} for path in paths]
+    rows = [{**row(record), "path": os.path.relpath(path, root)} for path, record in RecordStore(root).records()]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["experiment", "name", "hash", "path"])
 
 
