@@ -36,7 +36,7 @@ class Archive:
         """Raises UserError for a file that is not a whole archive."""
         try:
             text = gzip.decompress(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return cls(path, [])
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a whole archive: {error}") from error
