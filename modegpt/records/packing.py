@@ -30,6 +30,8 @@ def pack(store: RecordStore, experiment: str) -> int:
             file cannot be written.
     """
     with _alone(store.root):
+        if experiment not in store.experiments():
+            raise UserError(f"no records of {experiment!r} under {store.root}: neither a directory nor an archive")
         packed, loose = _by_identity(store.entries_packed(experiment)), _by_identity(store.entries_loose(experiment))
         before = {hash: entry.stored() for hash, entry in packed.items()}
         after = dict(before)
@@ -61,6 +63,8 @@ def unpack(store: RecordStore, experiment: str) -> int:
     """
     with _alone(store.root):
         packed = _by_identity(store.entries_packed(experiment)).values()
+        if not packed:
+            raise UserError(f"no archive of {experiment!r} under {store.root}: nothing to unpack")
         targets = {entry.directory / RECORD: entry for entry in packed}
         for path, entry in targets.items():
             if path.exists() and not Entry.at(path).may_replace(entry):

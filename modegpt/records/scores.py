@@ -57,7 +57,7 @@ def accuracies(record: Mapping[str, Any]) -> list[Score]:
 
 
 def difference_stderr(record: Mapping[str, Any], other: Mapping[str, Any], name: str) -> float | None:
-    """Standard error of the difference between two records' final models in the accuracy ``name`` (``zeroshot_<task>``).
+    """Standard error of the difference of two records' final models in the accuracy ``name`` (``zeroshot_<task>``).
 
     None where they were not asked the same items, or one of them does not say which were right.
     """

@@ -26,7 +26,7 @@ class NoTracker:
     """Mirrors nothing."""
 
     def mirror(self, record: Mapping[str, Any], *, record_path: Path, pictures: Sequence[Path] = ()) -> None:
-        return None
+        """Does nothing."""
 
 
 def warn(line: str) -> None:
@@ -71,6 +71,7 @@ class WandbTracker:
     warn: Callable[[str], None]
 
     def mirror(self, record: Mapping[str, Any], *, record_path: Path, pictures: Sequence[Path] = ()) -> None:
+        """See `Tracker.mirror`."""
         try:
             with _written_below(record_path.parent, keep_user_settings=self.mode == "online"):
                 self._send(record, record_path, pictures)
