@@ -69,12 +69,12 @@ class Archive:
 
     def _record(self, number: int) -> Record:
         try:
-            content = json.loads(self.lines[number])
+            record: Record = json.loads(self.lines[number])
         except ValueError as error:
             raise UserError(f"{self.path}: line {number + 1} is not JSON: {error}") from error
-        match content:
+        match record:
             case {"identity": {"hash": str()}, "name": str()}:
-                return content
+                return record
         raise UserError(f"{self.path}: line {number + 1} is not a record")
 
 

@@ -94,7 +94,7 @@ def workload_name(measured: Mapping[str, Any]) -> str:
 
 
 def _columns(score: Score) -> dict[str, Any]:
-    columns = {score.name: score.final, f"dense_{score.name}": score.dense}
+    columns: dict[str, Any] = {score.name: score.final, f"dense_{score.name}": score.dense}
     if score.before is not None:
         columns |= {f"before_{score.name}": score.before}
     if score.metric != "perplexity":
@@ -110,7 +110,8 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
     """Speed by workload, in columns such as ``decode_8x128_speedup``; ``speedup_<phase>``: of its largest batch."""
     if throughput is None:
         return {}
-    cache, columns = throughput["cache_bytes_per_token"], {}
+    cache = throughput["cache_bytes_per_token"]
+    columns: dict[str, float] = {}
     final = "compressed" if "compressed" in cache else "dense"
     for each in sorted(throughput["measurements"], key=lambda each: each["batch_size"]):
         name = workload_name(each)
@@ -123,7 +124,7 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
     return columns | {"dense_cache_bytes_per_token": cache["dense"], "cache_bytes_per_token": cache[final]}
 
 
-def _mean_errors(layers: list[dict]) -> dict[str, float]:
+def _mean_errors(layers: list[dict[str, Any]]) -> dict[str, float]:
     """Relative reconstruction error per module, mean over the layers that have one."""
     modules = dict.fromkeys(module for layer in layers for module in layer["relative_error"])
     values = {module: [layer["relative_error"].get(module) for layer in layers] for module in modules}

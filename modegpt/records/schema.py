@@ -195,8 +195,8 @@ def _problems(value: Any, spec: Any, key: str) -> Iterator[str]:
         case Nullable():
             yield from () if value is None else _problems(value, spec.spec, key)
         case Each() if isinstance(value, spec.container):
-            for name, member in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from _problems(member, spec.spec, _member(value, key, name))
+            for name, member in _members(value, key):
+                yield from _problems(member, spec.spec, name)
         case dict() if isinstance(value, dict):
             for name, member in spec.items():
                 if name not in value:
@@ -224,5 +224,9 @@ def _dotted(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def _member(container: Any, key: str, name: Any) -> str:
-    return _dotted(key, name) if isinstance(container, dict) else f"{key}[{name}]"
+def _members(container: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What a list or mapping holds, each with its dotted key."""
+    if isinstance(container, dict):
+        yield from ((_dotted(key, name), member) for name, member in container.items())
+    else:
+        yield from ((f"{key}[{index}]", member) for index, member in enumerate(container))

@@ -6,6 +6,7 @@ from typing import Any
 
 from modegpt.evaluation import items
 from modegpt.evaluation.items import ACCURACIES
+from modegpt.records.schema import Record
 
 MEAN = "mean"
 
@@ -123,7 +124,7 @@ def _behind(scores: Mapping[str, Any], task: str) -> list[str]:
     )
 
 
-def _all(record: Mapping[str, Any], kind: str) -> tuple[dict, dict, dict]:
+def _all(record: Mapping[str, Any], kind: str) -> tuple[Record, Record, Record]:
     metrics, recovery = record["metrics"], (record["compression"] or {}).get("recovery") or {}
     return metrics["dense"][kind], (metrics["compressed"] or {}).get(kind, {}), recovery.get("before", {}).get(kind, {})
 

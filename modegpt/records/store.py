@@ -184,7 +184,7 @@ class RecordStore:
             _refuse_other(path, record["identity"]["decides"], decides)
             return record
         packed = self.packed(experiment, hash)
-        return packed and packed.load()
+        return None if packed is None else packed.load()
 
     def place(self, record: Record) -> Path:
         """Where this record of the store is, as `load_record` takes it."""

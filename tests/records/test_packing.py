@@ -73,7 +73,7 @@ def test_every_reader_sees_one_store(store: RecordStore, capsys: pytest.CaptureF
             assert main(["--root", str(store.root), *command]) == 0
             said.append(capsys.readouterr().out)
         records = [record for _, record in store.records()]
-        return [frame.drop(columns="path").to_csv(), said, records, list(store.records("demo"))[0][1]]
+        return [frame.drop(columns="path").to_csv(), said, records, next(store.records("demo"))[1]]
 
     before = seen()
     pack(store, "demo")
