@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis.ingredients import combination
 from modegpt.records.frame import row
-from modegpt.records.store import RecordStore, canonical, load_record
+from modegpt.records.store import RecordStore, canonical
 
 VERSIONED = ("torch", "transformers", "lm_eval")
 """Packages whose version can change a score."""
@@ -84,19 +84,15 @@ def hashable(value: Any) -> Any:
 
 def load_runs(root: Path | str) -> list[Run]:
     """Every record under ``root``, checked. Raises UserError for a broken or changed one."""
-    root = Path(root)
-    runs = []
-    for path in RecordStore(root).paths():
-        record = load_record(path)
-        runs.append(
-            Run(
-                facts=row(record),
-                config=annotated(record["config"]),
-                record=record,
-                path=path.relative_to(root).as_posix(),
-            )
+    return [
+        Run(
+            facts=row(record),
+            config=annotated(record["config"]),
+            record=record,
+            path=path.relative_to(root).as_posix(),
         )
-    return runs
+        for path, record in RecordStore(root).records()
+    ]
 
 
 def annotated(config: Mapping[str, Any]) -> dict[str, Any]:

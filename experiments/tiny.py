@@ -1,9 +1,13 @@
-"""The tiny version of every experiment, unattended: ``python experiments/tiny.py [--root results] [--only NAME ...] [--full]``.
+"""The tiny version of every experiment, unattended.
+
+    python experiments/tiny.py [--root results] [--only NAME ...] [--full]
 
 The two embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
-checkout). Two processes at most, one thread each. Interrupt it and start it again: finished runs are skipped.
-Every experiment but those of ``ELSEWHERE`` runs in it, but not on every model: ``PLAN``, which ends within 90 minutes on two cores. ``--full`` adds
-what that leaves out, some four times as much.
+checkout). Two processes at most, one thread each. Interrupt it and start it again: a run that has its record, in a
+directory or in an archive, is skipped. ``modegpt-records pack`` then moves new records into the archives.
+
+Every experiment but those of ``ELSEWHERE`` runs in it, but not on every model: ``PLAN``, which ends within 90 minutes
+on two cores. ``--full`` adds what that leaves out, some four times as much.
 """
 
 import argparse
@@ -42,7 +46,10 @@ SECONDS = {LLAMA: 1.0, OPT: 1.0, STORIES: 2.0, BABY: 3.0}
 
 @dataclass(frozen=True)
 class On:
-    """The models of an experiment: those of the tiny version, and what ``--full`` adds; settings of all, of embedded and of real ones."""
+    """The models of an experiment: those of the tiny version, and what ``--full`` adds.
+
+    ``settings`` are for all of them, ``embedded`` and ``real`` for one kind.
+    """
 
     models: tuple[str, ...]
     full: tuple[str, ...] = ()
@@ -109,6 +116,7 @@ class Sweep:
     overrides: list[str]
 
     def command(self, root: Path, directory: Path) -> list[str]:
+        """What to run: records under ``root``, what the sweep writes itself in ``directory``."""
         own = [
             f"output.root={root}",
             "output.pictures=false",
@@ -137,7 +145,10 @@ class Sweep:
 
 
 def overrides(name: str, text: list[str] | None = None, *, scored: bool = True) -> list[str]:
-    """A model with its texts; ``text`` calibrates it on another than its own. Without ``scored`` the experiment's word on scoring holds."""
+    """A model with its texts; ``text`` calibrates it on another than its own.
+
+    Without ``scored``, the experiment says how it is scored.
+    """
     own, test = ([], []) if name in EMBEDDED else (REAL_TEXT, REAL_TEST)
     return [*MODELS[name], *(own if text is None else text), *(test if scored else [])]
 

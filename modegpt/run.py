@@ -25,7 +25,7 @@ def run(config: RunConfig, *, command: str) -> Path:
     store, world, output = prepared.store, prepared.world, config.output
     done = world.told(store.existing(experiment=output.experiment, name=prepared.name, decides=prepared.decides))
     if done is not None and not output.overwrite:
-        path = prepared.directory / "record.json"
+        path = store.place(done)
         prepared.progress.say(f"this run is finished already: {path} (output.overwrite=true computes it again)")
         world.leave()
         if world.leads:

@@ -17,7 +17,9 @@ FOLDER = Path("results") / "bench"
 
 
 def write_benchmark(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write ``content`` with when, where and by which command it was measured to ``path``, replacing an earlier measurement.
+    """Write ``content`` with when, where and by which command it was measured to ``path``.
+
+    An earlier measurement there is replaced.
 
     Raises UserError for NaN, inf and what JSON cannot hold, or a place that cannot be written.
     """

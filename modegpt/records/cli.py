@@ -1,27 +1,31 @@
-"""``modegpt-records``: look at, compare, check and export what is in the store."""
+"""``modegpt-records``: look at, compare, check, export and pack what is in the store."""
 
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from modegpt.errors import UserError
-from modegpt.records.schema import flatten
+from modegpt.records.archive import SUFFIX
+from modegpt.records.packing import pack, unpack
+from modegpt.records.schema import Record, flatten
 from modegpt.records.scores import Score, accuracies, all_scores, difference_stderr, perplexities
-from modegpt.records.store import RECORD, RecordStore, load_record
+from modegpt.records.store import RECORD, Entry, RecordStore
 from modegpt.records.summary import ABSENT, number, percent, summary, text_table
 
-MIN_PREFIX = 4
+SOME_DIGITS = re.compile(r"[0-9a-f]{4,64}")
+Command = Callable[[RecordStore, argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 if ``verify`` found something, 2 for a mistake of the user."""
     arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
     try:
-        return arguments.command(RecordStore(arguments.root), arguments)
+        return command(RecordStore(arguments.root), arguments)
     except UserError as error:
         print(f"modegpt-records: error: {error}", file=sys.stderr)
         return 2
@@ -31,16 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="modegpt-records", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="modegpt-records", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--root", default="results", help="the store (default: results)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, help: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Command, help: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=help, description=help)
         subparser.set_defaults(command=command)
         return subparser
 
-    which = "a record: its hash (the first digits will do), its name, its directory or its file"
+    which = (
+        f"a record: its hash (the first digits will do), its name, its directory or file, or EXPERIMENT{SUFFIX}#HASH"
+    )
     add("list", _list, "one line a record, and the runs that failed").add_argument(
         "--experiment", help="only this experiment"
     )
@@ -55,16 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     formats = export.add_mutually_exclusive_group(required=True)
     formats.add_argument("--csv", type=Path, metavar="FILE")
     formats.add_argument("--parquet", type=Path, metavar="FILE")
+    add("pack", _pack, f"move finished records into ROOT/EXPERIMENT{SUFFIX}, the file to commit").add_argument(
+        "experiments", nargs="*", metavar="experiment", help="default: every one that has records in directories"
+    )
+    add("unpack", _unpack, "write an archive's records back into their directories").add_argument(
+        "experiments", nargs="+", metavar="experiment"
+    )
     return parser
 
 
 def _list(store: RecordStore, arguments: argparse.Namespace) -> int:
-    records = [load_record(path) for path in store.paths()]
-    failed = store.errors()
-    if arguments.experiment is not None:
-        records, failed = (
-            [each for each in of if each["experiment"] == arguments.experiment] for of in (records, failed)
-        )
+    records = [record for _, record in store.records(arguments.experiment)]
+    failed = [note for note in store.errors() if arguments.experiment in (None, note["experiment"])]
     if records:
         headers = ["hash", "experiment", "name", "model", "method", "sparsity", "perplexity", "zero-shot"]
         print(text_table(headers, map(_line, records), num_left=5))
@@ -74,7 +82,7 @@ def _list(store: RecordStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _line(record: dict) -> list[str]:
+def _line(record: Record) -> list[str]:
     compression = record["compression"] or {"method": "dense", "achieved_sparsity": 0.0}
     first = next(iter(perplexities(record)), None)
     mean = next((score for score in accuracies(record) if score.name == "zeroshot_mean"), None)
@@ -85,27 +93,27 @@ def _line(record: dict) -> list[str]:
         record["model"]["name"],
         compression["method"],
         percent(compression["achieved_sparsity"]),
-        number(first and first.final),
-        percent(mean and mean.final),
+        number(first.final if first else None),
+        percent(mean.final if mean else None),
     ]
 
 
 def _show(store: RecordStore, arguments: argparse.Namespace) -> int:
-    path = _resolve(store, arguments.record)
-    record = load_record(path)
+    entry = _resolve(store, arguments.record)
+    record = entry.load()
     if arguments.json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        print(summary(record, record_path=path, pictures=sorted(path.parent.glob("*.png"))))
+        print(summary(record, record_path=entry.path, pictures=sorted(entry.directory.glob("*.png"))))
         print(f"\n{record['command']}")
     return 0
 
 
 def _compare(store: RecordStore, arguments: argparse.Namespace) -> int:
-    paths = [_resolve(store, reference) for reference in arguments.records]
-    if len(set(paths)) < 2:
+    entries = [_resolve(store, reference) for reference in arguments.records]
+    if len({entry.path for entry in entries}) < 2:
         raise UserError("compare needs two different records")
-    records = [load_record(path) for path in paths]
+    records = [entry.load() for entry in entries]
     heads = [f"{record['name']} {record['identity']['hash'][:8]}" for record in records]
     settings = [flatten({key: record[key] for key in ("config", "seeds")}) for record in records]
     keys = dict.fromkeys(key for setting in settings for key in setting)
@@ -152,7 +160,7 @@ def _pair(score: Score) -> str:
 
 
 def _over_the_first(
-    name: str, first: dict[str, Score], other: dict[str, Score], first_record: dict, record: dict
+    name: str, first: dict[str, Score], other: dict[str, Score], first_record: Record, record: Record
 ) -> str:
     """A difference of accuracies in points; with a paired standard error where both were asked the same items."""
     if name not in first or name not in other:
@@ -184,23 +192,42 @@ def _export(store: RecordStore, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _resolve(store: RecordStore, reference: str) -> Path:
-    """The file of the record that ``reference`` means. Raises UserError if none or several."""
+def _pack(store: RecordStore, arguments: argparse.Namespace) -> int:
+    experiments = arguments.experiments or [name for name in store.experiments() if any(store.entries_loose(name))]
+    for experiment in experiments:
+        num_moved = pack(store, experiment)
+        archive = store.archive(experiment)
+        print(f"{archive.path}: {len(archive.lines)} records, {num_moved} of them from directories")
+    if not experiments:
+        print(f"no record under {store.root} is in a directory: nothing to pack")
+    return 0
+
+
+def _unpack(store: RecordStore, arguments: argparse.Namespace) -> int:
+    for experiment in arguments.experiments:
+        print(f"{store.root / experiment}: {unpack(store, experiment)} records")
+    return 0
+
+
+def _resolve(store: RecordStore, reference: str) -> Entry:
+    """The record that ``reference`` means. Raises UserError if none or several."""
+    if f"{SUFFIX}#" in reference:
+        return Entry.at(Path(reference))
     for path in (Path(reference), Path(reference) / RECORD):
         if path.name == RECORD and path.is_file():
-            return path
-    found = [path for path in store.paths() if _matches(load_record(path), reference)]
+            return Entry.at(path)
+    by_hash = store.find(reference) if SOME_DIGITS.fullmatch(reference) else []
+    found = by_hash or [entry for entry in store.entries() if _is_called(entry, reference)]
     if not found:
         raise UserError(f"no record {reference!r} under {store.root}; `modegpt-records list` shows all")
     if len(found) > 1:
-        places = ", ".join(str(path.parent) for path in found[:3])
+        places = ", ".join(str(entry.path) for entry in found[:3])
         raise UserError(f"{reference!r} means {len(found)} records: {places}; give more of the hash")
     return found[0]
 
 
-def _matches(record: dict, reference: str) -> bool:
-    by_hash = len(reference) >= MIN_PREFIX and record["identity"]["hash"].startswith(reference)
-    return by_hash or record["name"] == reference
+def _is_called(entry: Entry, reference: str) -> bool:
+    return bool(entry.stored()["name"] == reference) or entry.directory == Path(reference)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,27 @@ import pandas
 
 from modegpt.records.schema import flatten
 from modegpt.records.scores import Score, all_scores
-from modegpt.records.store import RecordStore, load_record
+from modegpt.records.store import RecordStore
 
 
 def load_records(root: Path | str = "results") -> pandas.DataFrame:
-    """Load, check and flatten every record under ``root``.
+    """Load, check and flatten every record under ``root``, in archives and in directories.
 
-    Columns: what ran (``experiment name model method mlp query_key value_output allocation calibration ...``), what was
-    removed (``target_sparsity achieved_sparsity whole_model_sparsity``: shares), what it scored (``ppl_<text>_<window>``,
-    ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``; ``dense_...`` for the same of the dense model,
-    which is also what a dense run scores; ``before_...`` for what recovery started from; ``retention_<task>`` with ``_stderr``), how fast
-    it ran beside the dense model (``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``), what it cost
-    (``seconds seconds_<stage> peak_memory_bytes ...``) and where it is (``hash path schema_version limited``). What a run does not have is missing.
+    Columns, missing where a run does not have them:
+
+    - what ran: ``experiment name model method mlp query_key value_output allocation calibration ...``
+    - what was removed, as shares: ``target_sparsity achieved_sparsity whole_model_sparsity``
+    - what it scored: ``ppl_<text>_<window>``, ``zeroshot_<task>`` with ``_stderr`` and ``_metric``, ``zeroshot_mean``;
+      ``dense_...`` for the same of the dense model, which is also what a dense run scores; ``before_...`` for what
+      recovery started from; ``retention_<task>`` with ``_stderr``
+    - how fast it ran: ``<phase>_<batch>x<length>_tokens_per_second``, ``_milliseconds``, ``_speedup``, ``dense_...``
+    - what it cost: ``seconds seconds_<stage> peak_memory_bytes ...``
+    - where it is: ``hash path schema_version limited``
 
     Raises:
         UserError: the root is not a directory, or a record in it is broken or was changed.
     """
-    paths = RecordStore(root).paths()
-    rows = [{**row(load_record(path)), "path": os.path.relpath(path, root)} for path in paths]
+    rows = [{**row(record), "path": os.path.relpath(path, root)} for path, record in RecordStore(root).records()]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["experiment", "name", "hash", "path"])
 
 
@@ -91,7 +94,7 @@ def workload_name(measured: Mapping[str, Any]) -> str:
 
 
 def _columns(score: Score) -> dict[str, Any]:
-    columns = {score.name: score.final, f"dense_{score.name}": score.dense}
+    columns: dict[str, Any] = {score.name: score.final, f"dense_{score.name}": score.dense}
     if score.before is not None:
         columns |= {f"before_{score.name}": score.before}
     if score.metric != "perplexity":
@@ -107,7 +110,8 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
     """Speed by workload, in columns such as ``decode_8x128_speedup``; ``speedup_<phase>``: of its largest batch."""
     if throughput is None:
         return {}
-    cache, columns = throughput["cache_bytes_per_token"], {}
+    cache = throughput["cache_bytes_per_token"]
+    columns: dict[str, float] = {}
     final = "compressed" if "compressed" in cache else "dense"
     for each in sorted(throughput["measurements"], key=lambda each: each["batch_size"]):
         name = workload_name(each)
@@ -120,7 +124,7 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
     return columns | {"dense_cache_bytes_per_token": cache["dense"], "cache_bytes_per_token": cache[final]}
 
 
-def _mean_errors(layers: list[dict]) -> dict[str, float]:
+def _mean_errors(layers: list[dict[str, Any]]) -> dict[str, float]:
     """Relative reconstruction error per module, mean over the layers that have one."""
     modules = dict.fromkeys(module for layer in layers for module in layer["relative_error"])
     values = {module: [layer["relative_error"].get(module) for layer in layers] for module in modules}

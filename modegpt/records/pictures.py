@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from modegpt.files import replacing
 from modegpt.records.scores import Score, accuracies, perplexities
 
-DENSE = {"color": "#BBBBBB", "edgecolor": "#333333", "linewidth": 0.6}
-COMPRESSED = {"color": "#0072B2", "edgecolor": "#333333", "linewidth": 0.6, "hatch": "//"}
-REMOVED = {"color": "#0072B2", "edgecolor": "#333333", "linewidth": 0.6}
+DENSE: dict[str, Any] = {"color": "#BBBBBB", "edgecolor": "#333333", "linewidth": 0.6}
+COMPRESSED: dict[str, Any] = {"color": "#0072B2", "edgecolor": "#333333", "linewidth": 0.6, "hatch": "//"}
+REMOVED: dict[str, Any] = {"color": "#0072B2", "edgecolor": "#333333", "linewidth": 0.6}
 TARGET = "#D55E00"
 MODULES = {  # record key: (title, colour)
     "mlp": ("MLP channels kept", "#009E73"),
@@ -116,16 +116,16 @@ def _draw_pairs(axis: Axes, scores: list[Score], scale: float) -> list[float]:
     offset = 0.0 if alone else 0.2
     whole = [(index - offset, score.dense, score.dense_stderr) for index, score in enumerate(scores)]
     small = [(index + offset, score.compressed, score.compressed_stderr) for index, score in enumerate(scores)]
-    drawn = []
+    drawn: list[float] = []
     for style, label, points in ((DENSE, "dense", whole), (COMPRESSED, "compressed", small)):
-        points = [(x, scale * value, scale * (stderr or 0.0)) for x, value, stderr in points if value is not None]
-        if not points:
+        shown = [(x, scale * value, scale * (stderr or 0.0)) for x, value, stderr in points if value is not None]
+        if not shown:
             continue
-        positions, heights, errors = zip(*points, strict=True)
+        positions, heights, errors = zip(*shown, strict=True)
         axis.bar(positions, heights, width=0.4, label=label, **style)
         if any(errors):
             axis.errorbar(positions, heights, yerr=errors, fmt="none", ecolor="#333333", capsize=2, linewidth=0.9)
-        for x, height, error in points:  # above the error bar, not through it
+        for x, height, error in shown:  # above the error bar, not through it
             axis.annotate(
                 _short(height), (x, height + error), (0, 2), textcoords="offset points", ha="center", fontsize=7
             )
@@ -142,7 +142,7 @@ def _draw_ranks(axis: Axes, layers: list[Mapping[str, Any]], module: str, full: 
     axis.bar(indices, ranks, width=0.8, color=colour, edgecolor="#333333", linewidth=0.6)
     if full is not None:
         axis.axhline(full, color="#333333", linestyle=":", linewidth=1.2)
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axis.annotate(f"dense {full}", (1, full), (0, 2), **place, ha="right", fontsize=7)
     axis.set_ylim(0, 1.15 * max(*ranks, full or 1))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -157,8 +157,8 @@ def _dress(axis: Axes) -> None:
     axis.set_axisbelow(True)
     axis.grid(axis="y", color="#E0E0E0", linewidth=0.6)
     axis.tick_params(labelsize=8)
-    axis.xaxis.label.set_size(9)
-    axis.yaxis.label.set_size(9)
+    axis.xaxis.label.set_fontsize(9)
+    axis.yaxis.label.set_fontsize(9)
 
 
 def _whole_layers(axis: Axes, indices: list[int]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ PACKAGES = [
 ]
 
 
-def provenance() -> dict:
+def provenance() -> dict[str, Any]:
     """The record's ``provenance`` node."""
     return {
         "git": git_state(),
@@ -66,7 +67,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def hardware() -> dict:
+def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, torch threads, memory, GPUs. Names of parts, never of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

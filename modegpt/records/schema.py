@@ -6,16 +6,21 @@ leaf, ``X | None`` may be null, ``Nullable`` and ``Each`` do the same for whole 
 Conventions beside the types: sparsities and relative errors are shares, ``seconds`` wall time, ``metrics.limited`` is
 true as soon as one score was taken on less than its whole test set, ``metrics.compressed`` and ``compression`` are null
 for a run that only scored the dense model, ``calibration`` is null for a method that reads no data.
+
+A change of what ``SCHEMA`` says, or of what readers may expect in ``config``, makes a new ``SCHEMA_VERSION`` and one
+entry in ``MIGRATIONS``. What is on disk stays as it was written, byte for byte, and is verified as such; a reader gets
+what `migrated` makes of it. An identity never migrates: it names what decided the result when it was recorded.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from modegpt.errors import UserError
 
-SCHEMA_VERSION = 1
+Record = dict[str, Any]
+SCHEMA_VERSION = 2
 FINISHED, FAILED = "finished", "failed"
 Number = int | float
 
@@ -106,18 +111,45 @@ SCHEMA = {
 }
 
 
-def validate(record: Any, where: str) -> None:
+def _every_option_named(record: Record) -> Record:
+    """1 to 2: ``config`` names the options that came later, at the values that stand for what was done without them."""
+    config = record["config"]
+    later: dict[str, Mapping[str, Any]] = {
+        "model": {"device_map": None, "max_memory": None},
+        "out_of_core": {"enabled": False, "hidden_states": "memory", "max_host_bytes": None},
+        "output": {"pictures": True},
+    }
+    if config.get("method", {}).get("name") == "modegpt_plus":
+        later["method"] = {"fisher": [], "temperature": False}
+    complete = {group: {**options, **config.get(group, {})} for group, options in later.items()}
+    return {**record, "config": {**config, **complete}}
+
+
+MIGRATIONS: dict[int, Callable[[Record], Record]] = {1: _every_option_named}
+"""For each former version the step to the next one. A step adds what a reader would otherwise have to guess; it changes
+no number, and leaves what it is given as it was."""
+
+
+def migrated(record: Record, where: str) -> Record:
+    """The record in the present schema version. Raises UserError for a version that this code does not know."""
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION and version not in MIGRATIONS:
+        raise UserError(f"{where}: schema_version is {version!r}, this version of modegpt reads up to {SCHEMA_VERSION}")
+    while version != SCHEMA_VERSION:
+        record = MIGRATIONS[version](record)
+        version += 1
+    return {**record, "schema_version": SCHEMA_VERSION}
+
+
+def validate(record: Record, where: str) -> None:
     """Refuse a record that is not one; ``where`` (a file) and the key go into the message.
 
     Raises:
-        UserError: another schema version, a missing or unknown key, a wrong type, or a number that is not finite.
+        UserError: another schema version, a missing or unknown key, or a value of the wrong type.
     """
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
-    version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{where}: schema_version is {version!r}, this version of modegpt reads {SCHEMA_VERSION}")
-    for problem in (*json_problems(record), *_problems(record, SCHEMA, "")):
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise UserError(f"{where}: schema_version is {record['schema_version']!r}, a new record's is {SCHEMA_VERSION}")
+    for problem in _problems(record, SCHEMA, ""):
         raise UserError(f"{where}: {problem}")
     if unknown := sorted(record.keys() - SCHEMA.keys()):
         raise UserError(f"{where}: unknown key {unknown[0]!r}; a record's keys are {', '.join(SCHEMA)}")
@@ -146,12 +178,12 @@ def json_problems(value: Any, key: str = "") -> Iterator[str]:
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys; lists and empty members stay whole."""
-    if not isinstance(value, dict) or (key and not value):
+    if not isinstance(value, Mapping) or (key and not value):
         return {key: value}
     return {path: leaf for name, member in value.items() for path, leaf in flatten(member, _dotted(key, name)).items()}
 
 
-def differences(one: dict, other: dict) -> dict[str, tuple[Any, Any]]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys at which two mappings differ, with both values (None where a key is missing)."""
     left, right = flatten(one), flatten(other)
     keys = dict.fromkeys((*left, *right))
@@ -161,30 +193,27 @@ def differences(one: dict, other: dict) -> dict[str, tuple[Any, Any]]:
 def _problems(value: Any, spec: Any, key: str) -> Iterator[str]:
     match spec:
         case Nullable():
-            if value is not None:
-                yield from _problems(value, spec.spec, key)
-        case Each():
-            if not isinstance(value, spec.container):
-                yield _mistyped(value, spec.container.__name__, key)
-                return
-            members = value.items() if spec.container is dict else enumerate(value)
-            for name, member in members:
-                yield from _problems(
-                    member, spec.spec, _dotted(key, name) if spec.container is dict else f"{key}[{name}]"
-                )
-        case dict():
-            if not isinstance(value, dict):
-                yield _mistyped(value, "dict", key)
-                return
+            yield from () if value is None else _problems(value, spec.spec, key)
+        case Each() if isinstance(value, spec.container):
+            for name, member in _members(value, key):
+                yield from _problems(member, spec.spec, name)
+        case dict() if isinstance(value, dict):
             for name, member in spec.items():
                 if name not in value:
                     yield f"{_dotted(key, name)} is missing"
                 else:
                     yield from _problems(value[name], member, _dotted(key, name))
-        case _:
-            # bool is an int to Python, but never a count or a measurement
-            if not isinstance(value, spec) or (isinstance(value, bool) and spec not in (bool, bool | None)):
-                yield _mistyped(value, getattr(spec, "__name__", None) or str(spec), key)
+        case Each():
+            yield _mistyped(value, spec.container.__name__, key)
+        case dict():
+            yield _mistyped(value, "dict", key)
+        case _ if not _fits(value, spec):
+            yield _mistyped(value, getattr(spec, "__name__", None) or str(spec), key)
+
+
+def _fits(value: Any, leaf: Any) -> bool:
+    # bool is an int to Python, but never a count or a measurement
+    return isinstance(value, leaf) and (not isinstance(value, bool) or leaf in (bool, bool | None))
 
 
 def _mistyped(value: Any, expected: str, key: str) -> str:
@@ -193,3 +222,11 @@ def _mistyped(value: Any, expected: str, key: str) -> str:
 
 def _dotted(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
+
+
+def _members(container: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What a list or mapping holds, each with its dotted key."""
+    if isinstance(container, dict):
+        yield from ((_dotted(key, name), member) for name, member in container.items())
+    else:
+        yield from ((f"{key}[{index}]", member) for index, member in enumerate(container))

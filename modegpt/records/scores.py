@@ -6,6 +6,7 @@ from typing import Any
 
 from modegpt.evaluation import items
 from modegpt.evaluation.items import ACCURACIES
+from modegpt.records.schema import Record
 
 MEAN = "mean"
 
@@ -57,7 +58,7 @@ def accuracies(record: Mapping[str, Any]) -> list[Score]:
 
 
 def difference_stderr(record: Mapping[str, Any], other: Mapping[str, Any], name: str) -> float | None:
-    """Standard error of the difference between two records' final models in the accuracy ``name`` (``zeroshot_<task>``).
+    """Standard error of the difference of two records' final models in the accuracy ``name`` (``zeroshot_<task>``).
 
     None where they were not asked the same items, or one of them does not say which were right.
     """
@@ -123,7 +124,7 @@ def _behind(scores: Mapping[str, Any], task: str) -> list[str]:
     )
 
 
-def _all(record: Mapping[str, Any], kind: str) -> tuple[dict, dict, dict]:
+def _all(record: Mapping[str, Any], kind: str) -> tuple[Record, Record, Record]:
     metrics, recovery = record["metrics"], (record["compression"] or {}).get("recovery") or {}
     return metrics["dense"][kind], (metrics["compressed"] or {}).get(kind, {}), recovery.get("before", {}).get(kind, {})
 

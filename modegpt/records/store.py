@@ -1,9 +1,12 @@
-"""The store: one directory a run, one write-once ``record.json`` in it.
+"""The store: one directory a run, one write-once ``record.json`` in it, until it is packed into an archive.
 
 ``<root>/<experiment>/<slug of the name>-<first 8 of the identity>/record.json``; a run that failed leaves
 ``error.json`` there instead, which holds no number and disappears when the run succeeds. Files appear whole or not at
 all: they are written and synced under ``<root>/.partial`` and then linked to their place, which fails if the place is
 taken, so concurrent writers need no lock and a kill at any moment leaves either nothing or everything.
+
+``<root>/<experiment>.jsonl.gz`` holds the records that were packed (`modegpt.records.packing`). To a reader, records in
+directories and in archives are one store.
 """
 
 import hashlib
@@ -11,15 +14,26 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from modegpt.errors import UserError
-from modegpt.files import canonical_json, partial_file, publish, sync
+from modegpt.files import canonical_json, json_sha256, partial_file, publish, sync
+from modegpt.records.archive import SUFFIX, Archive
 from modegpt.records.paths import portable
-from modegpt.records.schema import FAILED, FINISHED, SCHEMA_VERSION, differences, json_problems, validate
+from modegpt.records.schema import (
+    FAILED,
+    FINISHED,
+    SCHEMA_VERSION,
+    Record,
+    differences,
+    json_problems,
+    migrated,
+    validate,
+)
 
 RECORD, ERROR, PARTIAL = "record.json", "error.json", ".partial"
 
@@ -37,8 +51,11 @@ def identity(decides: Mapping[str, Any]) -> str:
 
 
 def content_hash(record: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the canonical JSON of a record without the field that stores this hash."""
-    return identity({key: value for key, value in record.items() if key != "content_sha256"})
+    """SHA-256 (hex) of the canonical JSON of a record without the field that stores this hash.
+
+    Raises ValueError for a number that is not finite.
+    """
+    return json_sha256({key: value for key, value in record.items() if key != "content_sha256"})
 
 
 def slug(text: str) -> str:
@@ -49,32 +66,100 @@ def slug(text: str) -> str:
     return name
 
 
-def load_record(path: Path) -> dict:
-    """Read one record and check it: schema, finite numbers, identity, and that no byte of its content was changed.
+def load_record(path: Path) -> Record:
+    """Read one record, check it as it was written, and return it in the present schema version.
+
+    ``path``: a ``record.json``, or a record in an archive (``results/methods.jsonl.gz#ce337fed``).
 
     Raises:
         UserError: unreadable, not a record, or changed since it was written; names the file and the key.
     """
-    record = _read(path)
-    validate(record, str(path))
-    if record["identity"]["hash"] != identity(record["identity"]["decides"]):
-        raise UserError(f"{path}: identity.hash is not the hash of identity.decides: the record was changed by hand")
-    if record["content_sha256"] != content_hash(record):
-        raise UserError(
-            f"{path}: content_sha256 does not match the content: the record was changed after it was written"
-        )
-    return record
+    return Entry.at(path).load()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record of a store: where it is, and the directory of its run, where pictures and checkpoints lie."""
+
+    path: Path
+    directory: Path
+    packed: Record | None = None
+    """What the archive says, if the record is in one."""
+
+    @classmethod
+    def at(cls, path: Path) -> "Entry":
+        """The entry at a path as `load_record` takes it. Raises UserError where an archive holds no such record."""
+        file, _, digits = path.name.partition("#")
+        if not file.endswith(SUFFIX):
+            return cls(path, path.parent)
+        archive = Archive.read(path.with_name(file))
+        found = archive.matching(digits)
+        if len(found) != 1:
+            raise UserError(f"{archive.path}: {len(found)} records begin with {digits!r}, name one")
+        return cls.of(archive, found[0])
+
+    @classmethod
+    def of(cls, archive: Archive, record: Record) -> "Entry":
+        """The entry of one of the archive's records."""
+        directory = archive.path.with_name(archive.path.name.removesuffix(SUFFIX))
+        return cls(archive.reference(record), directory / _folder(record["name"], record["identity"]["hash"]), record)
+
+    def stored(self) -> Any:
+        """The record as it was written, unchecked."""
+        return _read(self.path) if self.packed is None else self.packed
+
+    @property
+    def content(self) -> str:
+        """The hash of its content, as stored."""
+        return str(self.stored()["content_sha256"])
+
+    def may_replace(self, packed: "Entry") -> bool:
+        """Whether a record in a directory may take the place of one in the archive.
+
+        It may if the content is the same, or if a run with ``output.overwrite=true`` put the other aside here.
+        """
+        here = [self, *map(Entry.at, self.directory.glob("superseded-*.json"))]
+        return packed.content in [entry.content for entry in here]
+
+    def load(self) -> Record:
+        """The record, checked; see `load_record`."""
+        stored, where = self.stored(), str(self.path)
+        if not isinstance(stored, dict):
+            raise UserError(f"{where}: a record is a JSON object, this is a {type(stored).__name__}")
+        if "content_sha256" not in stored:
+            raise UserError(f"{where}: content_sha256 is missing: this is not the record of a finished run")
+        try:
+            hash = content_hash(stored)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        if stored["content_sha256"] != hash:
+            raise UserError(
+                f"{where}: content_sha256 does not match the content: the record was changed after it was written"
+            )
+        record = migrated(stored, where)
+        validate(record, where)
+        if record["identity"]["hash"] != identity(record["identity"]["decides"]):
+            raise UserError(f"{where}: identity.hash is not the hash of identity.decides: the record was made by hand")
+        return record
 
 
 class RecordStore:
-    """All records under one root directory, which need not exist yet."""
+    """All records under one root directory, which need not exist yet.
+
+    A record is in its run's folder or in its experiment's archive; every reader sees both as one. Where both have one
+    of the same run, the folder's counts: it is the newer one.
+    """
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
 
     def directory(self, *, experiment: str, name: str, hash: str) -> Path:
         """Where the run with this identity lives; whatever else it leaves belongs there too."""
-        return self.root / slug(experiment) / f"{slug(name)}-{hash[:8]}"
+        return self.root / slug(experiment) / _folder(name, hash)
+
+    def home(self, record: Record) -> Path:
+        """The `directory` of the run that a record is of."""
+        return self.directory(experiment=record["experiment"], name=record["name"], hash=record["identity"]["hash"])
 
     def check_writable(self) -> None:
         """Raise UserError if records cannot be created under the root. Creates nothing: meant for before any work."""
@@ -86,42 +171,57 @@ class RecordStore:
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"cannot write records under {self.root}: no permission to write in {place}")
 
-    def existing(self, *, experiment: str, name: str, decides: Mapping[str, Any]) -> dict | None:
+    def existing(self, *, experiment: str, name: str, decides: Mapping[str, Any]) -> Record | None:
         """The finished record of the run that ``decides`` describes, or None if it is still to be done.
 
         Raises:
             UserError: the place is taken by a record with another identity, or by a broken one.
         """
-        path = self.directory(experiment=experiment, name=name, hash=identity(decides)) / RECORD
-        if not path.exists():
-            return None
-        record = load_record(path)
-        _refuse_other(path, record["identity"]["decides"], decides)
-        return record
+        hash = identity(decides)
+        path = self.directory(experiment=experiment, name=name, hash=hash) / RECORD
+        if path.exists():
+            record = load_record(path)
+            _refuse_other(path, record["identity"]["decides"], decides)
+            return record
+        packed = self.packed(experiment, hash)
+        return None if packed is None else packed.load()
+
+    def place(self, record: Record) -> Path:
+        """Where this record of the store is, as `load_record` takes it."""
+        path = self.home(record) / RECORD
+        packed = None if path.exists() else self.packed(record["experiment"], record["identity"]["hash"])
+        return packed.path if packed else path
 
     def write(self, record: Mapping[str, Any], *, overwrite: bool = False) -> Path:
         """Put a finished run's record on disk, once, and return its path.
 
         ``schema_version``, ``status``, ``identity.hash`` and ``content_sha256`` are filled in here. If the same run has
         a record already, that one stays (the first of several concurrent writers wins), unless ``overwrite``: then the
-        new one takes its place and the previous one stays beside it as ``superseded-<n>.json``.
+        new one takes its place and the previous one stays beside it as ``superseded-<n>.json``. A record that is in an
+        archive only is copied to its directory first, so the same holds for it.
 
         Raises:
             UserError: not a valid record, the place is taken by another run's record, or no permission.
         """
         decides = record["identity"]["decides"]
+        hash = identity(decides)
         completed = {"schema_version": SCHEMA_VERSION, **record, "status": FINISHED}
-        completed["identity"] = {"hash": identity(decides), **record["identity"]}
-        assert completed["identity"]["hash"] == identity(decides), "identity.hash was made from something else"
-        place = self.directory(experiment=record["experiment"], name=record["name"], hash=identity(decides))
-        problems = list(json_problems(completed))
-        completed["content_sha256"] = "" if problems else content_hash(completed)
+        completed["identity"] = {"hash": hash, **record["identity"]}
+        assert completed["identity"]["hash"] == hash, "identity.hash was made from something else"
+        place = self.home(completed)
+        for problem in json_problems(completed):
+            raise UserError(f"record for {place}: {problem}")
+        completed["content_sha256"] = content_hash(completed)
         validate(completed, f"record for {place}")
 
         path = place / RECORD
+        packed = None if path.exists() else self.packed(record["experiment"], hash)
         try:
             place.mkdir(parents=True, exist_ok=True)
-            with self._written(completed) as temporary:
+            if packed:
+                with self.written(packed.stored()) as temporary, suppress(FileExistsError):
+                    publish(temporary, path)
+            with self.written(completed) as temporary:
                 try:
                     publish(temporary, path)
                 except FileExistsError:
@@ -157,47 +257,95 @@ class RecordStore:
         path = self.directory(experiment=experiment, name=name, hash=hash) / ERROR
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._written(note) as temporary:
+            with self.written(note) as temporary:
                 os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         return path
 
+    def records(self, experiment: str | None = None) -> Iterator[tuple[Path, Record]]:
+        """Every record, or those of one experiment, with its path; checked, and sorted by directory.
+
+        Raises UserError if the root is not a directory, or for a record that is broken or was changed.
+        """
+        return ((entry.path, entry.load()) for entry in self.entries(experiment))
+
     def paths(self) -> list[Path]:
-        """Every ``record.json`` of the store, sorted. Raises UserError if the root is not a directory."""
+        """The paths of `records`."""
+        return [entry.path for entry in self.entries()]
+
+    def entries(self, experiment: str | None = None) -> Iterator[Entry]:
+        """The records as `records` has them, unchecked."""
+        for name in self.experiments() if experiment is None else [slug(experiment)]:
+            found = {entry.directory: entry for entry in (*self.entries_packed(name), *self.entries_loose(name))}
+            yield from (found[directory] for directory in sorted(found))
+
+    def entries_loose(self, experiment: str) -> Iterator[Entry]:
+        """The records that are in folders."""
+        return map(Entry.at, sorted((self.root / experiment).glob(f"*/{RECORD}")))
+
+    def entries_packed(self, experiment: str) -> Iterator[Entry]:
+        """The records that are in the experiment's archive."""
+        archive = self.archive(experiment)
+        return (Entry.of(archive, record) for record in archive.records())
+
+    def experiments(self) -> list[str]:
+        """The names of all directories and archives under the root. Raises UserError if the root is no directory."""
         if not self.root.is_dir():
             raise UserError(f"no records at {self.root}: not a directory")
-        return sorted(self.root.glob(f"*/*/{RECORD}"))
+        archives = (path.name.removesuffix(SUFFIX) for path in self.root.glob(f"*{SUFFIX}"))
+        directories = (path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted({*archives, *directories})
 
-    def errors(self) -> list[dict]:
+    def archive(self, experiment: str) -> Archive:
+        """The experiment's archive; an empty one where there is no file."""
+        return Archive.read(self.root / f"{experiment}{SUFFIX}")
+
+    def packed(self, experiment: str, hash: str) -> Entry | None:
+        """The record in the experiment's archive with this identity, if any."""
+        archive = self.archive(slug(experiment))
+        return next((Entry.of(archive, record) for record in archive.matching(hash)), None)
+
+    def errors(self) -> list[Record]:
         """The notes of runs that failed and have no record since."""
-        notes = sorted(self.root.glob(f"*/*/{ERROR}"))
-        return [_read(path) for path in notes if not path.with_name(RECORD).exists()]
+        paths = [path for path in sorted(self.root.glob(f"*/*/{ERROR}")) if not path.with_name(RECORD).exists()]
+        notes = map(_read, paths)
+        return [note for note in notes if not self.packed(note["experiment"], note["identity"]["hash"])]
 
-    def find(self, hash: str) -> Path | None:
-        """The record with this identity (or a prefix of at least 8 digits), in whichever experiment it is."""
-        assert len(hash) >= 8
-        candidates = sorted(self.root.glob(f"*/*-{hash[:8]}/{RECORD}"))
-        return next((path for path in candidates if load_record(path)["identity"]["hash"].startswith(hash)), None)
+    def find(self, digits: str) -> list[Entry]:
+        """The records whose identity begins with ``digits``, in whichever experiment they are."""
+        loose = [Entry.at(path) for path in sorted(self.root.glob(f"*/*-{digits[:8]}*/{RECORD}"))]
+        found = [entry for entry in loose if entry.load()["identity"]["hash"].startswith(digits)]
+        for path in sorted(self.root.glob(f"*{SUFFIX}")):
+            archive = Archive.read(path)
+            packed = (Entry.of(archive, record) for record in archive.matching(digits))
+            found += [entry for entry in packed if not (entry.directory / RECORD).exists()]
+        return found
 
     def problems(self) -> list[str]:
         """What is wrong with the store, one line each: broken or changed records, records in another's place."""
-        found = []
-        for path in self.paths():
+        return [problem for name in self.experiments() for problem in self._problems(name)]
+
+    def _problems(self, experiment: str) -> Iterator[str]:
+        packed: dict[str, Entry] = {}
+        try:
+            packed |= {entry.stored()["identity"]["hash"]: entry for entry in self.entries_packed(experiment)}
+        except UserError as error:
+            yield str(error)
+        for entry in (*packed.values(), *self.entries_loose(experiment)):
             try:
-                record = load_record(path)
+                record = entry.load()
             except UserError as error:
-                found.append(str(error))
+                yield str(error)
                 continue
-            place = self.directory(
-                experiment=record["experiment"], name=record["name"], hash=record["identity"]["hash"]
-            )
-            if path.parent != place:
-                found.append(f"{path}: belongs at {place / RECORD}")
-        return found
+            if entry.directory != (home := self.home(record)):
+                yield f"{entry.path}: belongs {'in the archive of' if entry.packed else 'at'} {home}"
+            other = packed.get(record["identity"]["hash"], entry)
+            if not entry.may_replace(other):
+                yield f"{entry.path}: {other.path} is the same run with another content: delete one of them"
 
     @contextmanager
-    def _written(self, content: Mapping[str, Any]) -> Iterator[Path]:
+    def written(self, content: Mapping[str, Any]) -> Iterator[Path]:
         """``content`` as a complete, synced file that nobody looks at yet, to be given its name in the block."""
         with partial_file(self.root / PARTIAL) as temporary:
             text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -218,6 +366,11 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def _folder(name: str, hash: str) -> str:
+    """The last part of a run's directory."""
+    return f"{slug(name)}-{hash[:8]}"
 
 
 def _keep_previous(path: Path) -> None:

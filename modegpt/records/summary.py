@@ -13,8 +13,10 @@ ABSENT = "-"
 def summary(
     record: Mapping[str, Any], *, record_path: Path | str | None = None, pictures: Iterable[Path | str] = ()
 ) -> str:
-    """The table that ends a run. Accuracies in percent with one standard error; ``kept`` is compressed over dense, its error that of a ratio on the same items.
+    """The table that ends a run.
 
+    Accuracies are in percent with one standard error; ``kept`` is compressed over dense, its error that of a ratio on
+    the same items.
     ``record_path`` and ``pictures`` say where the record and its pictures lie, if they do.
     """
     compression, cost = record["compression"], record["cost"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from modegpt.errors import UserError
 from modegpt.records.scores import all_scores
@@ -26,7 +26,7 @@ class NoTracker:
     """Mirrors nothing."""
 
     def mirror(self, record: Mapping[str, Any], *, record_path: Path, pictures: Sequence[Path] = ()) -> None:
-        return None
+        """Does nothing."""
 
 
 def warn(line: str) -> None:
@@ -71,6 +71,7 @@ class WandbTracker:
     warn: Callable[[str], None]
 
     def mirror(self, record: Mapping[str, Any], *, record_path: Path, pictures: Sequence[Path] = ()) -> None:
+        """See `Tracker.mirror`."""
         try:
             with _written_below(record_path.parent, keep_user_settings=self.mode == "online"):
                 self._send(record, record_path, pictures)
@@ -92,7 +93,7 @@ class WandbTracker:
             name=f"{record['name']}-{short}",
             tags=self.tags,
             config=record["config"],
-            mode=self.mode,
+            mode=cast(Literal["offline", "online"], self.mode),
             dir=record_path.parent,
             reinit="finish_previous",
             settings=wandb.Settings(
@@ -107,7 +108,9 @@ class WandbTracker:
         )
         try:
             run.summary.update(headline(record))
-            logged = {name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables(record).items()}
+            logged = {
+                name: wandb.Table(columns=[*columns], data=[*rows]) for name, (columns, rows) in tables(record).items()
+            }
             run.log(logged)
             run.log({picture.stem: wandb.Image(str(picture)) for picture in pictures})
             artifact = wandb.Artifact(
@@ -127,7 +130,7 @@ def headline(record: Mapping[str, Any]) -> dict[str, float]:
     """The summary metrics: every score (``dense/...``: of the dense model), sparsities, cost."""
     compression, cost = record["compression"] or {}, record["cost"]
     scores = all_scores(record)
-    values = {score.name: score.final for score in scores}
+    values: dict[str, float | None] = {score.name: score.final for score in scores}
     values |= {f"dense/{score.name}": score.dense for score in scores}
     values |= {f"retention/{score.name}": score.retention for score in scores}
     values |= {key: compression.get(key) for key in ("target_sparsity", "achieved_sparsity", "whole_model_sparsity")}
@@ -136,7 +139,7 @@ def headline(record: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def tables(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list]]]:
+def tables(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Columns and rows of the tables that are logged: scores, and layers of a compressed model."""
     columns = [
         "name",

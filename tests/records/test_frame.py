@@ -41,7 +41,7 @@ def test_a_row_a_record_with_its_values(tmp_path: Path) -> None:
         "seconds_compress": 1.5,
         "peak_memory_bytes": 3 * 2**29,
         "limited": False,
-        "schema_version": 1,
+        "schema_version": 2,
     }
     for column, value in expected.items():
         assert one[column] == (pytest.approx(value) if isinstance(value, float) else value), column

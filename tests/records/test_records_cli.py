@@ -133,7 +133,8 @@ def test_an_ambiguous_name_asks_for_more(root: Path, capsys: pytest.CaptureFixtu
 
 
 def test_looking_at_records_needs_no_torch() -> None:
-    code = "import sys, modegpt.records.cli; print(sorted({'torch', 'pandas', 'wandb', 'matplotlib'} & sys.modules.keys()))"
+    heavy = {"torch", "pandas", "wandb", "matplotlib"}
+    code = f"import sys, modegpt.records.cli; print(sorted({heavy} & sys.modules.keys()))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

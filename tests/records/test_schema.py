@@ -1,5 +1,6 @@
 """What a record must hold: every refusal names the file and the key."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from modegpt.errors import UserError
-from modegpt.records.schema import SCHEMA, differences, flatten
-from modegpt.records.store import RecordStore
+from modegpt.records.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION, differences, flatten, migrated
+from modegpt.records.store import RecordStore, content_hash, load_record
 from tests.records.sample import sample_record
 
 
@@ -70,3 +71,43 @@ def test_flatten_and_differences() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [1]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1], "e": {}}
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2, "d": 4}) == {"a.b": (1, 3), "d": (None, 4)}
     assert flatten({}) == {}
+
+
+def test_there_is_a_step_from_every_former_version() -> None:
+    assert sorted(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+
+
+@pytest.mark.parametrize("method", ["modegpt", "modegpt_plus"])
+def test_an_old_record_reads_like_a_new_one_and_stays_as_it_was(tmp_path: Path, method: str) -> None:
+    old = json.loads(RecordStore(tmp_path).write(sample_record(method=method)).read_text())
+    old |= {"schema_version": 1}
+    old["config"] |= {"model": {"name": "tiny-llama"}, "output": {"pictures": False}}
+    old["content_sha256"] = content_hash(old)
+    (path,) = tmp_path.glob("*/*/record.json")
+    path.write_text(json.dumps(old), encoding="utf-8")
+    before = path.read_bytes()
+
+    record = load_record(path)
+    config = record["config"]
+    assert record["schema_version"] == SCHEMA_VERSION and path.read_bytes() == before
+    assert config["model"] == {"name": "tiny-llama", "device_map": None, "max_memory": None}
+    assert config["out_of_core"] == {"enabled": False, "hidden_states": "memory", "max_host_bytes": None}
+    assert config["output"] == {"pictures": False}, "what is there already stays"
+    later = {"fisher": [], "temperature": False} if method == "modegpt_plus" else {}
+    assert config["method"] == {"name": method, **later}
+    for key in SCHEMA.keys() - {"schema_version", "config"}:
+        assert record[key] == old[key], key
+    assert migrated(record, "") == record
+
+    path.write_text(json.dumps(old | {"schema_version": SCHEMA_VERSION}), encoding="utf-8")
+    with pytest.raises(UserError, match="content_sha256 does not match"):
+        load_record(path)
+
+
+def test_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = RecordStore(tmp_path).write(sample_record())
+    later = json.loads(path.read_text()) | {"schema_version": 99}
+    later["content_sha256"] = content_hash(later)
+    path.write_text(json.dumps(later), encoding="utf-8")
+    with pytest.raises(UserError, match="schema_version is 99, this version of modegpt reads up to"):
+        load_record(path)

@@ -180,8 +180,8 @@ def test_find_goes_by_identity_over_all_experiments(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     path = store.write(sample_record(experiment="other"))
     hash = load_record(path)["identity"]["hash"]
-    assert store.find(hash) == store.find(hash[:10]) == path
-    assert store.find(hash[:8] + "0" * 56) is None and store.find("f" * 64) is None
+    assert [entry.path for entry in store.find(hash)] == [entry.path for entry in store.find(hash[:10])] == [path]
+    assert store.find(hash[:8] + "0" * 56) == store.find("f" * 64) == []
 
 
 @pytest.mark.parametrize("change", ["metric", "decides", "truncated", "moved"])

@@ -12,7 +12,7 @@ from modegpt.data.texts import Documents
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec
 from modegpt.records.frame import row
-from modegpt.records.store import identity, load_record
+from modegpt.records.store import RecordStore, identity, load_record
 from modegpt.records.summary import summary
 from modegpt.recovery.job import shared_share
 from modegpt.run import prepare, run
@@ -93,10 +93,9 @@ def test_before_and_after_are_recorded(results: Path) -> None:
 def test_runs_without_recovery_keep_their_identity(results: Path, repository: Path) -> None:
     decides = prepare(config(results), command="modegpt").decides
     assert "recovery" not in decides and decides["calibration"].keys() == {"tokens_sha256", "precision"}
-    [path, *_] = sorted(
-        (repository / "results").glob("variants/tiny-llama-modegpt-columns-cr-svd-uniform-s10-seed0-*/record.json")
-    )
-    recorded = load_record(path)
+    records = RecordStore(repository / "results").records("variants")
+    name = "tiny-llama-modegpt-columns-cr-svd-uniform-s10-seed0"
+    recorded = next(record for _, record in records if record["name"] == name)
     options = recorded["config"]
     old = config(
         results,
