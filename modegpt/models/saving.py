@@ -5,14 +5,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from modegpt.models.card import model_card
 
 REPORT = "modegpt_report.json"
 
 
-def carries_report(cls: type[PreTrainedModel]) -> None:
+def carries_report(cls: Any) -> None:
     """Give the model class ``cls`` a ``modegpt_report``, which its ``save_pretrained`` and ``push_to_hub`` write.
 
     A model whose ``modegpt_report`` is not None is saved with its model card (``README.md``), the report
@@ -21,9 +19,12 @@ def carries_report(cls: type[PreTrainedModel]) -> None:
     save, upload = cls.save_pretrained, cls._upload_modified_files
 
     @wraps(save)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        save(self, save_directory, *args, **kwargs)
-        _write_report(self, Path(save_directory))
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        save(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            _write_report(self, Path(save_directory))
 
     @wraps(upload)
     def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
