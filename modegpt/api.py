@@ -136,7 +136,7 @@ def compress(
         with _evaluating(model):
             compressed, report = _compressed(config, unfused(model), tokenizer, documents, Progress(quiet))
         report["model"]["path"], report["options"] = _hub_name(model), options
-    smaller = compressed.model
+    smaller: Any = compressed.model
     smaller.modegpt_report, smaller.modegpt_files = report, compressed.files
     return smaller
 
@@ -187,7 +187,7 @@ def evaluate(
         names = tasks if tasks is None or isinstance(tasks, str) else list(tasks)
         spec = EvaluationSpec(
             PerplexitySpec(
-                source=documents and documents.source,
+                source=None if documents is None else documents.source,
                 windows=windows if isinstance(windows, str | int) else list(windows),
                 batch_tokens=batch_tokens,
             ),
@@ -222,13 +222,18 @@ def load(
         >>> load("embedded:tiny-llama").config.num_hidden_layers
         6
     """
-    model = load_model(str(path), dtype, device, revision)
+    model: Any = load_model(str(path), dtype, device, revision)
     if is_compressed(model.config):
-        file = Path(path).expanduser() / REPORT
-        if not file.parent.is_dir():
-            file = cached_file(str(path), REPORT, revision=revision, _raise_exceptions_for_missing_entries=False)
-        model.modegpt_report = read_json(Path(file)) if file is not None and Path(file).is_file() else None
+        model.modegpt_report = _saved_report(Path(path).expanduser(), str(path), revision)
     return model
+
+
+def _saved_report(directory: Path, name: str, revision: str | None) -> dict[str, Any] | None:
+    """The report beside the model in ``directory``, or else called ``name`` on the hub; None where there is none."""
+    file: str | Path | None = directory / REPORT
+    if not directory.is_dir():
+        file = cached_file(name, REPORT, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return read_json(Path(file)) if file is not None and Path(file).is_file() else None
 
 
 def _opened(

@@ -56,7 +56,7 @@ class Run:
     @property
     def name(self) -> str:
         """What tells this run from its neighbours in a listing."""
-        return run_name(self.config, recovery=self.recovery and self.recovery.label)
+        return run_name(self.config, recovery=None if self.recovery is None else self.recovery.label)
 
     @property
     def directory(self) -> Path:
@@ -87,11 +87,12 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     device = world.device(device_of(config.model.device))
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()
 
-    assert config.model.path is not None
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    path = config.model.path
+    assert path is not None, "a configuration without a model was accepted"
+    tokenizer = load_tokenizer(path, config.model.revision)
     progress.say(f"loading {model_name(config)}")
     with meter.stage("loading"):  # every weight is read once, to be checked and identified
-        backend = open_backend(config, device=device)
+        backend = open_backend(path, config, device=device)
         weights_sha256 = backend.fingerprint()
     config = settled(config, device=device, model_config=backend.model.config)
     method, task = make_method(config), None
@@ -113,7 +114,9 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         )
     evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=backend.model.config)
     config.evaluation.throughput.check(evaluation.context)
-    recovery = training and prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
+    recovery = None
+    if training is not None:
+        recovery = prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     backend.check(method, task, evaluation)
     return Run(
         config=config,
@@ -158,11 +161,11 @@ def check_options(config: RunConfig, method: Method | None) -> None:
         check_destination(save_model)
 
 
-def open_backend(config: RunConfig, *, device: str) -> Backend:
+def open_backend(path: str, config: RunConfig, *, device: str) -> Backend:
     """The dense model, whole in memory or out of core."""
     if config.out_of_core.enabled:
-        return OutOfCore.open(config.model.path, config.model, device=device, options=config.out_of_core)
-    return InMemory.open(config.model.path, config.model, device=device)
+        return OutOfCore.open(path, config.model, device=device, options=config.out_of_core)
+    return InMemory.open(path, config.model, device=device)
 
 
 def calibration_tokens(

@@ -71,7 +71,7 @@ def execute(run: Run) -> Path:
         name=run.name,
         decides=run.decides,
         model=backend.model,
-        tokens=run.task and run.task.calibration.tokens,
+        tokens=None if run.task is None else run.task.calibration.tokens,
         compressed=compressed,
         dense_scores=dense,
         compressed_scores=scores,

@@ -72,7 +72,7 @@ def make_record(
         cost: ``CostMeter.summary``.
     """
     zeroshot = config.evaluation.zeroshot
-    kept = {"zeroshot": {}, "perplexity_increase": {}}
+    kept: dict[str, dict] = {"zeroshot": {}, "perplexity_increase": {}}
     if compressed_scores is not None:
         kept = retention(dense_scores, compressed_scores)
     return {
@@ -91,10 +91,12 @@ def make_record(
             "tokenizer_sha256": decides["model"]["tokenizer_sha256"],
         }
         | model_facts(model),
-        "calibration": tokens
-        and calibration_facts(tokens, source=config.calibration.source, seed=config.calibration.seed),
-        "compression": compressed
-        and compression_facts(
+        "calibration": None
+        if tokens is None
+        else calibration_facts(tokens, source=config.calibration.source, seed=config.calibration.seed),
+        "compression": None
+        if compressed is None
+        else compression_facts(
             model, compressed, method=config.method["name"], target_sparsity=config.compression.sparsity
         ),
         "metrics": {

@@ -144,7 +144,7 @@ class StreamedCompression:
                 )
             arguments = arguments_alone(self.streamed, ids, batch_size=batch_size)
             batches = self.workspace.batches(layer, num_batches=-(-len(ids) // batch_size), device=self.streamed.device)
-            return HiddenStates(batches=batches if self.on_disk else list(batches), arguments=arguments)
+            return HiddenStates(batches=batches.as_list() if self.on_disk else list(batches), arguments=arguments)
 
     def _write_layer(self, index: int, tensors: dict[str, Tensor]) -> None:
         named = {f"{self.streamed.layers_prefix}{index}.{name}": tensor for name, tensor in tensors.items()}

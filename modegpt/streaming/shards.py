@@ -65,7 +65,8 @@ def write_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def write_index(directory: Path, num_parameters: int) -> None:
     """Write the index of the shards in ``directory``, in the form Transformers gives it."""
-    weight_map, total_bytes = {}, 0
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
     for path in sorted(directory.glob("model-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -103,7 +103,7 @@ class Workspace:
                 self.hidden(index + 1),
             ):  # done with, and begun by a process that was killed
                 shutil.rmtree(stale, ignore_errors=True)
-            hidden.batches = hidden.batches.turned(self.hidden(index + 1))
+            hidden.batches = hidden.batches.turned(self.hidden(index + 1)).as_list()
 
     def save(self, position: Position, hidden: HiddenStates | None) -> None:
         """Keep ``hidden`` and then ``position``, after which earlier hidden states go."""
