@@ -20,7 +20,7 @@ class Stage:
 
     Args:
         seconds: wall time, without that of stages inside.
-        flops, bytes: as ``WorkCounter`` sees them; bytes are the least traffic, every operand read and every result
+        flops, bytes: of products and factorisations; bytes are the least traffic, every operand read and every result
             written once.
         work: ``flops`` by kind and precision, ``"forward float32"``, ``"gram float64"``, ``"product float64"`` or
             ``"factorisation float64"``: what limits them are different rates of the machine.

@@ -143,8 +143,9 @@ ATTENTION: dict[Any, Callable[..., float]] = {
 
 
 class WorkCounter(TorchDispatchMode):
-    """While it is entered, reports to ``add`` every operation's FLOPs and the bytes it reads and writes.
+    """While it is entered, reports to ``add`` the FLOPs of products and factorisations, and the bytes they read and write.
 
+    Norms, activations and other work on single entries count as fused into these.
     A product of a tensor with itself is of the kind ``gram``, any other inside ``forward`` of the kind ``forward``, and
     else a ``product``; what LAPACK does is a ``factorisation``. Costs some microseconds an operation.
     """
@@ -155,25 +156,24 @@ class WorkCounter(TorchDispatchMode):
         self.in_forward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        kind, formula = _kind(func)
-        if kind is None or (formula is None and self.in_forward):
-            return result
-        if kind == "product":
-            kind = "gram" if formula and _is_gram(args) else "forward" if self.in_forward else kind
-        results = result if isinstance(result, list | tuple) else (result,)
-        num_bytes = sum(leaf.nbytes for leaf in (*args, *results) if isinstance(leaf, Tensor))
-        dtype = next((leaf.dtype for leaf in args if isinstance(leaf, Tensor)), torch.float32)
-        self.add(
-            kind, dtype, flops=float(formula(*args, out_val=result, **kwargs)) if formula else 0.0, bytes=num_bytes
-        )
+        """Run ``func``, and count it where its FLOPs are known."""
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        counted = _counted(func)
+        if counted is not None:
+            kind, formula = counted
+            if kind == "product":
+                kind = "gram" if _is_gram(args) else "forward" if self.in_forward else kind
+            results = result if isinstance(result, list | tuple) else (result,)
+            num_bytes = sum(leaf.nbytes for leaf in (*args, *results) if isinstance(leaf, Tensor))
+            dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
+            flops = float(formula(*args, out_val=result, **(kwargs or {})))
+            self.add(kind, dtype, flops=flops, bytes=num_bytes)
         return result
 
 
 @contextmanager
 def forward() -> Iterator[None]:
-    """A model, or a layer, runs inside: its products are of the kind ``forward``; the rest counts as fused."""
+    """A model, or a layer, runs inside: its products are of the kind ``forward``."""
     counter = _get_current_dispatch_mode()
     if not isinstance(counter, WorkCounter):
         yield
@@ -186,17 +186,16 @@ def forward() -> Iterator[None]:
 
 
 @functools.cache
-def _kind(func: Any) -> tuple[str | None, Callable[..., float] | None]:
-    """What an operation counts as, None for one that only makes a view, and the formula of its FLOPs if it has any."""
+def _counted(func: Any) -> tuple[str, Callable[..., float]] | None:
+    """What an operation counts as, and the formula of its FLOPs; None for what is neither product nor factorisation."""
     packet = func.overloadpacket
-    if func.is_view:
-        return None, None
     if packet in FACTORISATIONS:
         return "factorisation", FACTORISATIONS[packet]
     if packet in ATTENTION:
         return "product", ATTENTION[packet]
     # in place: PyTorch's table has addmm, and not addmm_
-    return "product", flop_registry.get(getattr(aten, packet.__name__.removesuffix("_"), packet))
+    formula = flop_registry.get(getattr(aten, packet.__name__.removesuffix("_"), packet))
+    return None if formula is None else ("product", formula)
 
 
 def _is_gram(args: tuple) -> bool:
