@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
@@ -142,13 +143,32 @@ ATTENTION: dict[Any, Callable[..., float]] = {
 """Fused attention, forward and backward."""
 
 
-class WorkCounter(TorchDispatchMode):
-    """While it is entered, reports to ``add`` the FLOPs of products and factorisations, and the bytes they read and write.
+WORK = ("mm", "matmul", "linear", "einsum", "attention", "linalg_", "cholesky", "backward", "grad")
+"""What the names of PyTorch's functions have in them that may form products or factorise."""
 
-    Norms, activations and other work on single entries count as fused into these.
+
+class WorkCounter(TorchFunctionMode):
+    """While it is entered, reports to ``add`` FLOPs of products and factorisations, and the bytes they read and write.
+
     A product of a tensor with itself is of the kind ``gram``, any other inside ``forward`` of the kind ``forward``, and
-    else a ``product``; what LAPACK does is a ``factorisation``. Costs some microseconds an operation.
+    else a ``product``; what LAPACK does is a ``factorisation``. Other operations count as fused into these. To pass one
+    over takes some microseconds; to see into a function, some for each operation: only ``WORK`` is seen into.
     """
+
+    def __init__(self, add: Add) -> None:
+        super().__init__()
+        self.operations = _Operations(add)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run ``func``, under watch where it may be work."""
+        if not _may_be_work(func):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        with self.operations:
+            return func(*args, **(kwargs or {}))
+
+
+class _Operations(TorchDispatchMode):
+    """Every operation inside a function."""
 
     def __init__(self, add: Add) -> None:
         super().__init__()
@@ -156,7 +176,6 @@ class WorkCounter(TorchDispatchMode):
         self.in_forward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run ``func``, and count it where its FLOPs are known."""
         result = func(*args, **kwargs) if kwargs else func(*args)
         counted = _counted(func)
         if counted is not None:
@@ -174,15 +193,21 @@ class WorkCounter(TorchDispatchMode):
 @contextmanager
 def forward() -> Iterator[None]:
     """A model, or a layer, runs inside: its products are of the kind ``forward``."""
-    counter = _get_current_dispatch_mode()
-    if not isinstance(counter, WorkCounter):
-        yield
-        return
-    before, counter.in_forward = counter.in_forward, True
+    operations = [mode.operations for mode in _get_current_function_mode_stack() if isinstance(mode, WorkCounter)]
+    before = [each.in_forward for each in operations]
+    for each in operations:
+        each.in_forward = True
     try:
         yield
     finally:
-        counter.in_forward = before
+        for each, flag in zip(operations, before, strict=True):
+            each.in_forward = flag
+
+
+@functools.cache
+def _may_be_work(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return any(part in name for part in WORK)
 
 
 @functools.cache
