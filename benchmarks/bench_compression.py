@@ -1,8 +1,8 @@
 """Compression time against its floor, on random weights: ``python benchmarks/bench_compression.py [--help]``.
 
 The floor is the FLOPs of the forward passes, the Gram matrices and the factorisations, each at the rate measured for a
-product of that precision or a Cholesky factorisation, before and after, in the same process. Prints seconds by stage and the ratio for every
-precision and allocation asked for, and writes ``results/bench/compression.json``.
+product of that precision or a Cholesky factorisation, before and after, in the same process. Prints seconds by stage
+and the ratio for every precision and allocation asked for, and writes ``results/bench/compression.json``.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modegpt.allocation.policies import POLICIES
 from modegpt.calibration.calibration import Calibration
-from modegpt.cost.ceiling import Ceiling
 from modegpt.cost.machine import measure_ceiling
 from modegpt.cost.metering import CostMeter
+from modegpt.cost.roofline import Ceiling
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
@@ -37,7 +37,8 @@ RATE_SIZE = 2048
 """Of the matrices that the ceiling is measured on: as large as those of the work."""
 RATE_SECONDS = 4.0
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-"""Processor seconds of one thread are wall seconds without what other programs take; both sides of the ratio use the same."""
+"""Processor seconds of one thread are wall seconds without what other programs take; both sides of the ratio use the
+same."""
 
 
 def best(one: Ceiling, other: Ceiling) -> Ceiling:

@@ -1,8 +1,9 @@
 """What scoring costs beyond the model's own forward passes: ``python benchmarks/bench_evaluation.py [--help]``.
 
-The five embedded tasks through lm-evaluation-harness, on the embedded models. The time inside the model's forward is measured in
-the very pass that is timed, so the ratio does not depend on how busy the machine is. The first pass tokenises and imports;
-later ones (the compressed model after the dense one) reuse its tokens. Writes ``results/bench/evaluation.json``.
+The five embedded tasks through lm-evaluation-harness, on the embedded models. The time inside the model's forward is
+measured in the very pass that is timed, so the ratio does not depend on how busy the machine is. The first pass
+tokenises and imports; later ones (the compressed model after the dense one) reuse its tokens. Writes
+``results/bench/evaluation.json``.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +27,9 @@ GOAL = 0.20
 
 
 class ForwardClock:
-    """Adds up the seconds inside ``model``'s forward. Wall time: to ask for processor time is a system call, which would be counted as overhead."""
+    """Adds up the seconds inside ``model``'s forward. Wall time: to ask for processor time is a system call, which
+    would be counted as overhead.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.seconds = 0.0
@@ -39,7 +43,7 @@ class ForwardClock:
         self.seconds += time.perf_counter() - self._began
 
 
-def score(model: PreTrainedModel, clock: ForwardClock, **options: object) -> dict[str, float]:
+def score(model: PreTrainedModel, clock: ForwardClock, **options: Any) -> dict[str, float]:
     """One pass over all tasks: seconds, those inside the forward, and what the rest adds to them (``overhead``)."""
     clock.seconds = 0.0
     began = time.perf_counter()
@@ -52,7 +56,7 @@ def bench(name: str, *, batch_size: int, repeats: int, limit: int | None) -> dic
     """Every pass over one embedded model."""
     model, tokenizer = load_model(f"embedded:{name}", device="cpu"), load_tokenizer(f"embedded:{name}")
     clock = ForwardClock(model)
-    options = {
+    options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "tasks": load_tasks(["tiny"], data_path=None),
         "batch_size": batch_size,
@@ -62,10 +66,9 @@ def bench(name: str, *, batch_size: int, repeats: int, limit: int | None) -> dic
     first = score(model, clock, **options)
     later = [score(model, clock, **options) for _ in range(repeats)]
     overhead = median(each["overhead"] for each in later)
-    print(
-        f"{name}: first pass {first['overhead']:.1%} over its forward passes, later ones {overhead:.1%} (goal {GOAL:.0%}); {first['seconds']:.1f} s and {median(each['seconds'] for each in later):.1f} s",
-        flush=True,
-    )
+    passes = f"first pass {first['overhead']:.1%} over its forward passes, later ones {overhead:.1%} (goal {GOAL:.0%})"
+    seconds = median(each["seconds"] for each in later)
+    print(f"{name}: {passes}; {first['seconds']:.1f} s and {seconds:.1f} s", flush=True)
     return {
         "model": name,
         "num_requests": len(options["encodings"]),

@@ -1,7 +1,8 @@
 """What modegpt_plus takes beside the paper's method, on random weights: ``python benchmarks/bench_plus.py [--help]``.
 
-The shapes are those of small released models, but for the number of layers: a large vocabulary over a narrow residual stream. Each number of calibration
-windows is one ratio, measured in one process; the fewer there are, the more weighs what does not depend on them. Writes ``results/bench/plus.json``.
+The shapes are those of small released models, but for the number of layers: a large vocabulary over a narrow residual
+stream. Each number of calibration windows is one ratio, measured in one process; the fewer there are, the more weighs
+what does not depend on them. Writes ``results/bench/plus.json``.
 """
 
 import argparse
@@ -81,9 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = write_benchmark(
         arguments.output, {"kind": "plus", "settings": settings, "goal": GOAL, "measurements": results}
     )
-    print(
-        f"{sum(result['ratio'] <= GOAL for result in results)} of {len(results)} at {GOAL:g} x the paper's method or less, {arguments.clock} clock: {path}"
-    )
+    enough = f"{sum(result['ratio'] <= GOAL for result in results)} of {len(results)}"
+    print(f"{enough} at {GOAL:g} x the paper's method or less, {arguments.clock} clock: {path}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Compress a model larger than memory should hold: ``python benchmarks/large_model.py FOLDER [--help]``.
 
-Makes a checkpoint of random bf16 weights of true shapes (the cost depends on shapes alone) in FOLDER, compresses it out of core with
-few calibration tokens, prints predicted against measured memory and the seconds of every stage, and removes the weights.
-The record goes to ``results/large_model``. Shapes: 7b (13.5 GB on disk, and 9.5 GB for the result) and 1.3b (2.7 GB and 2 GB).
+Makes a checkpoint of random bf16 weights of true shapes (the cost depends on shapes alone) in FOLDER, compresses it out
+of core with few calibration tokens, prints predicted against measured memory and the seconds of every stage, and
+removes the weights. The record goes to ``results/large_model``. Shapes: 7b (13.5 GB on disk, and 9.5 GB for the result)
+and 1.3b (2.7 GB and 2 GB).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -34,7 +36,7 @@ def write_random_checkpoint(
     directory: Path, shape: str, *, num_layers: int | None = None, seed: int = 0
 ) -> LlamaConfig:
     """A Llama checkpoint of random weights, one layer in memory at a time, with the tokenizer of tiny-llama."""
-    sizes = SHAPES[shape] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    sizes: dict[str, Any] = SHAPES[shape] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
     config = LlamaConfig(
         **sizes, vocab_size=32000, max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16"
     )
@@ -56,7 +58,9 @@ def write_random_checkpoint(
 
 
 def _random(shape: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A matrix cut from ``pool``, which starts over where it ends, at a random place: drawing billions of numbers takes long."""
+    """A matrix cut from ``pool``, which starts over where it ends, at a random place: drawing billions of numbers takes
+    long.
+    """
     if len(shape) == 1:  # norms
         return torch.ones(shape, dtype=pool.dtype)
     start, size = int(torch.randint(len(pool), (), generator=generator)), shape.numel()
@@ -94,6 +98,7 @@ def compress(dense: Path, target: Path, *, name: str, results: Path, arguments: 
 
 
 def main() -> int:
+    """Make, compress, print, remove."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the weights are made, and removed at the end")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
@@ -119,9 +124,8 @@ def main() -> int:
     record = load_record(newest)
     memory = record["compression"]["details"]["out_of_core"]
     predicted, measured = memory["predicted_peak_bytes"]["host"], memory["measured_peak_bytes"]["host"]
-    print(
-        f"host memory: {measured / GIB:.2f} GiB measured, {predicted['total'] / GIB:.2f} GiB predicted at most ({measured / predicted['total']:.2f})"
-    )
+    share = measured / predicted["total"]
+    print(f"host memory: {measured / GIB:.2f} GiB measured, {predicted['total'] / GIB:.2f} GiB predicted ({share:.2f})")
     print(json.dumps({part: f"{size / GIB:.2f} GiB" for part, size in predicted.items()}))
     for stage in record["cost"]["stages"]:
         print(f"{stage['name']:<16}{stage['seconds']:>9.1f} s")

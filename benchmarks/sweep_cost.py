@@ -1,9 +1,10 @@
 """What a sweep costs beyond the work it cannot avoid: ``python benchmarks/sweep_cost.py [OVERRIDES ...]``.
 
-Runs 5 sparsities x 4 MLP decompositions of tiny-llama in one process, from an empty cache, and adds up the stage seconds of the
-records. Unavoidable: one pass over the calibration text, one evaluation of every compressed model, one of the dense model.
-OVERRIDES go to every job (``model=...``, ``calibration.num_samples=...``). Wall time is given too: it adds starting Python, composing
-configurations, reading texts and writing records, which weigh on a tiny model and on no other.
+Runs 5 sparsities x 4 MLP decompositions of tiny-llama in one process, from an empty cache, and adds up the stage
+seconds of the records. Unavoidable: one pass over the calibration text, one evaluation of every compressed model, one
+of the dense model. OVERRIDES go to every job (``model=...``, ``calibration.num_samples=...``). Wall time is given too:
+it adds starting Python, composing configurations, reading texts and writing records, which weigh on a tiny model and on
+no other.
 """
 
 import os
@@ -67,9 +68,8 @@ def main() -> int:
     for name, value in seconds.most_common():
         print(f"{name:<22} {value:8.2f} s")
     ratio = seconds.total() / unavoidable
-    print(
-        f"{NUM_JOBS} jobs, {sum(record['cost']['forward_passes'] for record in records):g} forward passes over the calibration text"
-    )
+    passes = sum(record["cost"]["forward_passes"] for record in records)
+    print(f"{NUM_JOBS} jobs, {passes:g} forward passes over the calibration text")
     print(f"all {seconds.total():.2f} s, unavoidable {unavoidable:.2f} s: ratio {ratio:.3f} (goal: at most {GOAL})")
     print(f"wall time {wall:.2f} s, {wall / unavoidable:.3f} times what is unavoidable")
     return int(ratio > GOAL)

@@ -1,9 +1,9 @@
-"""Speed of saved checkpoints beside their dense model: ``python benchmarks/throughput.py DENSE COMPRESSED [COMPRESSED ...]``.
+r"""Speed of saved checkpoints beside their dense model: ``python benchmarks/throughput.py DENSE COMPRESSED ...``.
 
-The measurement of ``bench_inference.py`` on real models, on a CPU or a GPU; names as for ``model.path`` (a directory, a hub name,
-``embedded:NAME``). For example on a GPU:
+The measurement of ``bench_inference.py`` on real models, on a CPU or a GPU; names as for ``model.path`` (a directory, a
+hub name, ``embedded:NAME``). For example on a GPU:
 
-    python benchmarks/throughput.py meta-llama/Llama-2-7b-hf results/runs/NAME/model --device cuda --dtype float16 \\
+    python benchmarks/throughput.py meta-llama/Llama-2-7b-hf results/runs/NAME/model --device cuda --dtype float16 \
         --prefill 1x512 8x512 1x2048 --decode 1x512 16x512 64x512 --repeats 20 --decode-tokens 32
 """
 
@@ -49,9 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     )
     if len(labels) != 1 + len(arguments.compressed):
-        raise UserError(
-            f"the compressed models need different names, got {', '.join(Path(path).name for path in arguments.compressed)}"
-        )
+        names = ", ".join(Path(path).name for path in arguments.compressed)
+        raise UserError(f"the compressed models need different names, got {names}")
     models = {label: load_model(path, arguments.dtype, arguments.device) for label, path in labels.items()}
     about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
     roof = measure_roof(models[DENSE].device, models[DENSE].dtype)

@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -8,15 +8,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.calibration.cache import StatisticsCache
-from modegpt.calibration.moments import CHUNK_ROWS
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
 from modegpt.calibration.world import World
-from modegpt.cost.metering import CostMeter, Stage
-from modegpt.cost.work import forward_cost
+from modegpt.cost.metering import CostMeter
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.models import decoder_layers, dense_shape, family_of
 from modegpt.progress import Progress
+
+ALONE = World()
+"""One process has all the windows."""
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Calibration:
     Args:
         batch_size: windows per forward.
         precision: of each chunk's product in the Gram matrices; sums are always float64.
-        cache: where statistics outlive the run, or None (always so among several processes, which must agree on what to compute).
+        cache: where statistics outlive the run, or None (always so among several processes, which must agree on what to
+            compute).
         world: the processes that share the windows of ``statistics``.
     """
 
@@ -37,7 +39,7 @@ class Calibration:
     cache: StatisticsCache | None = None
     progress: Progress = field(default_factory=Progress)
     meter: CostMeter = field(default_factory=CostMeter)
-    world: World = World()
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         assert self.cache is None or self.world.size == 1, "processes that share a calibration cannot use the cache"
@@ -45,6 +47,7 @@ class Calibration:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of the model."""
         return len(decoder_layers(self.model))
 
     def check_activations(self) -> None:
@@ -80,7 +83,7 @@ class Calibration:
         position = 0
         description = "block influence" if names == {"layer.influence"} else "statistics"
         for index in self.progress.track(range(self.num_layers), description, unit="layer"):
-            with self.meter.stage(stage) as metered:
+            with self.meter.stage(stage, counted=True):
                 statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
                 missing = names - statistics.keys()
                 if missing:
@@ -88,17 +91,21 @@ class Calibration:
                         hidden = embed(self.model, torch.cat(batches), batch_size=self.batch_size)
                     for skipped in range(position, index):
                         advance(hidden, skipped, layers[skipped])
+                    self.meter.forward_passes += (index - position) / self.num_layers
                     observed = self.observe(hidden, index, missing, world=self.world)
                     if self.cache is not None:
                         self.cache.store(index, observed)
                     statistics |= observed
-                    self.account(metered, batches, observed, share=(index + 1 - position) / self.num_layers)
                     position = index + 1
             yield statistics
         self.meter.calibration_tokens = self.tokens.num_tokens
 
-    def observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, world: World = World()) -> Statistics:
-        """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``, pooled over ``world``."""
+    def observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, world: World = ALONE) -> Statistics:
+        """Run layer ``index`` on ``hidden``, which moves on, and return its statistics ``names``, pooled over
+        ``world``.
+
+        Counts as a layer's share of a forward pass.
+        """
         layer = decoder_layers(self.model)[index]
         observer = LayerObserver(
             self.family,
@@ -109,42 +116,6 @@ class Calibration:
         )
         with observer.watching(next(iter(hidden.arguments[index].values()))):
             advance(hidden, index, layer, observe=observer.residual)
+        self.meter.forward_passes += 1 / self.num_layers
         observer.pool(world)
         return observer.result()
-
-    def account(self, metered: Stage, batches: Sequence[Tensor], observed: Statistics, *, share: float) -> None:
-        """Count what it took to run ``share`` of the layers on ``batches`` of tokens and to sum the Gram matrices in ``observed``."""
-        cost, num_tokens = forward_cost(self.model), sum(batch.numel() for batch in batches)
-        for batch in batches:
-            metered.add(
-                "forward", cost.dtype, flops=share * cost.flops(*batch.shape), bytes=share * cost.bytes(*batch.shape)
-            )
-        metered.add(
-            "gram",
-            self.precision,
-            flops=gram_flops(observed, num_tokens),
-            bytes=gram_bytes(observed, num_tokens, self.precision),
-        )
-        self.meter.forward_passes += share
-
-
-def gram_flops(statistics: Statistics, num_tokens: int) -> float:
-    """Multiply-adds, twice, of the Gram matrices in ``statistics``, as if each entry were computed (by symmetry half of them need be)."""
-    return sum(2.0 * num_tokens * value.numel() for value in _grams(statistics))
-
-
-def gram_bytes(statistics: Statistics, num_tokens: int, precision: torch.dtype) -> float:
-    """Least traffic of the Gram matrices: rows read once in float32, half the float64 sum read and written a chunk."""
-    num_chunks = -(-num_tokens // CHUNK_ROWS[precision])
-    return sum(
-        4.0 * num_tokens * value.shape[:-1].numel() + 8.0 * num_chunks * value.numel() for value in _grams(statistics)
-    )
-
-
-def _grams(statistics: Statistics) -> list[Tensor]:
-    return [value for value in statistics.values() if value.ndim >= 2 and value.shape[-1] == value.shape[-2]]
-
-
-def layer_flops(model: PreTrainedModel, ids: Tensor) -> float:
-    """FLOPs of one average decoder layer over ``ids`` (num_samples, sequence_length), see ``work.ForwardCost``."""
-    return forward_cost(model).flops(*ids.shape) / len(decoder_layers(model))

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from modegpt.cost.work import forward
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers
@@ -26,11 +28,13 @@ class HiddenStates:
     arguments: list[dict[int, dict[str, Any]]]
 
     def layer_arguments(self, index: int, batch: Tensor) -> dict[str, Any]:
+        """What layer ``index`` gets beside the hidden states ``batch``."""
         return self.arguments[index][batch.shape[0]]
 
 
 @contextmanager
 def layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) -> Iterator[None]:
+    """Inside, the forward of layer i is ``stand_in(i)``."""
     for index, layer in enumerate(layers):
         layer.forward = stand_in(index)
     try:
@@ -41,7 +45,7 @@ def layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) 
 
 
 @torch.no_grad()
-def embed(model: nn.Module, tokens: Tensor, *, batch_size: int) -> HiddenStates:
+def embed(model: PreTrainedModel, tokens: Tensor, *, batch_size: int) -> HiddenStates:
     """The hidden states entering layer 0, and the arguments of every layer.
 
     The model's own forward runs with each layer replaced by a recorder that passes its input through,
@@ -76,10 +80,12 @@ def advance(
     Raises UserError naming the layer when an activation is not finite.
     """
     for b, x_in in enumerate(hidden.batches):
-        x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
+        with forward():
+            x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
         if not all_finite(x_out):
             raise UserError(
-                f"calibration found NaN or inf in the activations leaving decoder layer {index}; check the weights and the dtype (bfloat16 or float32 instead of float16)"
+                f"calibration found NaN or inf in the activations leaving decoder layer {index}; "
+                "check the weights and the dtype (bfloat16 or float32 instead of float16)"
             )
         if observe is not None:
             observe(x_in, x_out)

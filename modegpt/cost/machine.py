@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from modegpt.cost.ceiling import Ceiling
+from modegpt.cost.roofline import Ceiling
 
 SIZE = {"cpu": 1024, "cuda": 8192}
 """Of the square matrices timed: large enough for nearly the full rate, small enough for a fraction of a second."""
@@ -34,13 +34,13 @@ def measure_ceiling(
     size = size or SIZE.get(kind, 1024)
     generator = torch.Generator(device).manual_seed(0)
     square = torch.randn(size, size, generator=generator, device=device, dtype=torch.float32)
-    gemm = {}
-    for product_dtype in {dtype, torch.float32, torch.float64}:
+
+    def product_rate(product_dtype: torch.dtype) -> float:
         A = square.to(product_dtype)
         out = torch.empty_like(A)
-        gemm[str(product_dtype).removeprefix("torch.")] = (
-            2.0 * size**3 / _seconds(lambda: torch.mm(A, A, out=out), device, deadline, clock)
-        )
+        return 2.0 * size**3 / _seconds(lambda: torch.mm(A, A, out=out), device, deadline, clock)
+
+    products = {str(each).removeprefix("torch."): product_rate(each) for each in {dtype, torch.float32, torch.float64}}
     definite = square.double()
     definite = definite + definite.T
     definite.diagonal().add_(4.0 * size)
@@ -50,7 +50,7 @@ def measure_ceiling(
     target = torch.empty_like(source)
     copy = _seconds(lambda: target.copy_(source), device, deadline, clock)
     return Ceiling(
-        device=kind, gemm=gemm, factorisation=size**3 / 3 / cholesky, copy=2.0 * source.nbytes / copy, size=size
+        device=kind, gemm=products, factorisation=size**3 / 3 / cholesky, copy=2.0 * source.nbytes / copy, size=size
     )
 
 

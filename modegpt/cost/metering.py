@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from modegpt.cost.ceiling import Ceiling
+from modegpt.cost.roofline import Ceiling
 from modegpt.cost.work import WorkCounter
 
 
@@ -20,9 +20,10 @@ class Stage:
 
     Args:
         seconds: wall time, without that of stages inside.
-        flops, bytes: from shapes; bytes are the least traffic, every operand read and every result written once.
-        work: the part of ``flops`` whose kind is known, by ``"forward float32"``, ``"gram float64"``, ``"product float64"``
-            or ``"factorisation float64"``: what limits it is another rate of the machine.
+        flops, bytes: of products and factorisations; bytes are the least traffic, every operand read and every result
+            written once.
+        work: ``flops`` by kind and precision, ``"forward float32"``, ``"gram float64"``, ``"product float64"`` or
+            ``"factorisation float64"``: what limits them are different rates of the machine.
         within: the stage this one first ran inside.
     """
 
@@ -41,10 +42,14 @@ class Stage:
             key = f"{kind} {str(dtype).removeprefix('torch.')}"
             self.work[key] = self.work.get(key, 0.0) + flops
 
+    def of(self, kind: str) -> float:
+        """FLOPs of one kind, in any precision."""
+        return sum(flops for work, flops in self.work.items() if work.split()[0] == kind)
+
 
 @dataclass
 class CostMeter:
-    """Accumulates the cost of a run; methods add what they know, ``stage`` measures time.
+    """Accumulates the cost of a run: ``stage`` measures time and counts FLOPs, methods add their passes.
 
     ``ceiling`` is the machine's speed, where it was measured. ``clock`` gives seconds.
     """
@@ -56,21 +61,21 @@ class CostMeter:
     ceiling: Ceiling | None = None
     clock: Callable[[], float] = time.perf_counter
     _open: list[Stage] = field(default_factory=list)
+    _counting: bool = False
 
     @contextmanager
     def stage(self, name: str, *, counted: bool = False) -> Iterator[Stage]:
         """Time a block under ``name``; re-entering a name adds to it.
 
         A stage inside another takes its seconds off the outer one, so that stages add up to wall time.
-        ``counted``: every product and factorisation inside is counted as it runs, at some microseconds an
-        operation: for few operations on large matrices.
+        ``counted``: the work inside is counted as it runs, and belongs to the innermost stage.
         """
         outer = self._open[-1] if self._open else None
-        stage = self.stages.setdefault(name, Stage(name, within=outer and outer.name))
+        stage = self.stages.setdefault(name, Stage(name, within=None if outer is None else outer.name))
         self._open.append(stage)
         start = self.clock()
         try:
-            with WorkCounter(stage.add) if counted else nullcontext():
+            with self._counter() if counted and not self._counting else nullcontext():
                 yield stage
         finally:
             if torch.cuda.is_available():
@@ -80,6 +85,19 @@ class CostMeter:
             stage.seconds += elapsed
             if outer is not None:
                 outer.seconds -= elapsed
+
+    @contextmanager
+    def _counter(self) -> Iterator[None]:
+        """One counter for all stages inside: a second one would count everything twice."""
+        self._counting = True
+        try:
+            with WorkCounter(self._add):
+                yield
+        finally:
+            self._counting = False
+
+    def _add(self, kind: str, dtype: torch.dtype, *, flops: float, bytes: float = 0.0) -> None:
+        self._open[-1].add(kind, dtype, flops=flops, bytes=bytes)
 
     def summary(self) -> dict:
         """A JSON-able account of everything metered so far."""
@@ -104,7 +122,9 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def _peak_resident_bytes() -> int:
-    """Linux's ``VmHWM``, which starts anew with a program; ``ru_maxrss``, the answer elsewhere, begins there with what the parent held."""
+    """Linux's ``VmHWM``, which starts anew with a program; elsewhere ``ru_maxrss``, which on Linux begins with what the
+    parent held.
+    """
     try:
         [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024

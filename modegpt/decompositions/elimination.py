@@ -48,19 +48,20 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
         diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
         # pending updates: P - p^T p and E - u^T w - w^T u, a row of p and one of u and of w a removal
         p, uw = K.new_empty(width, len(P)), K.new_empty(width, 2, len(P))
-        for t in range(width):
-            cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
-            j = int(cost.argmin())
-            column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
-            column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
-            p[t] = column_P / column_P[j].sqrt()
-            u = column_P / column_P[j]
-            w = column_E - 0.5 * column_E[j] * u
-            uw[t, 0], uw[t, 1] = u, w
-            diag_P -= p[t] ** 2
-            diag_E -= 2 * u * w
-            alive[j] = False
-            removed[start + t], costs[start + t] = channels[j], cost[j]
+        with torch._C.DisableTorchFunction():  # many small steps on vectors, which no mode needs to look at
+            for t in range(width):
+                cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
+                j = int(cost.argmin())
+                column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
+                column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
+                p[t] = column_P / column_P[j].sqrt()
+                u = column_P / column_P[j]
+                w = column_E - 0.5 * column_E[j] * u
+                uw[t, 0], uw[t, 1] = u, w
+                diag_P -= p[t] ** 2
+                diag_E -= 2 * u * w
+                alive[j] = False
+                removed[start + t], costs[start + t] = channels[j], cost[j]
         p, uw, channels = p[:, alive], uw[:, :, alive], channels[alive]
         P = P[alive][:, alive].addmm_(p.mT, p, alpha=-1)
         E = E[alive][:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)

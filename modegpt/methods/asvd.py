@@ -16,7 +16,6 @@ from modegpt.methods.low_rank import (
     dense_layers,
     factored_model,
     layer_ranks,
-    svd_flops,
     truncated,
 )
 from modegpt.models import decoder_layers
@@ -60,9 +59,8 @@ class ASVD(Method):
     def _truncations(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         meter, layers = task.calibration.meter, decoder_layers(task.model)
         for layer, of_layer, statistics in zip(layers, ranks, task.calibration.statistics(INPUT_GRAMS), strict=True):
-            with meter.stage("solve") as metered:
+            with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
-                metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
                 truncations = {
                     role: self.factorise(linear.weight.detach().T, statistics[INPUT_GRAM[role]], of_layer[role])
                     for role, linear in linears.items()

@@ -87,7 +87,7 @@ class FLAP(Method):
         )
         weights, means, scores = [], [], []
         for layer, statistics in zip(layers, task.calibration.statistics(STATISTICS), strict=True):
-            with meter.stage("score") as metered:
+            with meter.stage("score", counted=True):
                 of_layer = LayerWeights.read(task.family, layer)
                 attention_mean, mlp_mean = statistics["value_output.mean"], statistics["mlp.mean"]
                 head_variance = variance(
@@ -101,7 +101,6 @@ class FLAP(Method):
                 ]
                 weights.append(of_layer)
                 means.append((attention_mean, mlp_mean))
-                metered.flops += 2.0 * (of_layer.value_output.W_O.numel() + of_layer.mlp.W_D.numel())
         sizes = StructureSizes.of(task.family, layers[0], shape)
         removed = cheapest_within(scores, [sizes.group, sizes.channel] * len(layers), removal_budget(task))
         kept = [Kept(~groups, ~channels) for groups, channels in zip(removed[::2], removed[1::2], strict=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.calibration.gradients import differentiable, micro_batches, summed_loss
+from modegpt.calibration.gradients import differentiable, in_micro_batches, summed_loss
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.kronecker import Curvature, damped, inverse, observed_curvature, removal_costs, without_rows
@@ -39,11 +39,6 @@ class Part:
     other: Tensor
     target: Tensor
     index: Tensor
-
-
-def solve_flops(part: Part) -> float:
-    """FLOPs of inverting a part's own factor (a Cholesky and a solve), and of one product with the other factor."""
-    return 7 / 3 * len(part.W) ** 3 + 2.0 * part.W.numel() * len(part.other)
 
 
 @dataclass(frozen=True)
@@ -115,13 +110,11 @@ class LLMSurgeon(Method):
                 differentiable(model, ()),
                 observed_curvature(linears, input_names, task.calibration.precision) as curvature,
             ):
-                for batch in micro_batches(task.calibration, "curvature", self.batch_size):
-                    summed_loss(model, batch).backward()
+                in_micro_batches(
+                    task.calibration, "curvature", self.batch_size, lambda batch: summed_loss(model, batch).backward()
+                )
         finally:
             source.remove()
-        moments = [*curvature.inputs.values(), *curvature.outputs.values()]
-        num_entries = sum(moment.value.numel() for moment in moments)
-        task.calibration.meter.stages["curvature"].flops += 2.0 * task.calibration.tokens.num_tokens * num_entries
         return curvature
 
     def _shoot(
@@ -139,7 +132,7 @@ class LLMSurgeon(Method):
         """
         sizes = StructureSizes.of(task.family, decoder_layers(task.model)[0], shape)
         size_of = {"groups": sizes.group, "channels": sizes.channel}
-        with task.calibration.meter.stage("solve") as metered:
+        with task.calibration.meter.stage("solve", counted=True):
             costs, populations, removable = [], [], []
             for _, population, alive, parts in self._populations(task, model, curvature, kept):
                 num_alive = int(alive.sum())
@@ -151,7 +144,6 @@ class LLMSurgeon(Method):
                 costs.append(cost)
                 populations.append(population)
                 removable.append(alive)
-                metered.flops += sum(solve_flops(part) for part in parts)
             still = budget - sum(sizes.removed(of_layer) for of_layer in kept)
             removed = cheapest_within(costs, [size_of[population] for population in populations], still, removable)
             masks = [{"groups": of_layer.groups, "channels": of_layer.channels} for of_layer in kept]
@@ -162,7 +154,6 @@ class LLMSurgeon(Method):
                     for part in parts:
                         rows = gone[alive].repeat_interleave(len(part.W) // int(alive.sum())).to(part.W.device)
                         part.target[part.index] = without_rows(part.W, part.own_inverse, rows).to(part.target.dtype)
-                metered.flops += sum(solve_flops(part) for part in parts)
         return [Kept(**of_layer) for of_layer in masks]
 
     def _populations(

@@ -79,12 +79,6 @@ def truncated(W: Tensor, rank: int, *, weigh: Tensor | None = None, unweigh: Ten
     return Truncation(LowRank(A=A.to(W.dtype), B=B.to(W.dtype)), relative((S[rank:] ** 2).sum(), (S**2).sum()))
 
 
-def svd_flops(rows: int, columns: int) -> float:
-    """FLOPs of a thin SVD with both sets of singular vectors (Golub and Van Loan's R-SVD count)."""
-    long, short = max(rows, columns), min(rows, columns)
-    return 6.0 * long * short**2 + 20.0 * short**3
-
-
 def layer_ranks(task: CompressionTask) -> list[dict[str, int]]:
     """The rank of every linear of every layer, by role: one sparsity for all of them."""
     layers = [block_linears(task.family, layer) for layer in decoder_layers(task.model)]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.stream import HiddenStates, advance, layers_replaced
+from modegpt.cost.work import forward
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.layer_dropping import drop_layers, num_dropped_layers
@@ -52,9 +52,8 @@ class SLEB(Method):
                 "lower the sparsity or keep fewer"
             )
         dropped, perplexities = [], []
-        head_flops = 2.0 * calibration.tokens.num_tokens * model.lm_head.weight.numel()
         bar = calibration.progress.bar(num_candidates(self, len(alive), num_dropped), "layer elimination", "candidate")
-        with calibration.meter.stage("elimination") as metered, bar:
+        with calibration.meter.stage("elimination", counted=True), bar:
             start = calibration.embed() if num_dropped else None
             for _ in range(num_dropped):
                 candidates = alive[self.num_first_kept : len(alive) - self.num_last_kept]
@@ -66,7 +65,6 @@ class SLEB(Method):
                 dropped.append(best)
                 perplexities.append(math.exp(losses[best]))
                 calibration.meter.forward_passes += layers_run / calibration.num_layers
-                metered.flops += layers_run * layer_flops(model, calibration.tokens.ids) + len(candidates) * head_flops
         if num_dropped:
             calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         return drop_layers(task, dropped, calibration_perplexities=perplexities)
@@ -117,7 +115,7 @@ def next_token_loss(model: PreTrainedModel, ids: Tensor, hidden: HiddenStates) -
     for x in hidden.batches:
         batch = ids[first : first + x.shape[0]].to(model.device)
         first += x.shape[0]
-        with layers_replaced(decoder_layers(model), lambda _, x=x: lambda *_args, **_kwargs: x):
+        with layers_replaced(decoder_layers(model), lambda _, x=x: lambda *_args, **_kwargs: x), forward():
             logits = model(batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.errors import UserError
@@ -131,7 +130,7 @@ class SliceGPT(Method):
         layers, meter, prefix = decoder_layers(model), calibration.meter, calibration.family.layers
         sliced_class, dtype, full_size = layer_class(model.config), model.dtype, model.config.hidden_size
         num_tokens = calibration.tokens.num_tokens
-        with meter.stage("slicing") as metered:
+        with meter.stage("slicing", counted=True):
             stream = Stream(
                 calibration.embed(), calibration.precision, self.signal == "normalised", self.calibrate_on == "sliced"
             )
@@ -157,10 +156,6 @@ class SliceGPT(Method):
                     {"index": index, "ranks": ranks, "relative_error": {"attention_input": lost, "mlp_input": lost_mlp}}
                 )
                 Q, lost = Q_out, lost_out
-                metered.flops += layer_flops(model, calibration.tokens.ids) + 2 * slicing_flops(
-                    num_tokens, full_size, sizes[0]
-                )
-                metered.flops += 2.0 * full_size * sum(tensor.numel() for tensor in sliced.values() if tensor.ndim == 2)
             W, b = folded_head(model)
             head = {"lm_head.weight": rotated_reader(W, Q)} | ({} if b is None else {"lm_head.bias": b})
         meter.forward_passes += 1
@@ -218,8 +213,3 @@ def sliced_parameters(model: nn.Module, sizes: list[int]) -> int:
         )
         total += layer_parameters(attention, mlp, sizes[2 * index : 2 * index + 3])
     return total
-
-
-def slicing_flops(num_tokens: int, full_size: int, size: int) -> float:
-    """FLOPs of one Gram matrix, one symmetric eigendecomposition (about 9 d^3) and one projection of the stream."""
-    return 2.0 * num_tokens * full_size**2 + 9.0 * full_size**3 + 4.0 * num_tokens * full_size * size

@@ -10,7 +10,6 @@ from modegpt.methods.low_rank import (
     dense_layers,
     factored_model,
     layer_ranks,
-    svd_flops,
     truncated,
 )
 from modegpt.models import decoder_layers
@@ -33,9 +32,8 @@ class SVD(Method):
     def _truncations(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         progress, meter = task.calibration.progress, task.calibration.meter
         for layer, of_layer in zip(progress.track(decoder_layers(task.model), "SVD", unit="layer"), ranks, strict=True):
-            with meter.stage("solve") as metered:
+            with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
-                metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
                 truncations = {
                     role: truncated(linear.weight.detach().T, of_layer[role]) for role, linear in linears.items()
                 }

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modegpt.calibration.calibration import gram_flops, layer_flops
 from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.decompositions.linalg import PSDFactor, energy, psd_cholesky, relative
 from modegpt.decompositions.modules import LowRank
@@ -21,7 +20,6 @@ from modegpt.methods.low_rank import (
     factored_shape,
     factored_tensors,
     layer_ranks,
-    svd_flops,
     truncated,
 )
 from modegpt.models import Family, build_layer, compressed_config, decoder_layers, merged_tensors
@@ -82,12 +80,9 @@ class SVDLLM(Method):
     def _whitened(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         layers, meter = decoder_layers(task.model), task.calibration.meter
         for layer, of_layer, statistics in zip(layers, ranks, task.calibration.statistics(INPUT_GRAMS), strict=True):
-            with meter.stage("solve") as metered:
+            with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
                 grams = {name: psd_cholesky(C) for name, C in statistics.items()}
-                metered.flops += sum(len(C) ** 3 / 3 for C in statistics.values())
-                metered.flops += sum(svd_flops(*linear.weight.shape) for linear in linears.values())
-                metered.flops += sum(2.0 * linear.in_features * linear.weight.numel() for linear in linears.values())
                 truncations = {
                     role: whitened_truncation(linear.weight.detach().T, grams[INPUT_GRAM[role]], of_layer[role])
                     for role, linear in linears.items()
@@ -101,7 +96,7 @@ class SVDLLM(Method):
         config = compressed_config(task.model.config, [factored_shape(task, of_layer) for of_layer in ranks])
         hidden = calibration.embed()
         for index, (layer, truncations) in enumerate(zip(decoder_layers(task.model), whitened, strict=True)):
-            with calibration.meter.stage("update") as metered:
+            with calibration.meter.stage("update", counted=True):
                 # A second list of the same batches: observing must leave the compressed stream in front of this layer.
                 inputs = calibration.observe(HiddenStates(list(hidden.batches), hidden.arguments), index, INPUT_GRAMS)
                 updated = self._refit(task.family, layer, truncations, inputs)
@@ -109,9 +104,7 @@ class SVDLLM(Method):
                     config, index, merged_tensors(task.family, layer, factored_tensors(task.family, layer, updated))
                 )
                 advance(hidden, index, compressed)
-                one_pass = layer_flops(task.model, calibration.tokens.ids)
-                metered.flops += (2.0 - task.sparsity) * one_pass + gram_flops(inputs, calibration.tokens.num_tokens)
-                calibration.meter.forward_passes += 2 / calibration.num_layers
+                calibration.meter.forward_passes += 1 / calibration.num_layers  # beside the one observed
             yield updated
 
     @staticmethod

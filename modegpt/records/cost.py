@@ -1,13 +1,12 @@
 """Where a run's time went, against what the machine could have done: pure functions of a record's ``cost``."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from modegpt.cost.ceiling import Ceiling
+from modegpt.cost.roofline import Ceiling
 
 COMPRESSION = "compression"
-FLOOR_KINDS = ("forward", "gram", "factorisation")
-"""What a compression cannot do without; its other products (refits, errors) are overhead by this measure."""
 
 
 def compression_stages(cost: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -21,32 +20,28 @@ def ceiling_of(cost: Mapping[str, Any]) -> Ceiling | None:
 
 
 def floor_seconds(cost: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of compression's forward passes, Gram matrices and factorisations at the machine's measured rates, by kind.
+    """Seconds of compression's forward passes, Gram matrices and factorisations at the measured rates, by kind.
 
-    Gram matrices count as plain products (``2 T n^2``), although symmetry saves nearly half; the forward counts in
-    full whatever is not a product in it. Empty without measured rates or counted work.
+    The forward counts in full whatever is not a product in it. Empty without measured rates or counted work.
     """
-    ceiling, seconds = ceiling_of(cost), {}
-    for stage in compression_stages(cost) if ceiling else ():
-        for work, flops in stage.get("work", {}).items():
-            kind = work.split()[0]
-            if kind in FLOOR_KINDS:
-                seconds[kind] = seconds.get(kind, 0.0) + ceiling.seconds(work, flops)
-    return {kind: seconds[kind] for kind in FLOOR_KINDS if kind in seconds}
+    ceiling, work = ceiling_of(cost), defaultdict[str, float](float)
+    for stage in compression_stages(cost):
+        for name, flops in stage.get("work", {}).items():
+            work[name] += flops
+    return ceiling.floor(work) if ceiling else {}
 
 
 def ceiling_share(stage: Mapping[str, Any], ceiling: Ceiling) -> float | None:
-    """The least time for the stage's FLOPs, or for its bytes if that is longer, over its seconds; None without counted work."""
+    """The least time for what the stage did over its seconds; None without counted work."""
     if not stage.get("work") or not stage["seconds"]:
         return None
-    least = sum(ceiling.seconds(work, flops) for work, flops in stage["work"].items())
-    return max(least, stage["bytes"] / ceiling.copy) / stage["seconds"]
+    return ceiling.least_seconds(stage["work"], stage["bytes"]) / stage["seconds"]
 
 
 def cost_rows(cost: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row a stage: name, seconds, GFLOP, GB, GFLOP/s, share of the ceiling in percent; a dash for what was not counted."""
+    """A row a stage: name, seconds, GFLOP, GB, GFLOP/s, share of the ceiling; dashes for what was not counted."""
     ceiling = ceiling_of(cost)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage in cost["stages"]:
         share = ceiling_share(stage, ceiling) if ceiling else None
         rate = stage["flops"] / stage["seconds"] / 1e9 if stage["flops"] and stage["seconds"] else None
@@ -83,4 +78,5 @@ def machine_line(cost: Mapping[str, Any]) -> str | None:
     if ceiling is None:
         return None
     products = ", ".join(f"{dtype} {rate / 1e9:,.1f}" for dtype, rate in ceiling.gemm.items())
-    return f"products {products} GFLOP/s, float64 Cholesky {ceiling.factorisation / 1e9:,.1f} GFLOP/s, copy {ceiling.copy / 1e9:,.1f} GB/s (measured)"
+    cholesky, copy = ceiling.factorisation / 1e9, ceiling.copy / 1e9
+    return f"products {products} GFLOP/s, float64 Cholesky {cholesky:,.1f} GFLOP/s, copy {copy:,.1f} GB/s (measured)"

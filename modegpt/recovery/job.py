@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.config import RunConfig, build
 from modegpt.cost.metering import CostMeter
+from modegpt.cost.work import forward_cost
 from modegpt.data.texts import Documents, load_documents, tokenize_stream
 from modegpt.data.tokens import CalibrationTokens, draw_windows
 from modegpt.errors import UserError
-from modegpt.models import block_linear_parameters
 from modegpt.models.integrity import check_finite
 from modegpt.progress import Progress
 from modegpt.recovery.lora import Lora
@@ -58,8 +58,10 @@ class Recovery:
     ) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
         """Train ``model``, whose scores are ``before``; returns it with its new scores and the record's ``compression.recovery``."""
         with meter.stage(STAGE) as metered:
-            # forwards, and backwards through frozen weights: no gradient of theirs is made
-            metered.flops += 4.0 * self.lora.epochs * block_linear_parameters(model) * self.tokens.num_tokens
+            # a backward through frozen weights, of which no gradient is made, costs what a forward does
+            cost = forward_cost(model)
+            for kind in ("forward", "product"):
+                metered.add(kind, cost.dtype, flops=self.lora.epochs * cost.flops(*self.tokens.ids.shape))
             recovered, report = self.lora.recover(model, self.tokens.ids, seed=self.seed, progress=progress)
         check_finite(recovered)
         text = {

@@ -112,15 +112,8 @@ class StreamedCompression:
         """Run the loaded layer ``index`` on ``hidden``, which moves on, and return its statistics."""
         calibration = self.task.calibration
         self.workspace.begin_layer(hidden, index)
-        with calibration.meter.stage(stage) as metered:
-            statistics = calibration.observe(hidden, index, names)
-            calibration.account(
-                metered,
-                calibration.tokens.ids.split(calibration.batch_size),
-                statistics,
-                share=1 / calibration.num_layers,
-            )
-        return statistics
+        with calibration.meter.stage(stage, counted=True):
+            return calibration.observe(hidden, index, names)
 
     @contextmanager
     def _layer(self, index: int) -> Iterator[nn.Module]:

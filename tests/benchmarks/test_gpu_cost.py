@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from modegpt.cost.machine import measure_ceiling
+from modegpt.cost.metering import Stage
+from modegpt.cost.work import WorkCounter
+from modegpt.decompositions.linalg import SYMMETRIC_BLOCK, add_gram
 from modegpt.records.cost import compression_stages
 from tests.scripts import load_script
 
@@ -25,9 +28,17 @@ def test_predicted_work_is_the_metered_work() -> None:
         for kind, flops in stage["work"].items():
             if kind.split()[0] in metered:
                 metered[kind.split()[0]] += flops
-    predicted = gpu_cost.work(shape, num_samples=2, length=16, sparsity=0.3, allocation="entropic")
+    predicted = gpu_cost.work(shape, num_samples=2, length=16, sparsity=0.3, allocation="entropic", block=384)
     assert metered["forward"] == pytest.approx(predicted["forward"])
     assert metered["gram"] == pytest.approx(predicted["gram"])
     small = shape.layers * shape.width**3 / 3  # a small inverse is formed in full, a large one by halves
     assert metered["factorisation"] == pytest.approx(predicted["factorisation"] + small, rel=0.1)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_is_formed_of_a_gram_matrix_is_what_is_counted() -> None:
+    gpu_cost = load_script("benchmarks/gpu_cost")
+    stage = Stage("here")
+    with WorkCounter(stage.add):
+        add_gram(torch.zeros(1000, 1000), torch.randn(4, 1000))
+    assert stage.work == {"gram float32": 2 * 4 * gpu_cost.formed(1000, SYMMETRIC_BLOCK["cpu"])}

@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from modegpt.cost.ceiling import Ceiling
 from modegpt.cost.machine import measure_ceiling
+from modegpt.cost.roofline import Ceiling
 
 
 def test_rates_are_measured_once() -> None:

@@ -1,13 +1,13 @@
-"""FLOPs by formula against PyTorch's own counter, and of what the counter sees against textbook counts."""
+"""FLOPs by formula against the run-time counter, and what the counter sees against textbook counts."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modegpt.calibration.calibration import gram_flops, layer_flops
 from modegpt.calibration.moments import SecondMoment
+from modegpt.calibration.stream import advance, embed
 from modegpt.cost.metering import CostMeter, Stage
-from modegpt.cost.work import WorkCounter, forward_cost, metered_forwards
+from modegpt.cost.work import WorkCounter, forward, forward_cost, metered_forwards
 from modegpt.models import decoder_layers
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model
@@ -40,15 +40,57 @@ def test_forward_flops_are_pytorchs(name: str) -> None:
     )  # OPT's, outside its layers
     assert stage.flops + causal_half + around == pytest.approx(theirs, abs=3 * rotary)
     assert stage.work == {"forward float32": stage.flops}
-    assert layer_flops(model, ids) * len(decoder_layers(model)) == pytest.approx(cost.flops(3, 12))
     assert stage.bytes > 4 * cost.num_weights
 
 
-def test_gram_flops_count_each_product_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(64, 3, 10)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_formula_and_the_counter_agree_to_the_flop(name: str) -> None:
+    """In the layers alone: what scoring counts by formula is what compression counts by watching."""
+    model, seen, watched = dense_model(name), Stage("here"), Stage("there")
+    hidden = embed(model, torch.randint(3, model.config.vocab_size, (3, 12)), batch_size=2)
+    cost = forward_cost(model)
+    with WorkCounter(watched.add):
+        for index, layer in enumerate(decoder_layers(model)):
+            advance(hidden, index, layer)
+    for windows in (2, 1):
+        seen.add("forward", cost.dtype, flops=cost.flops(windows, 12))
+    assert watched.work == seen.work
+
+
+def test_gram_products_are_counted_apart_and_as_far_as_they_are_formed() -> None:
+    rows, stage = torch.randn(64, 3, 10), Stage("here")
     moment = SecondMoment.zeros(3, 10)
-    theirs = counted(lambda: moment.update(rows))
-    assert gram_flops({"G": moment.value, "mean": torch.zeros(10)}, 64) == theirs
+    with WorkCounter(stage.add), forward():
+        moment.update(rows)
+        rows[:, 0] @ torch.ones(10, 2)
+    assert stage.work == {"gram float64": 2 * 64 * 3 * 10**2, "forward float32": 2 * 64 * 10 * 2}
+    wide, stage = SecondMoment.zeros(1, 2000), Stage("here")
+    with WorkCounter(stage.add):
+        wide.update(torch.randn(8, 1, 2000))
+    assert stage.work.keys() == {"gram float64"} and 0.5 < stage.flops / (2 * 8 * 2000**2) < 0.65
+
+
+def test_backward_passes_and_products_in_place_are_counted() -> None:
+    x, W, stage = torch.ones(7, 4), torch.ones(4, 5, requires_grad=True), Stage("here")
+    with WorkCounter(stage.add):
+        with forward():
+            loss = (x @ W).sum()
+        torch.autograd.grad(loss, [W])
+    assert stage.work == {"forward float32": 2 * 7 * 4 * 5, "product float32": 2 * 7 * 4 * 5}
+    with WorkCounter(stage.add):
+        torch.zeros(4, 4).addmm_(torch.ones(4, 3), torch.ones(3, 4))
+    assert stage.flops == 2 * 2 * 7 * 4 * 5 + 2 * 4 * 3 * 4
+
+
+def test_attention_is_counted_by_its_causal_half_forward_and_backward() -> None:
+    q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
+    forwards, backwards = Stage("forward"), Stage("backward")
+    with WorkCounter(forwards.add):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with WorkCounter(backwards.add):
+        torch.autograd.grad(out.sum(), [q, k, v])
+    product = 2 * 4 * 6 * 6 * 8  # the half of 2 b h l l d
+    assert forwards.flops == 2 * product and backwards.flops == 5 * product
 
 
 @pytest.mark.parametrize(
@@ -88,6 +130,11 @@ def test_a_counted_stage_and_statistics_fill_the_account() -> None:
     with meter.stage("compression"), meter.stage("inside", counted=True):
         torch.ones(3, 4) @ torch.ones(4, 5)
     assert meter.stages["inside"].flops == 2 * 3 * 4 * 5 and meter.stages["inside"].within == "compression"
+    with meter.stage("outside", counted=True):
+        with meter.stage("inner", counted=True):
+            torch.ones(3, 4) @ torch.ones(4, 5)
+        torch.ones(3, 4) @ torch.ones(4, 2)
+    assert (meter.stages["inner"].flops, meter.stages["outside"].flops) == (2 * 3 * 4 * 5, 2 * 3 * 4 * 2)
     calibration = task_of(dense_model("llama"), 0.0).calibration
     list(calibration.statistics(frozenset({"mlp.C"})))
     stage = calibration.meter.stages["statistics"]

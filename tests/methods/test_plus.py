@@ -12,9 +12,8 @@ from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.regression import Moments, Refit, ridge_towards
 from modegpt.errors import UserError
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.methods.plus.attention_states import sample
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.query_key import candidates
+from modegpt.methods.plus.query_key import candidates, sample
 from modegpt.methods.plus.sensitivity import SMALLEST, expected
 from modegpt.methods.plus.streams import Split
 from modegpt.models import block_linear_parameters, decoder_layers, layer_shapes, read_query_key
@@ -97,7 +96,7 @@ def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit
 @pytest.mark.parametrize("name", ["llama", "llama-multihead-biased", "opt", "opt-post-norm-projected"])
 def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without ridge, the last layer's two output maps solve for the dense stream plus beta times the error so far."""
-    monkeypatch.setattr("modegpt.methods.plus.layer.held_out_refit", unridged)
+    monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", unridged)
     beta = 0.5
     model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
     compressed = MoDeGPTPlus(beta=beta, allocation="uniform", bias="none").compress(task).model
@@ -133,8 +132,10 @@ def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch
 
 @pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm-projected"])
 def test_aligned_inputs_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ridge, no linear map of the last layer's inputs comes nearer to the dense stream's projections than the aligned ones."""
-    monkeypatch.setattr("modegpt.methods.plus.layer.held_out_refit", unridged)
+    """Without ridge, no linear map of the last layer's inputs comes nearer to the dense stream's projections than the
+    aligned ones.
+    """
+    monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", unridged)
     model, task = dense_model(name), task_of(dense_model(name), 0.1, num_samples=30)
     own = {"mlp": 0.0, "value_output": 0.4, "query_key": 0.0}
     compressed = MoDeGPTPlus(module_sparsity=own, allocation="uniform").compress(task).model
@@ -163,7 +164,9 @@ def test_aligned_inputs_are_least_squares_on_explicit_activations(name: str, mon
 
 
 def test_without_two_streams_every_module_is_reduced_on_the_dense_activations() -> None:
-    """``sequential=False``: the reduced MLP is the closed form on the dense model's own hidden states, whatever happened before it."""
+    """``sequential=False``: the reduced MLP is the closed form on the dense model's own hidden states, whatever
+    happened before it.
+    """
     model = dense_model("llama")
     off = {"sequential": False, "refit": False, "align": False, "allocation": "uniform"}
     all_modules, mlp_alone = (
@@ -278,7 +281,7 @@ def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:
 
 
 def test_divergences_too_small_to_measure_do_not_make_dims_free() -> None:
-    """Where nothing was measured, what removes a million times the error is expected to cost a million times as much."""
+    """Where nothing was measured, a million times the error is expected to cost a million times as much."""
     curve = [0.0, 1e-6, 2e-6, 1.0, 2.0]
     assert expected(curve, {1: 0.0, 2: 0.0}) == pytest.approx(
         [0.0, SMALLEST / 2, SMALLEST, 5e5 * SMALLEST, 1e6 * SMALLEST]
@@ -287,7 +290,7 @@ def test_divergences_too_small_to_measure_do_not_make_dims_free() -> None:
 
 
 def test_modules_at_full_rank_correct_what_came_before() -> None:
-    """With queries and keys reduced alone, later output matrices still move; in front of the first change nothing does."""
+    """With queries and keys reduced alone, later output matrices still move; before the first change nothing does."""
     own = {"mlp": 0.0, "value_output": 0.0, "query_key": 0.5}
     model = dense_model("llama")
     compressed = (

@@ -1,4 +1,6 @@
-"""Costs of ranks that outlive the run: the same plan as measured ones, found again only where they are those that were asked for."""
+"""Costs of ranks that outlive the run: the same plan as measured ones, found again only where they are those that were
+asked for.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,12 @@ import torch
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.methods.base import Compressed
 from modegpt.methods.plus import method as plus
-from modegpt.methods.plus.kept_costs import KeptCosts
 from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.sensitivity import KeptCosts
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
+
+PLUS = MoDeGPTPlus()
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return calls
 
 
-def compressed(root: Path | None, sparsity: float, method: MoDeGPTPlus = MoDeGPTPlus()) -> Compressed:
+def compressed(root: Path | None, sparsity: float, method: MoDeGPTPlus = PLUS) -> Compressed:
     task = task_of(dense_model("llama"), sparsity, num_samples=12)
     if root is not None:
         task.calibration.cache = StatisticsCache(root=root, key="k", max_bytes=10**8)

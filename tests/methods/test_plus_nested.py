@@ -1,4 +1,6 @@
-"""Nested ranks: cutting a saved model is what compressing to that rate with nested ranks does, and each cut is the closed-form optimum for its dims."""
+"""Nested ranks: cutting a saved model is what compressing to that rate with nested ranks does, and each cut is the
+closed-form optimum for its dims.
+"""
 
 from pathlib import Path
 
@@ -10,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from modegpt.cli.cut import main
 from modegpt.decompositions import MLPElimination, ValueOutputSVD
 from modegpt.errors import UserError
-from modegpt.methods.plus.attention_states import sample
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.nested import FILE, cut, nest
+from modegpt.methods.plus.query_key import sample
 from modegpt.methods.plus.streams import Split
 from modegpt.models import decoder_layers, read_mlp, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model, save_checkpoint
@@ -96,5 +98,5 @@ def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: st
 
 @pytest.mark.parametrize("changes", [{"sequential": True}, {"allocation": "entropic"}])
 def test_options_that_depend_on_the_rate_are_refused(changes: dict) -> None:
-    with pytest.raises(UserError, match="method.nested"):
+    with pytest.raises(UserError, match=r"method\.nested"):
         MoDeGPTPlus(**NESTED | changes)

@@ -1,4 +1,6 @@
-"""What removing a module's dims does to the predictions, measured: the same for half-precision weights as for their float32 copies."""
+"""What removing a module's dims does to the predictions, measured: the same for half-precision weights as for their
+float32 copies.
+"""
 
 import copy
 import itertools

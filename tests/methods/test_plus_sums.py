@@ -7,7 +7,7 @@ from modegpt.decompositions.regression import Moments, held_out_refit
 from modegpt.errors import UserError
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.streams import Split
-from modegpt.methods.plus.sums import Sums, best
+from modegpt.methods.plus.sums import Solution, Sums, best
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
 
@@ -49,8 +49,8 @@ def test_of_several_blends_the_one_that_errs_least_where_the_loss_feels_it(rows)
     sums = summed(*rows)
     start = torch.zeros(FEATURES, TARGETS, dtype=torch.float64)
 
-    def solve(parts: dict[bool, Moments]):
-        return None, lambda moments: moments, held_out_refit(parts[False], parts[True], (start, start))
+    def solve(parts: dict[bool, Moments]) -> Solution:
+        return Solution(None, lambda moments: moments, held_out_refit(parts[False], parts[True], (start, start)))
 
     gammas = (0.0, 0.5, 1.0)
     errors = {gamma: sums.weighted[True].error(best(sums, (gamma,), solve).refit.fitted) for gamma in gammas}

@@ -1,4 +1,6 @@
-"""The inverse temperature is the minimum of the divergence, scales the logits and nothing else, and leaves what was not compressed alone."""
+"""The inverse temperature is the minimum of the divergence, scales the logits and nothing else, and leaves what was not
+compressed alone.
+"""
 
 import pytest
 import torch
@@ -75,5 +77,5 @@ def test_a_model_without_a_final_norm_goes_without_it() -> None:
 
 
 def test_a_cut_has_no_text_to_scale_by() -> None:
-    with pytest.raises(UserError, match="method.temperature=false"):
+    with pytest.raises(UserError, match=r"method\.temperature=false"):
         Switches(nested=True, sequential=False, refit=False, align=False)

@@ -1,1 +1,1 @@
-"""MoDeGPT with sequential, error-correcting calibration, output-aware selection and an allocation that measures the loss."""
+"""MoDeGPT with sequential calibration that corrects errors, better selections and a measured allocation."""

@@ -1,4 +1,4 @@
-"""Cutting a saved checkpoint with nested ranks: slices and one triangular solve a module, no text and no activations."""
+"""Cutting a saved checkpoint with nested ranks: slices and one triangular solve a module, no text, no activations."""
 
 from pathlib import Path
 
@@ -16,13 +16,15 @@ from modegpt.progress import Progress
 
 
 def cut_checkpoint(checkpoint: Path, sparsity: float, destination: Path) -> float:
-    """Write the model of ``checkpoint`` at ``sparsity`` to ``destination``; returns the share of block-linear weights removed.
+    """Write the model of ``checkpoint`` at ``sparsity`` to ``destination``; returns the share of block-linear weights
+    removed.
 
     Raises UserError for a checkpoint without orders, a rate out of range, or a destination that cannot be written.
     """
     if not (checkpoint / FILE).is_file():
         raise UserError(
-            f"{checkpoint} has no {FILE}: save one with method=modegpt_plus method.nested=true compression.sparsity=0 output.save_model=DIR"
+            f"{checkpoint} has no {FILE}: save one with "
+            "method=modegpt_plus method.nested=true compression.sparsity=0 output.save_model=DIR"
         )
     check_destination(destination)
     model = load_model(str(checkpoint), device="cpu")

@@ -1,50 +1,49 @@
-"""MoDeGPT improved without a gradient: what the paper leaves on the table at the same budget and the same calibration tokens."""
+"""MoDeGPT improved without a gradient, at the same budget and on the same calibration tokens."""
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from torch import Tensor
-
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
-from modegpt.calibration.calibration import layer_flops
 from modegpt.calibration.gradients import output_sensitivity
-from modegpt.calibration.stream import HiddenStates
+from modegpt.cost.work import forward_cost
 from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.modegpt import MODULES, MoDeGPT, assemble_layer, module_budgets, report
-from modegpt.methods.plus.attention_states import sample
-from modegpt.methods.plus.costs import layer_work
-from modegpt.methods.plus.kept_costs import KeptCosts
-from modegpt.methods.plus.layer import LayerPass
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
-from modegpt.methods.plus.sensitivity import Costs, perturbed_passes, rank_costs
+from modegpt.methods.plus.query_key import sample
+from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
+from modegpt.methods.plus.sequential import SequentialPass, TokenWeights
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
-from modegpt.models import build_compressed, compressed_config, decoder_layers, dense_shape
+from modegpt.models import build_compressed, decoder_layers
 
 
 @dataclass(frozen=True)
 class MoDeGPTPlus(Switches, Method):
-    """Sequential, error-correcting MoDeGPT; the ingredients are the fields of ``Switches``.
+    """Sequential, error-correcting MoDeGPT: the ingredients are the fields of ``Switches``, the steps in ``LayerPass``.
 
-    Two streams walk the layers: dense X and compressed X~. In each layer the input maps are aligned, ``W <- A W`` with
-    ``A = argmin ||N(X~) A - N(X)||^2`` over the normed streams N; then the query-key dims are chosen on X~; then the value-output
-    subspace, on the attention output Z~ that the reduced queries and keys leave, and W_O refitted; then, aligned likewise, the MLP channels, on
-    the hidden states h~ behind the reduced attention, and W_D refitted. A refit solves, in float64, from sums over calibration tokens,
+    Two streams walk the layers: dense X and compressed X~. In each layer the input maps are aligned, the query-key dims
+    are chosen on X~, the value-output subspace on the attention output Z~ that the reduced queries and keys leave, and
+    the MLP channels on the hidden states h~ behind the reduced attention. A refit solves, in float64, from sums over
+    calibration tokens,
 
         min_W ||Z~ W - (Z W_O + beta (X - X~))||^2 + lambda ||D^1/2 (W - W_0)||^2,   D = diag(Z~^T Z~),
 
-    all heads jointly (h and X' for the MLP), W_0 the map of the aligned weights on the compressed stream's own features, for A the identity.
-    lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every fourth calibration window, solved again on all of them.
+    all heads jointly (h and X' for the MLP), W_0 the map of the aligned weights on the compressed stream's own
+    features, for A the identity. lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every
+    fourth calibration window, solved again on all of them.
 
-    Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention and its MLP once and the
-    reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3
-    for the elimination and 8 solves of k^3/3 a module; the allocation one statistics pass over a quarter of the windows, 3 n^3, and about
-    half a pass over all windows for the perturbed forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 4096 tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
-    Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
+    Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention
+    and its MLP once and the reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d +
+    n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3 for the elimination and 8 solves of k^3/3 a module; the allocation
+    one statistics pass over a quarter of the windows, 3 n^3, and about half a pass over all windows for the perturbed
+    forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 4096
+    tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
+    Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of
+    ``MoDeGPT``.
 
     Args:
         module_sparsity, rank_multiple, budget, skip_layers: as for ``MoDeGPT``.
@@ -56,7 +55,7 @@ class MoDeGPTPlus(Switches, Method):
     skip_layers: tuple[int, ...] = ()
 
     def faithful(self) -> MoDeGPT:
-        """The paper's method with this one's selections, as far as it has them: for ranks, and for errors in closed form."""
+        """The paper's method with this one's selections, as far as it has them: for ranks and closed-form errors."""
         return MoDeGPT(
             mlp=MLPElimination() if self.mlp == "elimination" else MLPNystrom(),
             query_key=QueryKeyCR(),
@@ -69,59 +68,37 @@ class MoDeGPTPlus(Switches, Method):
         )
 
     def check(self, task: CompressionTask) -> None:
+        """Raise UserError for a target that cannot be met."""
         self.faithful().check(task)
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Plan ranks, take both streams through the layers, fit the temperature."""
         calibration = task.calibration
         influence = calibration.block_influence().tolist() if self.allocation == "entropic" else None
         costs = self._costs(task) if self.allocation == "loss" and (task.sparsity > 0 or self.nested) else None
         plan = self.plan(task, costs=costs, influence=influence)
         if self.nested:
             return self._nested(task, plan, costs, influence)
-        fisher = self._token_weights(task) if self.fisher else None
-        dense, split = calibration.embed(), Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
-        compressed = HiddenStates(list(dense.batches), dense.arguments)
-        generator, dense_config = task.generator(), compressed_config(task.model.config)
-        shapes, tensors, reports, changed_so_far = [], [], [], False
+        walk = SequentialPass.start(
+            calibration,
+            self,
+            generator=task.generator(),
+            skip_layers=self.skip_layers,
+            token_weights=self._token_weights(task) if self.fisher else None,
+        )
+        shapes, tensors, reports = [], [], []
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
-            stream = compressed if self.sequential else HiddenStates(list(dense.batches), dense.arguments)
-            moved = changed_so_far and index not in self.skip_layers
-            work = LayerPass(
-                task.family,
-                task.model.config,
-                dense_config,
-                layer,
-                index,
-                stream,
-                split,
-                self,
-                calibration.precision,
-                generator,
-                moved,
-                fisher and fisher[index],
-            )
-            with calibration.meter.stage("layers") as metered:
-                shape, changed = work.reduce(plan.ranks[index], dense)
-                changed_so_far = changed_so_far or bool(changed)
-                ids = calibration.tokens.ids
-                cost = layer_work(
-                    task.model,
-                    task.family,
-                    layer,
-                    ids,
-                    shape,
-                    self,
-                    sampled_windows=split.batches_with(self.query_key_windows) * calibration.batch_size,
-                )
-                metered.flops += cost.forward + cost.algebra
-                calibration.meter.forward_passes += cost.forward / layer_flops(task.model, ids) / calibration.num_layers
-            shapes.append(shape)
-            tensors.append(changed)
-            reports.append(report(index, work.reductions, plan.ranks[index], task))
-            reports[-1]["numerics"] |= {f"{name}_input": facts for name, facts in work.alignment.items()}
+            with calibration.meter.stage("layers", counted=True) as metered:
+                done = walk.layer(index, layer, plan.ranks[index])
+            shapes.append(done.shape)
+            tensors.append(done.tensors)
+            reports.append(report(index, done.reductions, plan.ranks[index], task))
+            reports[-1]["numerics"] |= {f"{name}_input": facts for name, facts in done.alignment.items()}
+        one_pass = forward_cost(task.model).flops(*calibration.tokens.ids.shape)
+        calibration.meter.forward_passes += metered.of("forward") / one_pass
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         finished = self._finished(task, plan, shapes, tensors, reports, influence)
-        if self.temperature and changed_so_far and task.family.final_norm(task.model) is not None:
+        if self.temperature and walk.moved and task.family.final_norm(task.model) is not None:
             with calibration.meter.stage("temperature", counted=True):
                 s = fit_inverse_temperature(
                     task.model, finished.model, calibration.tokens.ids, batch_size=calibration.batch_size
@@ -150,8 +127,8 @@ class MoDeGPTPlus(Switches, Method):
         variants = self.faithful().variants(task.family)
         return {module: variant.required for module, variant in variants.items() if variant is not None}
 
-    def _token_weights(self, task: CompressionTask) -> list[dict[str, tuple[Tensor, ...]]]:
-        """For each layer and module with an output solve, the weight of every token, (batch, sequence) a batch. One backward pass."""
+    def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
+        """The weight of every token for each layer and module with an output solve. One backward pass."""
         calibration, family, layers = task.calibration, task.family, decoder_layers(task.model)
         linears = [linear for layer in layers for linear in (family.output(layer), family.down(layer))]
         weights = iter(output_sensitivity(calibration, linears, batch_size=calibration.batch_size))
@@ -164,16 +141,13 @@ class MoDeGPTPlus(Switches, Method):
         kept = (
             None if calibration.cache is None else KeptCosts(calibration.cache, modules, self.shares, self.skip_layers)
         )
-        with calibration.meter.stage("allocation") as metered:
+        with calibration.meter.stage("allocation", counted=True):
             if kept is not None and (costs := kept.load(calibration.num_layers)) is not None:
                 return costs
             costs = rank_costs(calibration, modules, self.shares, self.skip_layers)
-            passes = perturbed_passes(calibration, num_modules=len(modules), num_shares=len(self.shares))
-            metered.flops += calibration.num_layers * (
-                passes * layer_flops(task.model, calibration.tokens.ids)
-                + 3.0 * dense_shape(task.model.config).intermediate_size ** 3
+            calibration.meter.forward_passes += perturbed_passes(
+                calibration, num_modules=len(modules), num_shares=len(self.shares)
             )
-            calibration.meter.forward_passes += passes
             if kept is not None:
                 kept.store(costs)
         return costs
@@ -181,14 +155,11 @@ class MoDeGPTPlus(Switches, Method):
     def _nested(
         self, task: CompressionTask, plan: RankPlan, costs: Costs | None, influence: list[float] | None
     ) -> Compressed:
-        """Order every module's dims on the dense stream, and cut to ``plan``; at sparsity 0 the checkpoint carries the orders."""
-        calibration, modules = task.calibration, self._modules(task)
+        """Order every dim on the dense stream, and cut to ``plan``; at sparsity 0 the orders are kept as well."""
+        calibration, modules, generator = task.calibration, self._modules(task), task.generator()
         names, hidden = frozenset().union(*modules.values()), calibration.embed()
-        split, generator, nested = (
-            Split.of(calibration.tokens.ids, batch_size=calibration.batch_size),
-            task.generator(),
-            [],
-        )
+        split = Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
+        nested = []
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "orders", unit="layer")):
             with calibration.meter.stage("orders", counted=True):
                 states = None
@@ -205,7 +176,6 @@ class MoDeGPTPlus(Switches, Method):
                         generator=generator,
                     )
                 nested.append(nest(task.family, layer, calibration.observe(hidden, index, names), states))
-        calibration.meter.forward_passes += 1
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         compressed = self.cut(task, plan, nested, influence)
         if plan.target > 0:

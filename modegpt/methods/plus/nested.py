@@ -18,7 +18,7 @@ from modegpt.decompositions.linalg import psd_cholesky, relative
 from modegpt.decompositions.modules import Reduction
 from modegpt.decompositions.selection import build_value_output, group_heads, keep_mlp, keep_query_key
 from modegpt.decompositions.svd import balance
-from modegpt.methods.plus.attention_states import SampledStates
+from modegpt.methods.plus.query_key import SampledStates
 from modegpt.methods.plus.sensitivity import Costs
 from modegpt.models import Family, read_mlp, read_query_key, read_value_output
 
@@ -28,12 +28,18 @@ FILE = "nested.safetensors"
 
 @dataclass(frozen=True)
 class NestedLayer:
-    """The orders of one layer, most important dim first, and the small factors that refit what a cut keeps. A module left dense has none.
+    """The orders of one layer, most important dim first, and the small factors that refit what a cut keeps.
 
-    channels (n,) MLP channels by backward elimination; root (n, n) lower-triangular L, ``C = L L^T`` the Gram of the channels in that order.
-    blocks (H_kv, d/2), or (H_kv, d) without RoPE: rotary pairs, or dims, of each key head by backward elimination on the attention's output;
-    block_errors (b,): share of it, to first order, that keeping k of its b blocks loses, k = 0 ... b - 1.
-    value_root (H_kv, d, d) L, ``G = L L^T``, and vectors (H_kv, d, d) U, the left singular vectors of ``L^T W_O``, largest first. All float32 or int64.
+    All float32 or int64. A module left dense has none.
+
+    Args:
+        channels: MLP channels by backward elimination, (n,).
+        root: lower-triangular L (n, n), ``C = L L^T`` the Gram of the channels in that order.
+        blocks: rotary pairs (H_kv, d/2), or dims (H_kv, d) without RoPE, of each key head by backward elimination on
+            the attention's output.
+        block_errors: share of it, to first order, that keeping k of its b blocks loses, k = 0 ... b - 1, (b,).
+        value_root: L (H_kv, d, d), ``G = L L^T``.
+        vectors: U (H_kv, d, d), the left singular vectors of ``L^T W_O``, largest first.
     """
 
     channels: Tensor | None = None
@@ -44,11 +50,14 @@ class NestedLayer:
     vectors: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
+        """Those that are not None, by name."""
         return {name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}
 
 
 def nest(family: Family, layer: nn.Module, statistics: Statistics, states: SampledStates | None) -> NestedLayer:
-    """Order the dims of the dense ``layer``, from its own statistics; queries and keys only where there are ``states`` of them."""
+    """Order the dims of the dense ``layer``, from its own statistics; queries and keys only where there are ``states``
+    of them.
+    """
     W_D, C = read_mlp(family, layer).W_D, statistics["mlp.C"]
     channels = mlp_curve(C, W_D)[1].flip(0)
     value_output = read_value_output(family, layer)
@@ -65,9 +74,8 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
         rope = read_query_key(family, layer).rope
         sensitivity = sum(output_sensitivity(part, pairs=rope) for part in (*states.fit, *states.held))
         size = sensitivity.shape[-1] // (2 if rope else 1)
-        orders, errors = zip(
-            *(elimination_order(M, size) for M in group_heads(sensitivity, len(states.C_K)).sum(dim=1)[:, :size, :size])
-        )
+        by_key_head = group_heads(sensitivity, len(states.C_K)).sum(dim=1)[:, :size, :size]
+        orders, errors = zip(*(elimination_order(M, size) for M in by_key_head), strict=True)
         blocks = torch.stack(orders).flip(1)
         lost = torch.stack(errors).sum(dim=0).clamp(min=0).cummax(0).values
         block_errors = (lost / lost[-1].clamp(min=1e-300)).flip(0).float()
@@ -75,10 +83,12 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
 
 
 def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[str, int]) -> dict[str, Reduction]:
-    """The reduced modules of the dense ``layer`` at ``ranks``: leading dims, and one triangular solve a module with the stored factor.
+    """The reduced modules of the dense ``layer`` at ``ranks``: leading dims, and one triangular solve a module with the
+    stored factor.
 
-    MLP, first k channels S: ``W_D <- L_SS^-T (L^T W_D)_S``, the least-squares optimum ``C_SS^-1 C_S: W_D``. Value-output:
-    ``W_V <- W_V L^-T U_k``, ``W_O <- U_k^T L^T W_O``. Query-key: the first pairs. k^2 d_h + n^2 d_h FLOPs; no activations.
+    MLP, first k channels S: ``W_D <- L_SS^-T (L^T W_D)_S``, the least-squares optimum ``C_SS^-1 C_S: W_D``.
+    Value-output: ``W_V <- W_V L^-T U_k``, ``W_O <- U_k^T L^T W_O``. Query-key: the first pairs. k^2 d_h + n^2 d_h
+    FLOPs; no activations.
     """
     reductions = {}
     mlp = read_mlp(family, layer)
@@ -130,7 +140,8 @@ def write_orders(path: Path, *, layers: Sequence[NestedLayer], costs: Costs | No
 def read_orders(path: Path) -> tuple[list[NestedLayer], Costs | None, dict[str, Any]]:
     """What ``write_orders`` wrote: orders, costs (None where ranks do not follow them), options."""
     with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict: keys() is all it has)
     parts: dict[str, list[dict[str, Any]]] = {
         kind: [{} for _ in range(int(metadata["num_layers"]))] for kind in ("layers", "costs")
     }

@@ -11,23 +11,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed, layers_replaced
+from modegpt.cost.work import forward
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
+from modegpt.files import json_sha256
 from modegpt.models import Family, decoder_layers, read_mlp, read_query_key, read_value_output
 
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 1024, 256
-"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than two passes over all, but not on fewer than so many."""
+"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than two passes
+over all, but not on fewer than so many."""
 
 MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
-"""So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer positions than that."""
+"""So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer
+positions than that."""
 
 TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel, or from a quarter of all where that is more."""
@@ -35,9 +40,13 @@ TOKENS_PER_CHANNEL = 4
 
 @dataclass(frozen=True)
 class Prospect:
-    """What one module would lose: curve[k] squared error of removing k of its dims, ``map``: (module, weight, bias) that acts as if k were removed.
+    """What one module would lose.
 
-    The map replaces one linear of the dense layer at its full size, weight (out, in).
+    Args:
+        unit: dims that go together.
+        curve: squared error of removing k of its dims, k = 0 ... size.
+        map: from k to (module, weight, bias) that acts as if k were removed: it replaces one linear of the dense layer
+            at its full size, weight (out, in).
     """
 
     unit: int
@@ -46,6 +55,7 @@ class Prospect:
 
     @property
     def size(self) -> int:
+        """Dims of the module."""
         return len(self.curve) - 1
 
     def removed(self, share: float) -> int:
@@ -55,6 +65,7 @@ class Prospect:
 
 
 def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    """Channels by backward elimination, with the down projection refitted."""
     weights, C = read_mlp(family, layer), statistics["mlp.C"]
     curve, order = mlp_curve(C, weights.W_D)
 
@@ -69,6 +80,7 @@ def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Pr
 
 
 def value_output_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    """Truncations of the value-output product, in the output projection."""
     weights = read_value_output(family, layer)
     A = statistics.get("value_output.A")
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
@@ -91,6 +103,7 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
 
 
 def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
+    """Rotary pairs, or dims, by the paper's score, set to zero in the key projection."""
     weights = read_query_key(family, layer)
     curve, order = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope)
     unit = weights.rank_unit
@@ -129,10 +142,11 @@ def rank_costs(
 ) -> Costs:
     """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
 
-    Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form, statistics of the dense
-    stream), the rest of the model runs dense on a few calibration windows, and the divergence from the dense model's predictions
-    is measured, in float32 whatever the model's dtype; ``expected`` carries it to all ranks. One statistics pass over a quarter of the windows (more where they are short of
-    ``TOKENS_PER_CHANNEL``), and ``3 L^2 / 2`` layer passes a share over ``measured_windows``; no evaluation data, no gradient.
+    Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form,
+    statistics of the dense stream), the rest of the model runs dense on a few calibration windows, and the divergence
+    from the dense model's predictions is measured, in float32 whatever the model's dtype; ``expected`` carries it to
+    all ranks. One statistics pass over a quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``),
+    and ``3 L^2 / 2`` layer passes a share over ``measured_windows``; no evaluation data, no gradient.
     """
     model, ids = calibration.model, calibration.tokens.ids
     layers = decoder_layers(model)
@@ -161,9 +175,10 @@ def rank_costs(
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
-    """The first calibration windows, or their beginnings: so many tokens that all measurements together cost about half a pass over all.
+    """The first calibration windows, or their beginnings.
 
-    More where that is short of ``ENOUGH_TOKENS``, but not above two passes, unless that were fewer than ``FEWEST_TOKENS``.
+    So many tokens that all measurements together cost about half a pass over all windows. More where that is short of
+    ``ENOUGH_TOKENS``, but not above two passes, unless that were fewer than ``FEWEST_TOKENS``.
     """
     num_samples, length = ids.shape
     measurements = 4 * num_layers * num_shares
@@ -175,14 +190,19 @@ def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor
 
 
 def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
-    """Where in each of the ``measured`` windows predictions are compared, evenly spaced; None: everywhere, as long as the vocabulary is small."""
+    """Where in each of the ``measured`` windows predictions are compared, evenly spaced.
+
+    None: everywhere, where the vocabulary is small.
+    """
     num_windows, length = measured.shape
     count = -(-max(MOST_ENTRIES // vocabulary, FEWEST_PREDICTIONS) // num_windows)
     return None if count >= length else torch.arange(1, count + 1, device=measured.device) * length // count - 1
 
 
 def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: int) -> float:
-    """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, but for its statistics, which meter themselves."""
+    """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, without those of its
+    statistics.
+    """
     ids, L = calibration.tokens.ids, calibration.num_layers
     measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
     return (2 + num_modules * num_shares * (L + 1) / 2) * measured.numel() / ids.numel()
@@ -201,8 +221,9 @@ def _first(tokens: CalibrationTokens, num_samples: int) -> CalibrationTokens:
 def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
     """Divergence at each k from the closed-form squared error ``curve[k]`` and the measured ``points`` (k: divergence).
 
-    Proportional to the error up to the first point; beyond, log divergence is linear in log error through the points, and never falls.
-    Points below ``SMALLEST`` are not measured: if all are, the last one stands at that, and the divergence is proportional to the error.
+    Proportional to the error up to the first point; beyond, log divergence is linear in log error through the points,
+    and never falls. Points below ``SMALLEST`` are not measured: if all are, the last one stands at that, and the
+    divergence is proportional to the error.
     """
     reduced = [k for k in sorted(points) if curve[k] > 0]
     measured = {k: points[k] for k in reduced if points[k] > SMALLEST} or dict.fromkeys(reduced[-1:], SMALLEST)
@@ -233,9 +254,11 @@ CHUNK_ENTRIES = 2**17
 
 @contextmanager
 def float32_forward(model: nn.Module) -> Iterator[None]:
-    """Inside, a half-precision ``model`` computes in float32: each module's own weights are widened for as long as it runs.
+    """Inside, a half-precision ``model`` computes in float32: each module's own weights are widened for as long as it
+    runs.
 
-    Rounding to 8 or 11 bits moves the predictions by more than the removal of a few dims does. Nothing changes for a wider model.
+    Rounding to 8 or 11 bits moves the predictions by more than the removal of a few dims does. Nothing changes for a
+    wider model.
     """
     leaves = [
         module
@@ -284,6 +307,7 @@ class Predictions:
 
     @classmethod
     def of(cls, log_p: Tensor) -> "Predictions":
+        """With the probabilities themselves."""
         return cls(log_p, log_p.double().exp())
 
 
@@ -291,19 +315,15 @@ class Predictions:
 def _log_probabilities(
     model: PreTrainedModel, batch: Tensor, positions: Tensor | None, replaced: Mapping[int, Callable]
 ) -> Tensor:
-    """Of the next token, (batch * positions, vocabulary), float32; the forward of layer i replaced by ``replaced[i]``."""
-    layers = decoder_layers(model)
-    with (
-        layers_replaced(layers, lambda index: replaced.get(index, partial(type(layers[index]).forward, layers[index])))
-        if replaced
-        else nullcontext()
-    ):
-        return (
-            model(batch, use_cache=False, logits_to_keep=0 if positions is None else positions.to(batch.device))
-            .logits.float()
-            .log_softmax(dim=-1)
-            .flatten(0, 1)
-        )
+    """Of the next token, (batch * positions, vocabulary), float32, with ``replaced[i]`` for the forward of layer i."""
+    layers, kept = decoder_layers(model), 0 if positions is None else positions.to(batch.device)
+
+    def stand_in(index: int) -> Callable:
+        return replaced.get(index, partial(type(layers[index]).forward, layers[index]))
+
+    with layers_replaced(layers, stand_in) if replaced else nullcontext(), forward():
+        logits = model(batch, use_cache=False, logits_to_keep=kept).logits
+    return logits.float().log_softmax(dim=-1).flatten(0, 1)
 
 
 def _divergence(
@@ -314,7 +334,9 @@ def _divergence(
     positions: Tensor | None,
     dense: list[Predictions],
 ) -> float:
-    """Mean KL divergence a prediction of the model as it is now from ``dense``; the layers before ``index`` do not run again."""
+    """Mean KL divergence a prediction of the model as it is now from ``dense``; the layers before ``index`` do not run
+    again.
+    """
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
@@ -340,3 +362,55 @@ def kl_divergence(dense: Predictions, log_q: Tensor) -> float:
         d = log_q_part.double() - log_p.double()
         total += float(torch.dot(p.flatten(), d.expm1().sub_(d).flatten()))
     return total
+
+
+VERSION = 1
+"""Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
+
+
+@dataclass(frozen=True)
+class KeptCosts:
+    """The costs of the calibration behind ``cache``, which do not depend on the rate: measured once, they serve a
+    sweep.
+
+    One float64 vector (size + 1,) a layer and module, kept as the calibration's statistics are.
+
+    Args:
+        modules, shares, skip_layers: as ``rank_costs`` takes them; they decide the costs.
+    """
+
+    cache: StatisticsCache
+    modules: Mapping[str, frozenset[str]]
+    shares: tuple[float, ...]
+    skip_layers: tuple[int, ...]
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """What each module's costs are called in the cache."""
+        decides = {
+            "version": VERSION,
+            "modules": {module: sorted(names) for module, names in self.modules.items()},
+            "shares": list(self.shares),
+            "skip_layers": list(self.skip_layers),
+        }
+        return {module: f"costs-{json_sha256(decides)[:32]}.{module}" for module in self.modules}
+
+    def load(self, num_layers: int) -> Costs | None:
+        """The costs of all layers; None if one is missing or damaged."""
+        names = self._names
+        costs: Costs = []
+        for index in range(num_layers):
+            wanted = {} if index in self.skip_layers else names
+            found = self.cache.load(index, frozenset(wanted.values()))
+            if len(found) < len(wanted):
+                return None
+            costs.append({module: found[name].tolist() for module, name in wanted.items()})
+        return costs
+
+    def store(self, costs: Costs) -> None:
+        """Keep the costs as far as they fit."""
+        names = self._names
+        for index, of_layer in enumerate(costs):
+            self.cache.store(
+                index, {names[module]: torch.tensor(curve, dtype=torch.float64) for module, curve in of_layer.items()}
+            )

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modegpt.calibration.stream import HiddenStates
+from modegpt.cost.work import forward
 
 HELD_OUT_EVERY = 4
 """Every fourth calibration window is held out: ridges and selections are chosen on it, then solved on all."""
@@ -22,7 +24,10 @@ class _Seen(Exception):
 
 @dataclass(frozen=True)
 class Observation:
-    """One batch: its number, the layer's input, what each tap saw, all (batch, sequence, features); output None where the run stopped early."""
+    """One batch: its number, the layer's input and output, and what each tap saw, all (batch, sequence, features).
+
+    ``output`` is None where the run stopped early.
+    """
 
     batch: int
     x: Tensor
@@ -40,9 +45,12 @@ def observe(
     stop: bool,
     attention: tuple[nn.Module, Sequence[Tensor]] | None = None,
 ) -> Iterator[Observation]:
-    """Run ``layer`` (number ``index``) on every batch of ``hidden``, which stays as it is; with ``stop`` only until every tap has fired.
+    """Run ``layer`` (number ``index``) on every batch of ``hidden``, which stays as it is.
 
-    ``attention``: the layer's attention module and what it returns on each batch (batch, sequence, d_h), so that it does not run again.
+    Args:
+        stop: only until every tap has fired.
+        attention: the layer's attention module and what it returns on each batch (batch, sequence, d_h), so that it
+            does not run again.
     """
     for b, x in enumerate(hidden.batches):
         seen: dict[str, Tensor] = {}
@@ -51,7 +59,8 @@ def observe(
             nullcontext() if attention is None else _returning(attention[0], attention[1][b]),
         ):
             try:
-                output = layer(x, **hidden.layer_arguments(index, x))
+                with forward():
+                    output = layer(x, **hidden.layer_arguments(index, x))
             except _Seen:
                 output = None
         yield Observation(b, x, {name: value.reshape(*x.shape[:2], -1) for name, value in seen.items()}, output)
@@ -73,7 +82,7 @@ def _tapped(taps: Mapping[str, Tap], seen: dict[str, Tensor], stop: bool) -> Ite
         if stop and len(seen) == len(taps):
             raise _Seen
 
-    def hook(name: str, module: nn.Module, side: str):
+    def hook(name: str, module: nn.Module, side: str) -> RemovableHandle:
         if side == "input":
             return module.register_forward_pre_hook(lambda _, args: keep(name, args[0]))
         return module.register_forward_hook(lambda _, __, out: keep(name, out))
@@ -95,6 +104,7 @@ class Split:
 
     @classmethod
     def of(cls, ids: Tensor, *, batch_size: int) -> "Split":
+        """Every ``HELD_OUT_EVERY``-th window of ``ids`` (windows, length) is held out."""
         held = torch.zeros(ids.shape, dtype=torch.bool)
         if len(ids) > 1:
             held[min(HELD_OUT_EVERY, len(ids)) - 1 :: HELD_OUT_EVERY] = True
@@ -103,7 +113,7 @@ class Split:
         return cls(list(held.split(batch_size)))
 
     def parts(self, batch: int, *rows: Tensor) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
-        """For both parts, whether it is the held-out one, and of each (batch, sequence, features) tensor its rows (rows, features)."""
+        """For both parts, whether it is held out, and its (rows, features) of (batch, sequence, features) tensors."""
         held = self.held[batch]
         if (held.all(dim=1) == held.any(dim=1)).all():
             held = held[:, 0]  # whole windows, which copy faster than rows
@@ -117,6 +127,6 @@ class Split:
         return (self.held[batch] == held).any(dim=1).nonzero().squeeze(1)
 
     def batches_with(self, num_windows: int) -> int:
-        """How many batches, from the first, have ``num_windows`` windows to fit on; all of them where there are fewer."""
+        """How many batches, from the first, have ``num_windows`` windows to fit on; all where there are fewer."""
         fitted = torch.tensor([len(self.windows(batch, held=False)) for batch in range(len(self.held))]).cumsum(0)
         return min(int((fitted < num_windows).sum()) + 1, len(self.held))

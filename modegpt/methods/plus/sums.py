@@ -1,7 +1,7 @@
-"""The sums that one module's output solve is made of: over all calibration tokens, and weighted by what each token's output does to the loss."""
+"""The sums that a module's output solve is made of: over calibration tokens, plain and weighted by the loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ Parts = dict[bool, Moments]
 class Sums:
     """Moments of features (batch, sequence, num_features) and targets (batch, sequence, num_targets), batch by batch.
 
-    fisher: a weight of every token, (batch, sequence) a batch; ``weighted`` then holds the moments with rows so weighted. None: all alike.
+    fisher: a weight of every token, (batch, sequence) a batch; ``weighted`` then holds the moments with rows so
+    weighted. None: all alike.
     """
 
     split: Split
@@ -38,6 +39,8 @@ class Sums:
         precision: torch.dtype,
         fisher: Sequence[Tensor] | None = None,
     ) -> "Sums":
+        """No tokens yet."""
+
         def parts() -> Parts:
             return {held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)}
 
@@ -57,7 +60,10 @@ class Sums:
             parts[held] = parts[held].updated(*rows, precision=self.precision)
 
     def blended(self, gamma: float) -> Parts:
-        """``(1 - gamma) C + gamma (tr C / tr C_F) C_F`` of the plain moments C and the weighted C_F: the same total, moved to where the loss feels it."""
+        """``(1 - gamma) C + gamma (tr C / tr C_F) C_F`` of the plain moments C and the weighted C_F.
+
+        The same total, moved to where the loss feels it.
+        """
         if gamma == 0:
             return self.plain
         trace, weighted = (
@@ -69,7 +75,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class Solution:
-    """One way to cut a module: what it keeps, how full moments become those of the kept features, and the output matrix solved for them."""
+    """One way to cut a module.
+
+    Args:
+        kept: what stays of the module.
+        reduce: from full moments to those of the kept features.
+        refit: the output matrix, solved for these.
+        gamma: share of the Fisher-weighted moments it was solved with.
+    """
 
     kept: Any
     reduce: Callable[[Moments], Moments]
@@ -78,14 +91,16 @@ class Solution:
 
     @property
     def numerics(self) -> dict[str, Any]:
+        """For the record."""
         return {**self.refit.report(), **({"fisher": self.gamma} if self.gamma else {})}
 
 
-def best(
-    sums: Sums, gammas: Sequence[float], solve: Callable[[Parts], tuple[Any, Callable[[Moments], Moments], Refit]]
-) -> Solution:
-    """``solve`` the sums blended by each of ``gammas``; of several the one whose fit errs least, weighted by the loss, on the held-out tokens."""
-    solutions = [Solution(*solve(sums.blended(gamma)), gamma) for gamma in gammas]
+def best(sums: Sums, gammas: Sequence[float], solve: Callable[[Parts], Solution]) -> Solution:
+    """``solve`` the sums blended by each of ``gammas``.
+
+    Of several, the one whose fit errs least, weighted by the loss, on the held-out tokens.
+    """
+    solutions = [replace(solve(sums.blended(gamma)), gamma=gamma) for gamma in gammas]
     if len(solutions) == 1:
         return solutions[0]
     return min(solutions, key=lambda each: each.reduce(sums.weighted[True]).error(each.refit.fitted))

@@ -15,26 +15,34 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Switches:
-    """The ingredients. All at their first choice, False and 0: the paper's method, but for the ridge of the output solves.
+    """The ingredients. All at their first choice, False and 0: the paper's method with a ridge in the output solves.
 
     Args:
         sequential: statistics from the stream of the model compressed so far rather than the dense one.
-        refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same inputs.
+        refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same
+            inputs.
         beta: share of the residual stream's error made so far that each refit corrects.
         align: solve the input matrices for what the dense ones make of the dense stream, from the compressed stream.
         mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
-        query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by the attention
-            output's first-order error compete on held-out windows for each key head; ``rescaled``: with kept queries turned and scaled as well.
-        centred: the logit errors that the improved selections look at are those about the mean over keys, which softmax cannot see.
+        query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by
+            the attention output's first-order error compete on held-out windows for each key head; ``rescaled``: with
+            kept queries turned and scaled as well.
+        centred: the logit errors that the improved selections look at are those about the mean over keys, which softmax
+            cannot see.
         value_output: the subspace by the Gram of the values (paper) or of the attention's output.
-        bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added (d_h weights a module).
-        allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured divergence.
+        bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added
+            (d_h weights a module).
+        allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured
+            divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
-        fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several the best on held-out
-            windows for each module. Empty: none. The weights take one backward pass, the only gradient here.
-        temperature: the compressed model's logits multiplied by the number at which its predictions diverge least from the dense model's.
-        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs ``sequential=False``.
+        fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several
+            the best on held-out windows for each module. Empty: none. The weights take one backward pass, the only
+            gradient here.
+        temperature: the compressed model's logits multiplied by the number at which its predictions diverge least from
+            the dense model's.
+        nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs
+            ``sequential=False``.
         queries_per_window: positions of each window whose attention the query-key selection looks at.
         query_key_windows: windows it is fitted on; those held out among the same batches check it.
     """
@@ -78,16 +86,21 @@ class Switches:
         for name in ("queries_per_window", "query_key_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name}={getattr(self, name)} is too small: at least 1")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         for name in ("refit", "align"):
             if getattr(self, name) and not self.sequential:
                 raise UserError(
-                    f"method.{name}=true needs method.sequential=true: without it both streams are the same and there is nothing to correct"
+                    f"method.{name}=true needs method.sequential=true: "
+                    "without it both streams are the same and there is nothing to correct"
                 )
         if self.nested and self.fisher:
             raise UserError("method.fisher has no effect with method.nested=true; leave it out")
         if self.nested and (self.sequential or self.temperature or self.allocation == "entropic"):
             raise UserError(
-                "method.nested=true needs method.sequential=false (with refit=false, align=false), method.temperature=false and method.allocation=loss or uniform: its orders serve every rate"
+                "method.nested=true needs method.sequential=false (with refit=false, align=false), "
+                "method.temperature=false and method.allocation=loss or uniform: its orders serve every rate"
             )
 
     @property

@@ -1,16 +1,19 @@
 """How sharp the compressed model's predictions are: one number, absorbed in its final norm."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modegpt.cost.work import forward
 from modegpt.methods.plus.sensitivity import float32_forward
 from modegpt.models import Family
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
-"""Predictions are compared on about so many calibration tokens; on an eighth of all where that is fewer, but not on fewer than so many."""
+"""Predictions are compared on about so many calibration tokens; on an eighth of all where that is fewer, but not on
+fewer than so many."""
 
 CHUNK_TOKENS = 256
 """Logits of so many tokens are in memory at a time."""
@@ -24,19 +27,22 @@ MOST_STEPS = 50
 def fit_inverse_temperature(
     dense: PreTrainedModel, compressed: PreTrainedModel, ids: Tensor, *, batch_size: int
 ) -> float:
-    """The s at which softmax(s z), z the compressed model's logits, diverges least (mean KL) from the dense model's predictions p.
+    """The s at which softmax(s z), z the compressed model's logits, diverges least (mean KL) from the dense model's
+    predictions p.
 
-    ``ids`` (windows, length), of which the first are read. The divergence is convex in s with derivatives E_q[z] - E_p[z] and Var_q[z] under
-    q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo et al., ICML 2017, arXiv 1706.04599, section 4.2,
-    with the dense model's predictions in place of labels. Both models run once; then the head of the compressed one, once a step.
+    ``ids`` (windows, length), of which the first are read. The divergence is convex in s with derivatives E_q[z] -
+    E_p[z] and Var_q[z] under q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo
+    et al., ICML 2017, arXiv 1706.04599, section 4.2, with the dense model's predictions in place of labels. Both models
+    run once; then the head of the compressed one, once a step.
     """
     windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
     with float32_forward(dense), float32_forward(compressed):
         batches = [batch.to(dense.device) for batch in windows.split(batch_size)]
-        states = [
-            [model.get_decoder()(batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches]
-            for model in (dense, compressed)
-        ]
+        with forward():
+            states = [
+                [model.get_decoder()(batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches]
+                for model in (dense, compressed)
+            ]
         chunks = [torch.cat(each).split(CHUNK_TOKENS) for each in states]
         heads = [model.get_output_embeddings() for model in (dense, compressed)]
         target = sum(
@@ -61,7 +67,7 @@ def fit_inverse_temperature(
 
 def sharpen(model: PreTrainedModel, family: Family, s: float) -> None:
     """Multiply the logits of ``model`` by ``s``: through its final norm, of which it gets its own."""
-    norm = copy.deepcopy(family.final_norm(model))
+    norm: Any = copy.deepcopy(family.final_norm(model))
     assert norm is not None
     with torch.no_grad():
         norm.weight.copy_(s * (norm.weight.double() + family.final_norm_offset) - family.final_norm_offset)

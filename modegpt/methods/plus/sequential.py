@@ -1,0 +1,486 @@
+"""The sequential pass: layer by layer, each module is reduced on the stream that all reductions before it leave."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.stream import HiddenStates
+from modegpt.cost.work import forward
+from modegpt.decompositions.elimination import eliminate, surviving
+from modegpt.decompositions.linalg import PSDFactor, relative
+from modegpt.decompositions.modules import MLPWeights, Reduction, ValueOutputWeights
+from modegpt.decompositions.nystrom import ridge_leverage
+from modegpt.decompositions.regression import Moments, Refit, held_out_refit
+from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_mlp, largest
+from modegpt.decompositions.svd import balance, product_svd
+from modegpt.methods.modegpt import assemble_layer
+from modegpt.methods.plus.query_key import candidates, choose, sample
+from modegpt.methods.plus.streams import Observation, Split, Tap, observe
+from modegpt.methods.plus.sums import Parts, Solution, Sums, best
+from modegpt.methods.plus.switches import Switches
+from modegpt.models import (
+    Family,
+    LayerShape,
+    build_layer,
+    compressed_config,
+    merged_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+)
+
+RESCALING_RIDGES = (1e-2, 1e-1)
+"""Ridges towards unscaled queries that compete on the held-out windows."""
+
+TokenWeights = dict[str, tuple[Tensor, ...]]
+"""By module with an output solve, what a change of each token's output does to the loss, (batch, sequence) a batch."""
+
+
+@dataclass
+class SequentialPass:
+    """The dense stream X and the compressed stream X~ in front of the same layer, and what every layer is reduced with.
+
+    Args:
+        options: the ingredients.
+        split: which calibration tokens are held out.
+        generator: of the query positions that the query-key selection looks at.
+        skip_layers: layers that are left as they are; they correct nothing either.
+        token_weights: a ``TokenWeights`` a layer for Fisher-weighted solves, or None.
+        moved: whether a layer before this one was changed, so that X~ differs from X.
+    """
+
+    calibration: Calibration
+    options: Switches
+    dense: HiddenStates
+    compressed: HiddenStates
+    split: Split
+    generator: torch.Generator
+    skip_layers: tuple[int, ...] = ()
+    token_weights: list[TokenWeights] | None = None
+    moved: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        calibration: Calibration,
+        options: Switches,
+        *,
+        generator: torch.Generator,
+        skip_layers: tuple[int, ...],
+        token_weights: list[TokenWeights] | None,
+    ) -> "SequentialPass":
+        """Both streams in front of the first layer."""
+        dense = calibration.embed()
+        split = Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
+        return cls(calibration, options, dense, _copy(dense), split, generator, skip_layers, token_weights)
+
+    def layer(self, index: int, layer: nn.Module, ranks: Mapping[str, int]) -> "LayerPass":
+        """Reduce the dense ``layer`` to ``ranks``; both streams move on. Returns what became of it."""
+        work = LayerPass(
+            walk=self,
+            index=index,
+            layer=layer,
+            stream=self.compressed if self.options.sequential else _copy(self.dense),
+            moved=self.moved and index not in self.skip_layers,
+        )
+        work.reduce(ranks)
+        self.moved = self.moved or bool(work.tensors)
+        return work
+
+
+def _copy(stream: HiddenStates) -> HiddenStates:
+    """The same batches in a list of their own, which moves on by itself."""
+    return HiddenStates(list(stream.batches), stream.arguments)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the dense layer makes of the dense stream, a tensor (batch, sequence, d_h) a batch.
+
+    Args:
+        attention: what the attention adds, and ``beta`` times the error of the stream in front.
+        mlp: what the MLP adds.
+        middle: the stream that the MLP's output is added to; the error of its compressed form is not known yet.
+        attention_input, mlp_input: what the norms hand to the input maps; empty unless these are aligned.
+        attention_alone: what the attention adds.
+    """
+
+    attention: list[Tensor] = field(default_factory=list)
+    mlp: list[Tensor] = field(default_factory=list)
+    middle: list[Tensor] = field(default_factory=list)
+    attention_input: list[Tensor] = field(default_factory=list)
+    mlp_input: list[Tensor] = field(default_factory=list)
+    attention_alone: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class LayerPass:
+    """One layer of the pass. ``reduce`` takes these steps, in the order of the layer's own forward:
+
+    1. Targets: the dense layer runs on X, which moves on. What its attention and its MLP add is what the solves aim at.
+    2. Alignment (``align``): query, key and value maps become ``A W`` with ``A = argmin ||N(X~) A - N(X)||^2`` over the
+       streams behind the norm, near the identity.
+    3. Query-key: of several selections each key head takes the one whose attention output errs least on held-out
+       windows.
+    4. Value-output: the subspace by the attention outputs Z~ that the reduced queries and keys leave; W_O solved for
+       ``Z W_O + beta (X - X~)``.
+    5. Alignment of the MLP's input maps, on the stream behind the reduced attention.
+    6. MLP: the channels by the hidden states h~ behind all that; W_D solved for ``h W_D + beta (X' - X~')``, X' the
+       stream between attention and MLP.
+    7. The reduced layer runs on X~, which moves on.
+
+    A module at full rank is left alone until X~ has moved, and then has its output matrix solved like the others',
+    where ``refit`` says so: it corrects what came before. Without ``sequential`` every step reads the dense stream.
+
+    Args:
+        layer: the dense layer; from steps 2 and 5 on, with aligned input maps.
+        stream: X~ in front of the layer.
+        moved: whether it differs from X, and may be corrected for.
+        reductions: the modules reduced so far.
+        aligned: by name, the tensors of aligned input maps, of full size.
+        alignment: how they were solved, by ``attention`` and ``mlp``.
+        shape, tensors: what the layer became, and its changed tensors.
+    """
+
+    walk: SequentialPass
+    index: int
+    layer: nn.Module
+    stream: HiddenStates
+    moved: bool
+    reductions: dict[str, Reduction] = field(default_factory=dict)
+    aligned: dict[str, Tensor] = field(default_factory=dict)
+    alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shape: LayerShape = field(init=False)
+    tensors: dict[str, Tensor] = field(init=False)
+
+    @property
+    def options(self) -> Switches:
+        """The ingredients."""
+        return self.walk.options
+
+    @property
+    def family(self) -> Family:
+        """Where the layer has its linears."""
+        return self.walk.calibration.family
+
+    def reduce(self, ranks: Mapping[str, int]) -> None:
+        """The steps above, at ``ranks``."""
+        family, options = self.family, self.options
+        corrects = options.refit and self.moved
+
+        # 1. targets
+        targets = self._dense_targets()
+
+        # 2. alignment of the attention's input maps
+        if options.align and self.moved:
+            self._align("attention", targets.attention_input, [family.query_path, family.key_path, family.value_path])
+
+        # 3. query-key
+        if ranks["query_key"] < read_query_key(family, self.layer).inner_size:
+            self._reduce_query_key(ranks["query_key"])
+
+        # 4. value-output
+        if corrects or ranks["value_output"] < read_value_output(family, self.layer).inner_size:
+            attention = self._reduce_value_output(ranks["value_output"], targets)
+        else:
+            attention = self._attention_outputs() if options.sequential else []
+        if not options.sequential:
+            attention = targets.attention_alone
+
+        # 5. alignment of the MLP's input maps
+        if options.align and (self.moved or self.reductions):
+            inputs = [path for path in (family.gate_path, family.up_path) if path]
+            self._align("mlp", targets.mlp_input, inputs, attention)
+
+        # 6. MLP
+        if corrects or ranks["mlp"] < read_mlp(family, self.layer).inner_size:
+            self._reduce_mlp(ranks["mlp"], targets, attention)
+
+        # 7. the compressed stream moves on
+        self.shape, self.tensors, reduced = self._result()
+        if options.sequential:
+            self._advance(reduced, attention)
+
+    def _result(self) -> tuple[LayerShape, dict[str, Tensor], nn.Module]:
+        """Shape, changed tensors and runnable layer of the reductions made so far."""
+        config = self.walk.calibration.model.config
+        shape, changed = assemble_layer(self.family, config, self.reductions)
+        changed = self.aligned | changed
+        if not changed:
+            return shape, changed, self.layer
+        sized = compressed_config(config, [shape] * config.num_hidden_layers)
+        return shape, changed, build_layer(sized, self.index, merged_tensors(self.family, self.layer, changed))
+
+    # 1. and 7.: the streams
+
+    def _dense_targets(self) -> Targets:
+        family, layer, beta, dense = self.family, self.layer, self.options.beta, self.walk.dense
+        taps: dict[str, Tap] = {
+            "attention": (family.output(layer), "output"),
+            "mlp": (family.down(layer), "output"),
+            **self._middle_tap(layer),
+        }
+        if self.options.align:
+            taps |= {"attention_input": (family.query(layer), "input"), "mlp_input": (family.up(layer), "input")}
+        targets = Targets()
+        for seen in observe(layer, self.index, dense, taps, stop=False):
+            added = seen.seen["attention"]
+            targets.attention_alone.append(added)
+            targets.attention.append(added + beta * (seen.x - self.stream.batches[seen.batch]))
+            targets.mlp.append(seen.seen["mlp"])
+            targets.middle.append(self._middle(seen, added))
+            if self.options.align:
+                targets.attention_input.append(seen.seen["attention_input"])
+                targets.mlp_input.append(seen.seen["mlp_input"])
+            assert seen.output is not None
+            dense.batches[seen.batch] = seen.output
+        return targets
+
+    @property
+    def _post_norm(self) -> bool:
+        """Whether the norms come after the sums (some OPT), so that the MLP's own input is what enters its sum."""
+        return not getattr(self.walk.calibration.model.config, "do_layer_norm_before", True)
+
+    def _middle_tap(self, layer: nn.Module) -> dict[str, Tap]:
+        return {"middle": (self.family.up(layer), "input")} if self._post_norm else {}
+
+    def _middle(self, seen: Observation, attention: Tensor) -> Tensor:
+        """The residual stream that the MLP's output is added to."""
+        return seen.seen["middle"] if self._post_norm else seen.x + attention
+
+    def _attention_outputs(self) -> list[Tensor]:
+        """What the attention as reduced so far adds to the compressed stream."""
+        layer = self._result()[2]
+        taps: dict[str, Tap] = {"attention": (self.family.output(layer), "output")}
+        return [seen.seen["attention"] for seen in observe(layer, self.index, self.stream, taps, stop=True)]
+
+    def _advance(self, reduced: nn.Module, attention: Sequence[Tensor]) -> None:
+        given = (self.family.attention(reduced), attention)
+        for seen in observe(reduced, self.index, self.stream, {}, stop=False, attention=given):
+            assert seen.output is not None and torch.isfinite(seen.output).all(), (
+                f"layer {self.index}: activations of the compressed model are not finite"
+            )
+            self.stream.batches[seen.batch] = seen.output
+
+    # 2. and 5.: alignment
+
+    def _align(
+        self, name: str, dense_inputs: list[Tensor], paths: list[str], attention: Sequence[Tensor] | None = None
+    ) -> None:
+        """Refit the input maps ``paths``: ``W <- A W``, ``A = argmin ||x~ A - x||^2`` near the identity.
+
+        x~ and x are the compressed and the dense stream after the norm, so one A (d_h, d_h) serves all maps that read
+        them. The layer runs up to the first of ``paths``, which should be the first that it applies.
+        """
+        layer = self.layer
+        taps: dict[str, Tap] = {"x": (layer.get_submodule(paths[0]), "input")}
+        size = dense_inputs[0].shape[-1]
+        sums = self._sums(size, size)
+        given = None if attention is None else (self.family.attention(layer), attention)
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
+            sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
+        identity = torch.eye(size, dtype=torch.float64, device=dense_inputs[0].device)
+        refit = held_out_refit(sums.plain[False], sums.plain[True], (identity, identity))
+        self.alignment[name] = refit.report()
+        for path in paths:
+            linear: Any = layer.get_submodule(path)
+            self.aligned[f"{path}.weight"] = (linear.weight.double() @ refit.W.mT).to(linear.weight.dtype)
+            if linear.bias is not None:
+                self.aligned[f"{path}.bias"] = linear.bias.detach()
+        dense_config = compressed_config(self.walk.calibration.model.config)
+        self.layer = build_layer(dense_config, self.index, merged_tensors(self.family, layer, self.aligned))
+
+    # 3.: query-key
+
+    def _reduce_query_key(self, rank: int) -> None:
+        weights, options = read_query_key(self.family, self.layer), self.options
+        states = sample(
+            self.family,
+            self.layer,
+            self.index,
+            self.stream,
+            self.walk.split,
+            num_windows=options.query_key_windows,
+            queries_per_window=options.queries_per_window,
+            precision=self.walk.calibration.precision,
+            generator=self.walk.generator,
+        )
+        ridges = RESCALING_RIDGES if options.query_key == "rescaled" else ()
+        found = candidates(
+            weights, states, rank, ridges=ridges, improved=options.query_key != "paper", centred=options.centred
+        )
+        choice = choose(weights, found, states.held)
+        counts = {name: choice.names.count(name) for name in dict.fromkeys(choice.names)}
+        self.reductions["query_key"] = Reduction(
+            choice.weights,
+            relative_error=choice.relative_error,
+            numerics={"chosen": counts, "held_out": choice.held_out},
+        )
+
+    # 4.: value-output
+
+    def _reduce_value_output(self, rank: int, targets: Targets) -> list[Tensor]:
+        """Returns what the reduced attention adds to the stream."""
+        weights = read_value_output(self.family, self.layer)
+        num_heads, num_groups, d = len(weights.W_O), len(weights.W_V), weights.inner_size
+        folded = fold_value_bias(weights)
+        constant = self._constant(weights.b_O if weights.b_V is None else folded)
+        b_V = None if weights.b_V is None else weights.b_V.repeat_interleave(num_heads // num_groups, dim=0).flatten()
+        layer = self._result()[2] if self.options.sequential else self.layer
+        taps: dict[str, Tap] = {"states": (self.family.output(layer), "input")}
+        if self.options.value_output == "values":
+            taps["values"] = (self.family.value(layer), "output")
+        sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1], "value_output")
+        G, read = None, []
+        for seen in observe(layer, self.index, self.stream, taps, stop=True):
+            z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
+            t = targets.attention[seen.batch]
+            sums.update(seen.batch, z, t if folded is None else t - folded, constant=bool(constant))
+            read.append(z)
+            if "values" in taps:
+                of_batch = self._value_gram(seen.seen["values"], weights)
+                G = of_batch if G is None else G + of_batch
+        solve = partial(self._solve_value_output, weights=weights, rank=rank, constant=constant, G=G)
+        solution = best(sums, self.options.gammas, solve)
+        (P, P_all, factor), W = solution.kept, solution.refit.W
+        W_V, B = balance(weights.W_V.double() @ P, W[: num_heads * rank].unflatten(0, (num_groups, -1, rank)))
+        b_O = self._with_constant(folded, W, constant, weights.W_O.dtype)
+        reduced = ValueOutputWeights(
+            W_V=W_V.to(weights.W_V.dtype), W_O=B.flatten(0, 1).to(weights.W_O.dtype), b_V=None, b_O=b_O
+        )
+        self.reductions["value_output"] = Reduction(
+            reduced, relative_error=self._error(sums, solution), numerics=factor.numerics | solution.numerics
+        )
+        whole_map = (P_all @ W)[: num_heads * d].to(weights.W_O.dtype)
+        with forward():
+            return [z @ whole_map if b_O is None else z @ whole_map + b_O for z in read]
+
+    def _value_gram(self, values: Tensor, weights: ValueOutputWeights) -> Tensor:
+        """(H_kv, d, d) of one batch of ``values`` (batch, sequence, H_kv d), without their bias."""
+        v = values.unflatten(-1, (-1, weights.inner_size)).to(self.walk.calibration.precision)
+        v = v if weights.b_V is None else v - weights.b_V
+        return torch.einsum("bthi,bthj->hij", v, v).double()
+
+    def _solve_value_output(
+        self, parts: Parts, *, weights: ValueOutputWeights, rank: int, constant: int, G: Tensor | None
+    ) -> Solution:
+        """Subspace P of each key head's values, and W_O for it.
+
+        G: Gram matrices (H_kv, d, d) that say where the values are; None: those of the attention outputs.
+        """
+        num_heads, num_groups, d = len(weights.W_O), len(weights.W_V), weights.inner_size
+        W_O = weights.W_O.double()
+        if G is None:
+            C = (parts[False] + parts[True]).G[: num_heads * d, : num_heads * d]
+            blocks = C.reshape(num_heads, d, num_heads, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            G = group_heads(blocks, num_groups).sum(dim=1)
+        P, B, _, factor = product_svd(G, group_heads(W_O, num_groups), rank)
+        ones = [torch.ones(1, 1, dtype=P.dtype, device=P.device)] * constant
+        P_all = torch.block_diag(*P.repeat_interleave(num_heads // num_groups, dim=0), *ones)
+        W_dense = torch.cat([W_O.flatten(0, 1), W_O.new_zeros(constant, W_O.shape[-1])])
+        start = torch.cat([B.flatten(0, 2), B.new_zeros(constant, B.shape[-1])])
+        kept: tuple[Tensor, Tensor, PSDFactor] = (P, P_all, factor)
+
+        def reduce(moments: Moments) -> Moments:
+            return moments.mapped(P_all)
+
+        local = self.options.value_output == "attention"
+        return Solution(kept, reduce, self._solve(parts, W_dense, start, reduce, local=local))
+
+    # 6.: MLP
+
+    def _reduce_mlp(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> None:
+        """``attention``: what the reduced attention adds to the stream."""
+        weights, layer = read_mlp(self.family, self.layer), self.layer
+        constant = self._constant(weights.b_D)
+        taps: dict[str, Tap] = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
+        sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1], "mlp")
+        given = (self.family.attention(layer), attention)
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
+            error = targets.middle[seen.batch] - self._middle(seen, attention[seen.batch])
+            t = targets.mlp[seen.batch] + self.options.beta * error
+            t = t if weights.b_D is None else t - weights.b_D
+            sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
+        solve = partial(self._solve_mlp, weights=weights, rank=rank, constant=constant)
+        solution = best(sums, self.options.gammas, solve)
+        kept, W = solution.kept, solution.refit.W
+        b_D = self._with_constant(weights.b_D, W, constant, weights.W_D.dtype)
+        self.reductions["mlp"] = Reduction(
+            keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D),
+            relative_error=self._error(sums, solution),
+            kept=kept,
+            numerics=solution.numerics,
+        )
+
+    def _solve_mlp(self, parts: Parts, *, weights: MLPWeights, rank: int, constant: int) -> Solution:
+        """Channels to keep, and W_D for them."""
+        n, d_h = weights.W_D.shape
+        C = (parts[False] + parts[True]).G[:n, :n]
+        if self.options.mlp == "elimination":
+            removed, _ = eliminate(C, weights.W_D, rank, ridge=1e-6, block=128)
+            kept = surviving(removed, n)
+        else:
+            kept = largest(ridge_leverage(C, 1e-2), rank)
+        S = torch.cat([kept, torch.arange(n, n + constant, device=kept.device)])
+        W_dense = torch.cat([weights.W_D.double(), weights.W_D.new_zeros(constant, d_h).double()])
+
+        def reduce(moments: Moments) -> Moments:
+            return moments.kept(S)
+
+        return Solution(kept, reduce, self._solve(parts, W_dense, W_dense[S], reduce, local=True))
+
+    # 4. and 6.: the output solves
+
+    def _constant(self, bias: Tensor | None) -> int:
+        """1 where the regression has a constant feature, because there is a bias to put its coefficient in."""
+        return int(self.options.bias == "added" or (self.options.bias == "own" and bias is not None))
+
+    @staticmethod
+    def _with_constant(bias: Tensor | None, W: Tensor, constant: int, dtype: torch.dtype) -> Tensor | None:
+        if not constant:
+            return bias
+        return (W[-1] if bias is None else W[-1] + bias.double()).to(dtype)
+
+    def _sums(self, num_features: int, num_targets: int, module: str | None = None) -> Sums:
+        """For the output solve of ``module``, weighted by the loss where that is asked for, or another regression."""
+        weights = self.walk.token_weights
+        return Sums.zeros(
+            self.walk.split,
+            num_features,
+            num_targets,
+            device=self.stream.batches[0].device,
+            precision=self.walk.calibration.precision,
+            fisher=None if module is None or weights is None else weights[self.index][module],
+        )
+
+    @staticmethod
+    def _error(sums: Sums, solution: Solution) -> float:
+        """Relative to the target's energy, over all tokens alike."""
+        whole = sums.plain[False] + sums.plain[True]
+        return relative(torch.tensor(solution.reduce(whole).error(solution.refit.W)), whole.energy)
+
+    def _solve(
+        self,
+        parts: Parts,
+        W_dense: Tensor,
+        start: Tensor,
+        reduce: Callable[[Moments], Moments],
+        *,
+        local: bool,
+    ) -> Refit:
+        """The output matrix for the features that ``reduce`` leaves.
+
+        First, with ``local``, from ``start`` to what the dense map makes of the compressed stream's own features (at
+        full rank that is ``start``). Then, with ``refit``, from there to the dense stream's target.
+        """
+        refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
+        if local and len(start) < len(W_dense):
+            refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start))
+        if not self.options.refit:
+            return refit
+        return held_out_refit(reduce(parts[False]), reduce(parts[True]), (refit.fitted, refit.W))
