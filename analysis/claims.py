@@ -122,7 +122,7 @@ def tally(found: Sequence[Claim]) -> str:
 
 
 def reached(cell: Cell, goal: float, sign: float | None = None) -> str | None:
-    """Whether the mean reaches ``goal``; None if there is no mean. Beyond ``sign``, where the effect begins: in part."""
+    """Whether the mean reaches ``goal``, or in part: is beyond ``sign``, where the effect begins. None without a mean."""
     if cell.mean is None:
         return None
     if cell.spread and abs(cell.mean - goal) <= cell.spread:
@@ -241,8 +241,8 @@ def _entropic(runs: Sequence[Run], metric: str) -> Claim:
         entropic.model,
         (entropic, uniform),
         tuple(measured),
-        f"Ours: {quantity} at {entropic.rate} %, entropic against uniform, on models of {_depths(measured_on)} layers. The "
-        "paper's has 32, which leaves more to tell layers apart by.",
+        f"Ours: {quantity} at {entropic.rate} %, entropic against uniform, on models of {_depths(measured_on)} layers. "
+        "A large model has more layers, and more to tell them apart by.",
     )
 
 
@@ -266,6 +266,7 @@ def _order(runs: Sequence[Run], other: str, quantity: str, experiments: Sequence
             )
             outcome = combined(OUTCOMES[verdict.outcome] for verdict in verdicts.values())
             measured.append(Measured(_where(group), text, outcome))
+    layers = any("which removed" in each.text for each in measured)
     texts = [
         f"{better.value} against {worse.value} at {rate} % ({better.model})"
         for rate, own in pairs.items()
@@ -278,8 +279,8 @@ def _order(runs: Sequence[Run], other: str, quantity: str, experiments: Sequence
         ", ".join(dict.fromkeys(source.model for source in sources)),
         sources,
         tuple(measured),
-        "Both methods on the same calibration tokens. What removes whole layers cannot meet every rate; then what it "
-        "removed is in brackets.",
+        "Both methods on the same calibration tokens."
+        + (f" {label(other)} removes whole layers; what it removed is in brackets." if layers else ""),
     )
 
 
@@ -368,8 +369,8 @@ def _throughput(runs: Sequence[Run], results: Path) -> Claim:
         source.model,
         (source,),
         tuple(measured),
-        "Ours: the largest gain over workloads (batch x tokens) and rates, medians over rounds on a CPU. Models of about "
-        "a million parameters spend their time between the matrix products, which compression does not shorten.",
+        "Ours: the largest gain over workloads (batch x tokens) and rates, medians over rounds on a CPU. Models of "
+        "about a million parameters spend their time between the matrix products, which compression does not shorten.",
     )
 
 
@@ -396,8 +397,8 @@ def _windows(runs: Sequence[Run]) -> Claim:
         "all",
         (size, length),
         tuple(measured),
-        f"A setting of the paper, not a result. It holds where {full} windows instead of {half} lower the perplexity at "
-        "30 % by no more than the standard deviation. Our windows are as long as the model's context.",
+        f"A setting of the paper, not a result. It holds where {full} windows instead of {half} lower the perplexity "
+        "at 30 % by no more than the standard deviation. Our windows are as long as the model's context.",
     )
 
 

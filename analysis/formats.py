@@ -28,18 +28,23 @@ def value(number: float, digits: int) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Markdown with one row of headings; a block that has a heading begins with it, in bold."""
+    """Title, notes, numbers and what is missing, as Markdown."""
+    missing = [f"- Missing: {each}" for each in table.missing]
+    lines = [f"### {table.title}", "", *table.notes, "", pipe_table(table), "", *missing]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def pipe_table(table: Table) -> str:
+    """The numbers as a Markdown table with one row of headings; a block that has a heading begins with it, in bold."""
     width = len(table.headings) + len(table.columns)
-    lines = [f"### {table.title}", "", *table.notes, ""]
-    lines += [
+    lines = [
         pipes([*table.headings, *(column.label for column in table.columns)]),
         pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns)),
     ]
     for heading, rows in table.blocks:
         lines += [pipes([f"**{heading}**", *[""] * (width - 1)])] if heading else []
         lines += [pipes([*row.labels, *_numbers(table, row, MARKDOWN_MARKS, str)]) for row in rows]
-    lines += ["", *(f"- Missing: {each}" for each in table.missing)]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines)
 
 
 def latex(table: Table) -> str:

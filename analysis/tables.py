@@ -14,6 +14,8 @@ SPREAD = (
     "Means are over calibration seeds, ± is the sample standard deviation over the n seeds in brackets; no ±: one seed."
 )
 
+BEST = "Best of each column in bold, second best in italics or underlined."
+
 
 @dataclass(frozen=True)
 class TableSpec:
@@ -76,7 +78,7 @@ def build(spec: TableSpec, runs: Sequence[Run]) -> list[Table]:
     return [table for table in tables if table.blocks]
 
 
-def across(tables: Sequence[Table], quantity: str, name: str, title: str) -> Table:
+def across(tables: Sequence[Table], quantity: str, title: str, note: str) -> Table:
     """One column of ``tables``, which share their headings, model by model: a column for each of their blocks."""
     blocks = [
         (heading, rows, next(index for index, column in enumerate(table.columns) if column.label == quantity), table)
@@ -87,8 +89,9 @@ def across(tables: Sequence[Table], quantity: str, name: str, title: str) -> Tab
     by_label = [{row.labels: (row.cells[index], row.marks[index]) for row in rows} for _, rows, index, _ in blocks]
     numbers = [[found.get(each, (Cell(), "")) for found in by_label] for each in labels]
     windows = "; ".join(heading for heading, *_ in blocks if ", " in heading)
+    general = [text for text in tables[0].notes if text in (SPREAD, BEST)]
     return Table(
-        name=name,
+        name=tables[0].name,
         title=title,
         headings=tables[0].headings,
         columns=tuple(
@@ -104,7 +107,7 @@ def across(tables: Sequence[Table], quantity: str, name: str, title: str) -> Tab
                 ),
             ),
         ),
-        notes=tuple(filter(None, (f"Columns: {windows}." if windows else "", *tables[0].notes))),
+        notes=tuple(filter(None, (note, f"Columns: {windows}." if windows else "", *general))),
         missing=(),
     )
 
@@ -122,7 +125,7 @@ def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
     notes = [
         spec.note,
         SPREAD if several else "",
-        "Best of each column in bold, second best in italics or underlined." if better & {"lower", "higher"} else "",
+        BEST if better & {"lower", "higher"} else "",
     ]
     missing = [
         f"{group.model}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; "
