@@ -274,7 +274,6 @@ FIGURES = (
         x_label="Block-linear weights removed (%)",
         y_label="Perplexity",
         where=BOTH,
-        log_y=True,
     ),
     FigureSpec(
         "plus_samples",
