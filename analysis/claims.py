@@ -122,7 +122,7 @@ def tally(found: Sequence[Claim]) -> str:
 
 
 def reached(cell: Cell, goal: float, sign: float | None = None) -> str | None:
-    """Whether the mean reaches ``goal``; in part beyond ``sign``, where the effect begins. None where there is no mean."""
+    """Whether the mean reaches ``goal``; in part beyond ``sign``, where the effect begins. None without a mean."""
     if cell.mean is None:
         return None
     if cell.spread and abs(cell.mean - goal) <= cell.spread:
