@@ -15,10 +15,11 @@ from modegpt.records.scores import difference_stderr
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one of `DERIVED`.
+    """A quantity: ``metric`` is a column of the frame, ``perplexity`` (of the group), ``compression_seconds``, or one
+    of `DERIVED`.
 
-    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``; a number nearer to zero than
-    ``floor`` is not compared with, because a share of rounding says nothing.
+    ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``. A number
+    nearer to zero than ``floor`` is not compared with, because a share of rounding says nothing.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
+        """Mean over the seeds; None where there is no number."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
@@ -89,24 +91,16 @@ class Group:
     def cell(self, column: Column, where: Mapping[str, Any]) -> Cell:
         """The number for ``column`` at the settings ``where``; refused if a seed is missing or settings are mixed."""
         where = {**where, **column.where}
-        sides = [
-            self._measured(column, settings)
-            for settings in ([where] if column.compared is None else [where, {**where, **column.against}])
-        ]
-        without = [side for side in sides if isinstance(side, Cell)]
-        if without:
-            return min(
-                without, key=lambda cell: cell.refused is not None
-            )  # nothing to show at all comes before a refusal
+        own = self._measured(column, where)
         if column.compared is None:
-            return _cell(column, sides[0])
-        own, other = sides
-        compare, references = (
-            COMPARISONS[column.compared],
-            {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor},
-        )
+            return own if isinstance(own, Cell) else _cell(column, own)
+        other = self._measured(column, {**where, **column.against})
+        if isinstance(own, Cell) or isinstance(other, Cell):
+            without = [side for side in (own, other) if isinstance(side, Cell)]
+            return min(without, key=lambda cell: cell.refused is not None)  # no number at all comes before a refusal
+        references = {run.facts["seed_seed"]: (value, run) for value, run in other if abs(value) >= column.floor}
         pairs = [
-            (compare(column, each, references[seed]), each[1])
+            (COMPARISONS[column.compared](column, each, references[seed]), each[1])
             for each in own
             if (seed := each[1].facts["seed_seed"]) in references
         ]
@@ -147,7 +141,10 @@ COMPARISONS: dict[str, Callable[[Column, Measured, Measured], float | None]] = {
     "difference": lambda column, own, other: own[0] - other[0],
     "difference_stderr": lambda column, own, other: difference_stderr(own[1].record, other[1].record, column.metric),
 }
-"""How a number is set beside that of another run of the same seed; None where it cannot be. The standard error is that of an accuracy."""
+"""How a number is set beside that of another run of the same seed; None where it cannot be.
+
+The standard error is that of an accuracy.
+"""
 
 DERIVED: dict[str, Callable[[Run, str], float | None]] = {
     "perplexity_ratio": lambda run, name: run.facts[name] / run.facts[f"dense_{name}"],
@@ -160,7 +157,7 @@ DERIVED: dict[str, Callable[[Run, str], float | None]] = {
 def measure(run: Run, metric: str, perplexity: str | None) -> float | None:
     """One run's value of ``metric``; None if it has none."""
     if metric == "perplexity":
-        return run.facts.get(perplexity)
+        return None if perplexity is None else run.facts.get(perplexity)
     if metric == "compression_seconds":
         return sum(
             stage["seconds"]
@@ -168,7 +165,7 @@ def measure(run: Run, metric: str, perplexity: str | None) -> float | None:
             if "compression" in (stage["name"], stage.get("within"))
         )
     if metric in DERIVED:
-        return DERIVED[metric](run, perplexity) if perplexity in run.facts else None
+        return None if perplexity is None or perplexity not in run.facts else DERIVED[metric](run, perplexity)
     return run.facts.get(metric)
 
 
@@ -180,7 +177,10 @@ def groups(
     per_text: bool = True,
     where: Mapping[str, Any] | None = None,
 ) -> list[Group]:
-    """The groups of the runs of ``experiments``, sorted by model; one for each perplexity that its runs have, if asked."""
+    """The groups of the runs of ``experiments``, sorted by model.
+
+    ``per_perplexity``: one for each perplexity that the runs have. ``per_text``: one for each calibration text.
+    """
     files = tuple(map(experiment, experiments))
     own = {run.path: run for file in files for run in file.runs(runs) if agrees(run, where or {})}
     texts = {

@@ -20,7 +20,7 @@ NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+ex
 
 @dataclass(frozen=True)
 class Experiment:
-    """One file of ``experiments/``: its folder in the store and every combination of its swept settings, the model apart."""
+    """One file of ``experiments/``: its folder in the store and every combination of its settings, the model apart."""
 
     name: str
     folder: str
@@ -28,15 +28,19 @@ class Experiment:
 
     @property
     def swept(self) -> set[str]:
+        """The keys that the file sets."""
         return set(self.settings[0])
 
     def runs(self, runs: Iterable[Run]) -> list[Run]:
-        """Those of ``runs`` that belong to this experiment."""
+        """The members of ``runs`` that belong to this experiment."""
         promised = {tuple(each.values()) for each in self.settings}
         return [run for run in runs if run.facts["experiment"] == self.folder and self._of(run) in promised]
 
     def missing(self, runs: Iterable[Run]) -> list[Mapping[str, Any]]:
-        """The settings for which none of ``runs`` (all of one model and calibration) has a record, if the experiment was begun."""
+        """The settings for which ``runs`` (all of one model and calibration) have no record.
+
+        Empty if the experiment was not begun.
+        """
         own = self.runs(runs)
         if not any(self.began(run) for run in own):
             return []  # another experiment's runs that happen to fit

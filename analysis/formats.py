@@ -1,47 +1,50 @@
-"""A table as Markdown, LaTeX (booktabs), CSV and HTML."""
+"""A table as Markdown, LaTeX (booktabs) and CSV."""
 
 import csv
-import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from analysis.cells import Cell, Column
-from analysis.tables import Table
+from analysis.tables import Row, Table
 
-MARKS = {
-    "markdown": {"": "{}", "best": "**{}**", "second": "*{}*"},
-    "latex": {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"},
-    "html": {"": "{}", "best": "<b>{}</b>", "second": "<u>{}</u>"},
-}
-LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ö": r"\"o", "–": "--"})
+NONE = "\N{EN DASH}"
+"""What stands for a number that is not there."""
+LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ö": r"\"o", NONE: "--"})
+MARKDOWN_MARKS = {"": "{}", "best": "**{}**", "second": "*{}*"}
+LATEX_MARKS = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
 
 
 def shown(cell: Cell, column: Column) -> str:
     """The number in print: mean ± sample standard deviation (n); a dash where there is none."""
     if cell.mean is None:
-        return cell.refused or "–"
-    text = figure(cell.mean, column.digits)
-    return text if cell.spread is None else f"{text} ± {figure(cell.spread, column.digits)} ({len(cell.values)})"
+        return cell.refused or NONE
+    text = value(cell.mean, column.digits)
+    return text if cell.spread is None else f"{text} ± {value(cell.spread, column.digits)} ({len(cell.values)})"
 
 
-def figure(value: float, digits: int) -> str:
+def value(number: float, digits: int) -> str:
     """A number in print, in powers of ten where it is very large."""
-    return f"{value:.2e}" if abs(value) >= 1e5 else f"{value:,.{digits}f}"
+    return f"{number:.2e}" if abs(number) >= 1e5 else f"{number:,.{digits}f}"
 
 
 def markdown(table: Table) -> str:
-    """Markdown with one row of headings; blocks begin with a row in bold."""
+    """Title, notes, numbers and what is missing, as Markdown."""
+    missing = [f"- Missing: {each}" for each in table.missing]
+    lines = [f"### {table.title}", "", *table.notes, "", pipe_table(table), "", *missing]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def pipe_table(table: Table) -> str:
+    """The numbers as a Markdown table with one row of headings; a block that has a heading begins with it, in bold."""
     width = len(table.headings) + len(table.columns)
-    lines = [f"### {table.title}", "", *table.notes, ""]
-    lines += [
+    lines = [
         pipes([*table.headings, *(column.label for column in table.columns)]),
         pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns)),
     ]
     for heading, rows in table.blocks:
-        lines.append(pipes([f"**{heading}**", *[""] * (width - 1)]))
-        lines += [pipes([*row.labels, *_cells(table, row, "markdown")]) for row in rows]
-    lines += ["", *(f"- Missing: {each}" for each in table.missing)]
-    return "\n".join(lines).rstrip() + "\n"
+        lines += [pipes([f"**{heading}**", *[""] * (width - 1)])] if heading else []
+        lines += [pipes([*row.labels, *_numbers(table, row, MARKDOWN_MARKS, str)]) for row in rows]
+    return "\n".join(lines)
 
 
 def latex(table: Table) -> str:
@@ -50,14 +53,14 @@ def latex(table: Table) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{table.caption.translate(LATEX)}}}",
+        rf"\caption{{{_latex(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
     ]
     lines += [rf"\begin{{tabular}}{{{'l' * len(table.headings)}{'r' * len(table.columns)}}}", r"\toprule"]
-    lines += [_row([text.translate(LATEX) for text in (*table.headings, *(column.label for column in table.columns))])]
+    lines += [_row([_latex(text) for text in (*table.headings, *(column.label for column in table.columns))])]
     for heading, rows in table.blocks:
-        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{heading.translate(LATEX)}}}}} \\"]
-        lines += [_row([*(text.translate(LATEX) for text in row.labels), *_cells(table, row, "latex")]) for row in rows]
+        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_latex(heading)}}}}} \\"]
+        lines += [_row([*map(_latex, row.labels), *_numbers(table, row, LATEX_MARKS, _latex)]) for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
@@ -71,51 +74,26 @@ def tidy_csv(table: Table) -> str:
     for heading, rows in table.blocks:
         for row in rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
-                numbers = ["" if value is None else repr(value) for value in (cell.mean, cell.spread)]
-                writer.writerow(
-                    [
-                        heading,
-                        *row.labels,
-                        column.label,
-                        *numbers,
-                        len(cell.values),
-                        cell.refused or "",
-                        " ".join(cell.records),
-                    ]
-                )
+                numbers = ["" if number is None else repr(number) for number in (cell.mean, cell.spread)]
+                place = [heading, *row.labels, column.label]
+                writer.writerow([*place, *numbers, len(cell.values), cell.refused or "", " ".join(cell.records)])
     return out.getvalue()
-
-
-def html_table(table: Table) -> str:
-    """A table element; every number carries its records as a tooltip."""
-    width = len(table.headings) + len(table.columns)
-    head = "".join(
-        f"<th>{html.escape(text)}</th>" for text in (*table.headings, *(column.label for column in table.columns))
-    )
-    body = []
-    for heading, rows in table.blocks:
-        body.append(f'<tr class="block"><th colspan="{width}">{html.escape(heading)}</th></tr>')
-        for row in rows:
-            labels = "".join(f'<th scope="row">{html.escape(text)}</th>' for text in row.labels)
-            numbers = "".join(
-                f'<td title="{html.escape(chr(10).join(cell.records))}">{text}</td>'
-                for cell, text in zip(row.cells, _cells(table, row, "html"), strict=True)
-            )
-            body.append(f"<tr>{labels}{numbers}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _cells(table: Table, row, form: str) -> list[str]:
-    escape = {"markdown": str, "latex": lambda text: text.translate(LATEX), "html": html.escape}[form]
-    return [
-        MARKS[form][mark].format(escape(shown(cell, column)))
-        for cell, column, mark in zip(row.cells, table.columns, row.marks, strict=True)
-    ]
 
 
 def pipes(cells: Sequence[str]) -> str:
     """One row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def _numbers(table: Table, row: Row, marks: dict[str, str], escape: Callable[[str], str]) -> list[str]:
+    return [
+        marks[mark].format(escape(shown(cell, column)))
+        for cell, column, mark in zip(row.cells, table.columns, row.marks, strict=True)
+    ]
+
+
+def _latex(text: str) -> str:
+    return text.translate(LATEX)
 
 
 def _row(cells: list[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.cells import Cell, Column, Group, groups
-from analysis.formats import figure, pipes
+from analysis.formats import pipes, value
 from analysis.published import METHODS, Published, load_published
 from analysis.runs import Run
 from analysis.style import label
@@ -30,34 +30,36 @@ METRICS = {
 """Our quantity for each published metric."""
 
 
+AGREES, DIFFERS, WITHIN = "agrees", "differs", "within the spread"
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Our two numbers on one model."""
+    """Our two numbers on one model; ``outcome`` is `AGREES`, `DIFFERS` or `WITHIN`."""
 
-    group: str
+    group: Group
     first: Cell
     second: Cell
-    outcome: str  # agrees, differs, within the spread
+    outcome: str
 
 
 @dataclass(frozen=True)
 class Ordering:
-    """``first`` is published as better than ``second`` at ``rate`` (%); ``tables`` say where, with both figures."""
+    """``first`` is better than ``second`` at ``rate`` (%) in each published pair of figures."""
 
     first: str
     second: str
     rate: str
     column: Column
-    tables: tuple[str, ...]
+    published: tuple[tuple[Published, Published], ...]
     verdicts: tuple[Verdict, ...]
 
 
 def orderings(runs: Sequence[Run]) -> list[Ordering]:
     """Every published ordering of two of our methods that records of ours can be asked about."""
     found = {quantity: groups(runs, EXPERIMENTS, per_perplexity=quantity == "perplexity") for quantity in QUANTITIES}
-    published = published_orderings(load_published())
     judged = []
-    for (first, second, rate, quantity), tables in published.items():
+    for (first, second, rate, quantity), pairs in published_orderings(load_published()).items():
         column = QUANTITIES[quantity]
         verdicts = tuple(
             verdict
@@ -65,42 +67,52 @@ def orderings(runs: Sequence[Run]) -> list[Ordering]:
             if (verdict := judge(group, first, second, float(rate) / 100, column)) is not None
         )
         if verdicts:
-            judged.append(Ordering(first, second, rate, column, tuple(tables), verdicts))
+            judged.append(Ordering(first, second, rate, column, tuple(pairs), verdicts))
     return judged
 
 
-def published_orderings(rows: Sequence[Published]) -> dict[tuple[str, str, str, str], list[str]]:
-    """Better method, worse method, rate and quantity of every pair that shares a table, a model and a setting, and where that is."""
-    tables: dict[tuple, dict[str, tuple[float, str]]] = {}
-    for row in rows:
-        method = METHODS.get(row.method.removesuffix("-Alpaca"))
-        if method not in (None, "dense") and row.metric in METRICS and "allocation" not in row.table:
-            tables.setdefault((row.table, row.model, row.calibration, row.window, row.metric, row.rate), {})[method] = (
-                float(row.value),
-                row.value,
-            )
-    found: dict[tuple[str, str, str, str], list[str]] = {}
-    for (table, model, _, _, metric, rate), values in tables.items():
+def published_orderings(
+    published: Sequence[Published],
+) -> dict[tuple[str, str, str, str], list[tuple[Published, Published]]]:
+    """Better method, worse method, rate and quantity of every two methods in one published setting, and their figures.
+
+    A setting is a table, a model, a calibration, a window and a rate.
+    """
+    settings: dict[tuple[str, ...], dict[str, Published]] = {}
+    for each in published:
+        method = METHODS.get(each.method.removesuffix("-Alpaca"), "dense")
+        if method != "dense" and each.metric in METRICS and "allocation" not in each.table:
+            setting = (each.table, each.model, each.calibration, each.window, each.metric, each.rate)
+            settings.setdefault(setting, {})[method] = each
+    found: dict[tuple[str, str, str, str], list[tuple[Published, Published]]] = {}
+    for (*_, metric, rate), figures in settings.items():
         quantity = METRICS[metric]
-        order = sorted(values, key=lambda method: values[method][0], reverse=QUANTITIES[quantity].better == "higher")
-        for first, second in itertools.combinations(order, 2):
-            if values[first][0] != values[second][0]:
-                found.setdefault((first, second, rate, quantity), []).append(
-                    f"{table}, {model}: {values[first][1]}, {values[second][1]}"
-                )
+        higher = QUANTITIES[quantity].better == "higher"
+        order = sorted(figures.items(), key=lambda item: float(item[1].value), reverse=higher)
+        for (first, better), (second, worse) in itertools.combinations(order, 2):
+            if float(better.value) != float(worse.value):
+                found.setdefault((first, second, rate, quantity), []).append((better, worse))
     return dict(sorted(found.items(), key=lambda item: (item[0][3], float(item[0][2]))))
 
 
 def judge(group: Group, first: str, second: str, rate: float, column: Column) -> Verdict | None:
-    """Our order of the two, undecided where the means differ by less than the spread of their difference; None without both."""
-    ours = [group.cell(column, {"method": method, "compression.sparsity": rate}) for method in (first, second)]
-    if any(cell.mean is None for cell in ours):
+    """Our order of the two at ``rate`` (a share); None without both."""
+    ours, others = (group.cell(column, {"method": method, "compression.sparsity": rate}) for method in (first, second))
+    outcome = compared(ours, others, column)
+    return None if outcome is None else Verdict(group, ours, others, outcome)
+
+
+def compared(first: Cell, second: Cell, column: Column) -> str | None:
+    """Whether the first mean is the better one; None without both.
+
+    Means that differ by no more than the spread of their difference are `WITHIN` it.
+    """
+    if first.mean is None or second.mean is None:
         return None
-    gain = (ours[1].mean - ours[0].mean) * (1 if column.better == "lower" else -1)
-    spread = math.hypot(*(cell.spread or 0.0 for cell in ours))
-    return Verdict(
-        group.label, *ours, outcome="within the spread" if abs(gain) <= spread else "agrees" if gain > 0 else "differs"
-    )
+    gain = (second.mean - first.mean) * (1 if column.better == "lower" else -1)
+    if abs(gain) <= math.hypot(first.spread or 0.0, second.spread or 0.0):
+        return WITHIN
+    return AGREES if gain > 0 else DIFFERS
 
 
 HEADINGS = (
@@ -124,20 +136,32 @@ def rows(found: Sequence[Ordering]) -> list[tuple[str, ...]]:
             label(each.second),
             each.rate,
             each.column.label,
-            verdict.group,
-            *(figure(cell.mean, each.column.digits) for cell in (verdict.first, verdict.second)),
+            verdict.group.label,
+            *(
+                value(cell.mean, each.column.digits)
+                for cell in (verdict.first, verdict.second)
+                if cell.mean is not None
+            ),
             verdict.outcome,
-            "; ".join(each.tables),
+            "; ".join(place(*pair) for pair in each.published),
         )
         for each in found
         for verdict in each.verdicts
     ]
 
 
+def place(better: Published, worse: Published) -> str:
+    """Where the two figures stand, and both of them."""
+    return f"{better.table}, {better.model}: {better.value}, {worse.value}"
+
+
 def tally(found: Sequence[Ordering]) -> str:
     """How many there are of each outcome, in a sentence."""
     outcomes = [verdict.outcome for each in found for verdict in each.verdicts]
-    return f"Of {len(outcomes)} comparisons {outcomes.count('agrees')} agree with the published order, {outcomes.count('differs')} differ, {outcomes.count('within the spread')} lie within the spread over seeds."
+    return (
+        f"Of {len(outcomes)} comparisons {outcomes.count(AGREES)} agree with the published order, "
+        f"{outcomes.count(DIFFERS)} differ, {outcomes.count(WITHIN)} lie within the spread over seeds."
+    )
 
 
 def markdown(found: Sequence[Ordering]) -> str:

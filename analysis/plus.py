@@ -1,6 +1,7 @@
-"""Tables and figures of modegpt_plus beside the paper's method: excess log-perplexity, zero-shot, cost, ablation, few samples, other texts.
+"""Tables and figures of modegpt_plus beside the paper's method.
 
-Excess log-perplexity is the mean negative log-likelihood of the compressed model minus that of the dense one, in nats a token.
+Excess log-perplexity is the mean negative log-likelihood of the compressed model minus that of the dense one, in nats a
+token.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,11 +46,12 @@ def beside(
 
 
 def less_than(name: str, against: Mapping[str, Any]) -> Column:
+    """The share of the excess of ``against`` that modegpt_plus does not have."""
     return beside(EXCESS, against=against, compared="reduction", label=f"Less than {name} (%)", scale=100, digits=1)
 
 
 def accuracies(metric: Column, names: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-    """``metric`` once for each, its standard error, what modegpt_plus has over the paper's method, and the standard error of that."""
+    """``metric`` once for each, and its standard error; what modegpt_plus has over the paper's method, and its own."""
     error = replace(metric, label="Standard error of plus", metric=f"{metric.metric}_stderr", where=PLUS)
     over = beside(metric, against=ENTROPIC, compared="difference", label="Plus over entropic (points)")
     return (
@@ -99,6 +101,7 @@ def ablated(reference: str, compared: str, label: str) -> tuple[Column, ...]:
 
 
 def ablation(name: str, title: str, columns: tuple[Column, ...], members: Iterable[str], note: str) -> TableSpec:
+    """A table of the ablation with these combinations as rows."""
     return TableSpec(
         name,
         title,
@@ -112,7 +115,10 @@ def ablation(name: str, title: str, columns: tuple[Column, ...], members: Iterab
 
 
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", scale=100, digits=1)
-ITEMS = "Standard errors: over the items of the tests, of one run; that of the difference is paired, because both models answer the same items."
+ITEMS = (
+    "Standard errors: over the items of the tests, of one run; that of the difference is paired, because both models "
+    "answer the same items."
+)
 NEXT_SENTENCE = Column("Next sentence (%)", "zeroshot_next_sentence", scale=100, digits=1)
 
 TABLES = (
@@ -194,7 +200,8 @@ TABLES = (
         ),
         per_perplexity=False,
         dense=False,
-        note="Nothing cached, nothing scored; loading not counted. x MoDeGPT: times the paper's method, seed by seed. Host memory is the whole process's.",
+        note="Nothing cached, nothing scored; loading not counted. x MoDeGPT: times the paper's method, seed by seed. "
+        "Host memory is the whole process's.",
     ),
     ablation(
         "plus_alone",
@@ -233,8 +240,8 @@ TABLES = (
     ),
 )
 
-LOSS = {"y_label": "Excess log-perplexity (nats a token)"}
-PAIR = {
+LOSS: dict[str, Any] = {"y_label": "Excess log-perplexity (nats a token)"}
+PAIR: dict[str, Any] = {
     "series": {name: CONTENDERS[name] for name in ("modegpt", "modegpt_plus")},
     "y": replace(EXCESS, where={RATE: 0.3}),
     "where": AT_30,
@@ -254,6 +261,19 @@ FIGURES = (
         where=BOTH,
         log_y=True,
         **LOSS,
+    ),
+    FigureSpec(
+        "plus_released",
+        "A released model",
+        ("plus_released", "plus_released_uniform"),
+        CONTENDERS,
+        Column("Perplexity", "perplexity"),
+        point=RATE,
+        x="achieved_sparsity",
+        x_scale=100,
+        x_label="Block-linear weights removed (%)",
+        y_label="Perplexity",
+        where=BOTH,
     ),
     FigureSpec(
         "plus_samples",

@@ -35,7 +35,7 @@ PAPER_TASKS = {
     "hellaswag": "acc_norm",
     "winogrande": "acc",
 }
-"""The tasks and metrics behind the paper's zero-shot mean; other scales have other names in the list and never match."""
+"""The tasks and metrics behind the paper's zero-shot mean; other scales have other names in the list."""
 SOURCES = {"WikiText-2": "wikitext2", "Alpaca": "alpaca"}
 
 

@@ -27,7 +27,7 @@ class Run:
     _settings: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def setting(self, key: str) -> Any:
-        """The configuration at ``key``, a dotted key or a group (``decomposition/mlp``), of which its option's name; hashable."""
+        """The configuration at ``key``, made hashable. Of a group (``decomposition/mlp``): the name of its option."""
         if key not in self._settings:
             self._settings[key] = hashable(setting(self.config, key))
         return self._settings[key]
@@ -39,7 +39,7 @@ class Run:
 
     @cached_property
     def version(self) -> str:
-        """What two runs must share to be compared: record format, model, package versions, and the same tests by the same metric."""
+        """What two runs must share to be compared: record format, model, package versions, tests and their metrics."""
         model, decides = self.record["model"], self.record["identity"]["decides"]
         packages = {name: self.record["provenance"]["packages"].get(name) for name in VERSIONED}
         metrics = {task: score.get("metric") for task, score in self.record["metrics"]["dense"]["zeroshot"].items()}
@@ -55,7 +55,7 @@ class Run:
 
     @cached_property
     def variant(self) -> str:
-        """Everything that was chosen, seeds and the calibration draw apart: what the runs behind one mean must share."""
+        """Everything that was chosen but the seeds and the calibration draw: what the runs behind one mean share."""
         decides = {
             key: value
             for key, value in self.record["identity"]["decides"].items()
@@ -96,8 +96,10 @@ def load_runs(root: Path | str) -> list[Run]:
 
 
 def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with what tables ask for by a name of its own: ``text`` of the calibration; ``module`` and
-    ``module_rate`` where exactly one module type is compressed; ``experiments/ingredients``, which of its files was chosen.
+    """The configuration with what tables ask for by a name of its own.
+
+    ``text`` of the calibration; ``module`` and ``module_rate`` where exactly one module type is compressed;
+    ``experiments/ingredients``, the combination that was chosen.
     """
     config = dict(config)
     calibration = dict(config.get("calibration") or {})
@@ -126,7 +128,8 @@ class Refusal:
 def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
     """Keep what can be compared within each experiment and model: complete test sets, one version.
 
-    Of several versions the one with most records stays (the newest of equals), so that one stray run cannot displace a table.
+    Of several versions the one with most records stays (the newest of equals), so that one stray run cannot displace a
+    table.
     """
     kept, refused = [], []
     groups: dict[tuple[str, str], list[Run]] = {}

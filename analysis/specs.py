@@ -1,7 +1,9 @@
 """Every table and figure of the report, declared. What is not here is not in the report."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from analysis import plus
 from analysis.cells import Column, Group
@@ -104,14 +106,13 @@ VARIANT_TABLES = tuple(
             "relative module error",
             Column("Error", f"relative_error_{module}", "lower", digits=4),
             False,
-            "Squared error over the energy of the target that the decomposition itself minimises, mean over layers; targets differ "
-            "between decompositions, so perplexity is the common measure.",
+            "Squared error over the energy of the target that the decomposition itself minimises, mean over layers; "
+            "targets differ between decompositions, so perplexity is the common measure.",
         ),
     )
 )
 
-TABLES = (
-    *VARIANT_TABLES,
+MAIN_TABLES = (
     TableSpec(
         "methods_perplexity",
         "Perplexity over methods and rates",
@@ -174,6 +175,10 @@ TABLES = (
         METHODS,
         (PERPLEXITY, ZERO_SHOT, KEPT, REMOVED, WHOLE),
     ),
+)
+
+ABLATION_TABLES = (
+    *VARIANT_TABLES,
     TableSpec(
         "module_wise_perplexity",
         "One module type at a time: perplexity",
@@ -189,7 +194,8 @@ TABLES = (
         {"module": "Module"},
         at_rates(Column("Loss", "log_increase_per_percent", "lower", digits=4), key="module_rate"),
         dense=False,
-        note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear weights that went.",
+        note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear "
+        "weights that went.",
     ),
     TableSpec(
         "allocation_perplexity",
@@ -258,6 +264,9 @@ TABLES = (
         note="Adapters are trained on the calibration text after compression and merged into the weights.",
     ),
     TableSpec("seeds", "Spread over calibration seeds at 30 %", ("seeds",), METHODS, (PERPLEXITY, ZERO_SHOT, KEPT)),
+)
+
+COST_TABLES = (
     TableSpec(
         "compression_cost",
         "Cost of compression at 30 %",
@@ -304,20 +313,46 @@ TABLES = (
                 "speedup",
                 "Speed-up over the dense model",
                 speedups,
-                "Batch x tokens; median over rounds of the ratio in the same round. Of: what the sizes allow on that machine, by the FLOPs or bytes that bind.",
+                "Batch x tokens; median over rounds of the ratio in the same round. "
+                "Of: what the sizes allow on that machine, by the FLOPs or bytes that bind.",
             ),
         )
     ),
-    *plus.TABLES,
 )
 
-ACHIEVED = {
+ACHIEVED: dict[str, Any] = {
     "point": "compression.sparsity",
     "x": "achieved_sparsity",
     "x_scale": 100,
     "x_label": "Block-linear weights removed (%)",
 }
-FIGURES = (
+MAIN_FIGURES = (
+    FigureSpec(
+        "methods_perplexity",
+        "Perplexity over methods",
+        ("methods", "methods_seeds"),
+        "method",
+        PERPLEXITY,
+        y_label="Perplexity",
+        log_y=True,
+        **ACHIEVED,
+    ),
+    FigureSpec(
+        "methods_zeroshot",
+        "Zero-shot mean over methods",
+        ("methods", "methods_seeds"),
+        "method",
+        ZERO_SHOT,
+        y_label="Zero-shot mean accuracy (%)",
+        per_perplexity=False,
+        **ACHIEVED,
+    ),
+    FigureSpec(
+        "opt_family", "OPT family", ("opt_family",), "method", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED
+    ),
+)
+
+ABLATION_FIGURES = (
     *(
         FigureSpec(
             f"variants_{module}",
@@ -345,29 +380,6 @@ FIGURES = (
             **ACHIEVED,
         )
         for module, files in MODULES.items()
-    ),
-    FigureSpec(
-        "methods_perplexity",
-        "Perplexity over methods",
-        ("methods", "methods_seeds"),
-        "method",
-        PERPLEXITY,
-        y_label="Perplexity",
-        log_y=True,
-        **ACHIEVED,
-    ),
-    FigureSpec(
-        "methods_zeroshot",
-        "Zero-shot mean over methods",
-        ("methods", "methods_seeds"),
-        "method",
-        ZERO_SHOT,
-        y_label="Zero-shot mean accuracy (%)",
-        per_perplexity=False,
-        **ACHIEVED,
-    ),
-    FigureSpec(
-        "opt_family", "OPT family", ("opt_family",), "method", PERPLEXITY, y_label="Perplexity", log_y=True, **ACHIEVED
     ),
     FigureSpec(
         "module_wise",
@@ -435,6 +447,9 @@ FIGURES = (
         y_label="Block-linear weights removed (%)",
         per_perplexity=False,
     ),
+)
+
+COST_FIGURES = (
     *(
         FigureSpec(
             f"throughput_{phase}",
@@ -448,11 +463,31 @@ FIGURES = (
         )
         for phase, what in (("prefill", "prefill"), ("decode", "decoding"))
     ),
-    *plus.FIGURES,
 )
 
 
+@dataclass(frozen=True)
+class Part:
+    """One part of the report."""
+
+    name: str
+    title: str
+    tables: tuple[TableSpec, ...]
+    figures: tuple[FigureSpec, ...]
+
+
+PARTS = (
+    Part("main", "Main tables", MAIN_TABLES, MAIN_FIGURES),
+    Part("ablations", "Ablations", ABLATION_TABLES, ABLATION_FIGURES),
+    Part("plus", "MoDeGPT plus", plus.TABLES, plus.FIGURES),
+    Part("cost", "Cost and speed", COST_TABLES, COST_FIGURES),
+)
+TABLES = tuple(spec for part in PARTS for spec in part.tables)
+FIGURES = tuple(spec for part in PARTS for spec in part.figures)
+
+
 def is_wikitext(each: Published) -> bool:
+    """Whether the figure is one of the paper's WikiText-2 perplexities of the 7B and 13B models."""
     return (
         each.paper == "MoDeGPT"
         and each.metric == "wikitext2_ppl"
@@ -492,6 +527,6 @@ COMPARED = (
 """Published figures to list: name, title, our experiments, and which."""
 
 
-def folders(experiments: tuple[str, ...], runs: list[Run]) -> list[Run]:
+def folders(experiments: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     """The runs in the folders of these experiments."""
     return [run for run in runs if run.facts["experiment"] in experiments]

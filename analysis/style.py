@@ -40,6 +40,7 @@ LABELS = {
     "calib_800.jsonl": "TinyStories",
     "eval_200.jsonl": "TinyStories",
     "wikitext2": "WikiText-2",
+    "wiki.test.head.raw": "WikiText-2 (first 100 kB)",
     "alpaca": "Alpaca",
 }
 """How settings are called in print; what is not here is printed as it is."""

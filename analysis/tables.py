@@ -1,7 +1,7 @@
 """Tables: a short declaration (`TableSpec`) and one function that fills it from the runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from analysis.cells import Cell, Column, Group, groups
@@ -13,6 +13,8 @@ from analysis.style import label
 SPREAD = (
     "Means are over calibration seeds, ± is the sample standard deviation over the n seeds in brackets; no ±: one seed."
 )
+
+BEST = "Best of each column in bold, second best in italics or underlined."
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Table:
 
     @property
     def caption(self) -> str:
+        """Title and notes in one paragraph."""
         return " ".join((f"{self.title}.", *self.notes))
 
 
@@ -75,6 +78,40 @@ def build(spec: TableSpec, runs: Sequence[Run]) -> list[Table]:
     return [table for table in tables if table.blocks]
 
 
+def across(tables: Sequence[Table], quantity: str, title: str, note: str) -> Table:
+    """One column of ``tables``, which share their headings, model by model: a column for each of their blocks."""
+    blocks = [
+        (heading, rows, next(index for index, column in enumerate(table.columns) if column.label == quantity), table)
+        for table in tables
+        for heading, rows in table.blocks
+    ]
+    labels = list(dict.fromkeys(row.labels for _, rows, _, _ in blocks for row in rows))
+    by_label = [{row.labels: (row.cells[index], row.marks[index]) for row in rows} for _, rows, index, _ in blocks]
+    numbers = [[found.get(each, (Cell(), "")) for found in by_label] for each in labels]
+    windows = "; ".join(heading for heading, *_ in blocks if ", " in heading)
+    general = [text for text in tables[0].notes if text in (SPREAD, BEST)]
+    return Table(
+        name=tables[0].name,
+        title=title,
+        headings=tables[0].headings,
+        columns=tuple(
+            replace(table.columns[index], label=heading.partition(", ")[0]) for heading, _, index, table in blocks
+        ),
+        blocks=(
+            (
+                "",
+                tuple(
+                    Row(each, tuple(cell for cell, _ in row), tuple(mark for _, mark in row))
+                    for each, row in zip(labels, numbers, strict=True)
+                    if any(cell.values for cell, _ in row)
+                ),
+            ),
+        ),
+        notes=tuple(filter(None, (note, f"Columns: {windows}." if windows else "", *general))),
+        missing=(),
+    )
+
+
 def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
     columns = tuple(spec.columns(found[0]) if callable(spec.columns) else spec.columns)
     columns = tuple(
@@ -88,10 +125,11 @@ def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
     notes = [
         spec.note,
         SPREAD if several else "",
-        "Best of each column in bold, second best in italics or underlined." if better & {"lower", "higher"} else "",
+        BEST if better & {"lower", "higher"} else "",
     ]
     missing = [
-        f"{group.model}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; `{each.command(_sibling(each, group))}` runs them"
+        f"{group.model}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; "
+        f"`{each.command(_sibling(each, group))}` runs them"
         for group in {(group.model, group.text): group for group in found}.values()
         for each, settings in group.missing
     ]

@@ -34,7 +34,8 @@ def throughput(results: Path) -> list[Table]:
             columns=COLUMNS,
             blocks=((_heading(measured), rows),),
             notes=(
-                "Latency: of a prefill, or of one more token of every sequence. The last columns set the speed-up beside what the sizes allow on that machine.",
+                "Latency: of a prefill, or of one more token of every sequence. "
+                "The last columns set the speed-up beside what the sizes allow on that machine.",
             ),
             missing=(),
         )
@@ -44,7 +45,7 @@ def throughput(results: Path) -> list[Table]:
 def _row(measured: Mapping[str, Any]) -> Row:
     # a decoding step makes one token for every sequence of the batch, a prefill reads all of them at once
     tokens = measured["batch_size"] * (measured["length"] if measured["phase"] == "prefill" else 1)
-    values = measured | {"latency_milliseconds": 1000 * tokens / measured["tokens_per_second"]}
+    values = {**measured, "latency_milliseconds": 1000 * tokens / measured["tokens_per_second"]}
     cells = tuple(Cell(values=(column.scale * values[column.metric],), records=(FILE,)) for column in COLUMNS)
     return Row(labels=tuple(str(measured[key]) for key in HEADINGS), cells=cells, marks=("",) * len(cells))
 

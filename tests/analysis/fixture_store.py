@@ -1,5 +1,7 @@
-"""A store of invented records for the experiments, written through the real writer. The numbers are made so that means and
-spreads are known: perplexity is ``4 + 10 * sparsity * weight + 0.1 * seed``, compression takes ``4 * weight`` seconds.
+"""A store of invented records for the experiments, written through the real writer.
+
+The numbers are made so that means and spreads are known: perplexity is ``4 + 10 * sparsity * weight + 0.1 * seed``,
+compression takes ``4 * weight`` seconds.
 """
 
 import importlib.util

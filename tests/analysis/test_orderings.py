@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from analysis.cells import Cell
-from analysis.orderings import QUANTITIES, judge, markdown, orderings, published_orderings, rows, tally, tidy_csv
+from analysis.orderings import QUANTITIES, judge, markdown, orderings, place, published_orderings, rows, tally, tidy_csv
 from analysis.published import load_published
 from analysis.runs import load_runs
 
@@ -50,8 +50,8 @@ def test_the_paper_s_row_at_50_percent_gives_every_pair_in_its_order() -> None:
     assert {(first, second) for first, second, _, _ in found} == {
         (a, b) for i, a in enumerate(order) for b in order[i + 1 :]
     }
-    [table] = found["modegpt", "slicegpt", "50", "perplexity"]
-    assert table.endswith("Llama-2-7B: 11.88, 24.82")
+    [pair] = found["modegpt", "slicegpt", "50", "perplexity"]
+    assert place(*pair).endswith("Llama-2-7B: 11.88, 24.82")
 
 
 def test_a_higher_zero_shot_mean_is_better() -> None:
@@ -64,7 +64,7 @@ def test_a_higher_zero_shot_mean_is_better() -> None:
 def test_records_are_judged_and_shown(store, tmp_path: Path) -> None:
     store.write(tmp_path, "methods")
     found = orderings(load_runs(tmp_path))
-    # the fixture's perplexity grows along the list of methods: slicegpt comes before modegpt there, shortgpt after slicegpt
+    # the fixture's perplexity grows along the list of methods: slicegpt comes before modegpt, shortgpt after slicegpt
     outcomes = {(each.first, each.second): each.verdicts[0].outcome for each in found if each.rate == "50"}
     assert outcomes["modegpt", "slicegpt"] == "differs" and outcomes["slicegpt", "shortgpt"] == "agrees"
     lines = rows(found)

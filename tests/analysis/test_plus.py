@@ -9,7 +9,7 @@ import pytest
 
 from analysis import plus
 from analysis.cells import Column, groups
-from analysis.figures import draw, lines
+from analysis.figures import draw, lines, panels
 from analysis.runs import load_runs
 from analysis.tables import RATE, Table, build
 from modegpt.evaluation.items import pack
@@ -106,7 +106,7 @@ def test_ablation(store, tmp_path: Path) -> None:
     alone, all_but_one = table(tmp_path, "plus_alone"), table(tmp_path, "plus_all_but_one")
     labels = [each.labels[0] for each in alone.blocks[0][1]]
     assert labels[0].startswith("None: the paper's") and labels[-1].startswith("All")
-    assert [each.labels[0] for each in all_but_one.blocks[0][1]][0].startswith("All")
+    assert all_but_one.blocks[0][1][0].labels[0].startswith("All")
     names = list(dict.fromkeys(settings[plus.INGREDIENTS] for settings in store.experiment("plus_ablation").settings))
     assert len(labels) + len(all_but_one.blocks[0][1]) == len(names) + 1, "all of them, and `all` in both"
     assert {column.label for column in alone.columns} == {
@@ -148,7 +148,7 @@ def test_named_series_are_drawn(store, tmp_path: Path) -> None:
     assert {line.series: line.xs for line in lines(spec, first)} == dict.fromkeys(
         COMPARED, ("tiny corpus", "WikiText-2")
     )
-    assert draw(spec, runs) is not None
+    assert draw(spec, panels(spec, runs)).axes
 
 
 def test_the_error_of_a_difference_in_accuracy_comes_from_the_items(store, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_report_stands_alone(store, tmp_path: Path) -> None:
     assert {path.suffix for path in (output / "figures").iterdir()} == {".png", ".pdf"}
     text = (output / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "<script" not in text
-    assert set(re.findall(r'href="#([^"]+)"', text)) == set(re.findall(r'<section id="([^"]+)"', text))
+    assert set(re.findall(r'href="#([^"]+)"', text)) == {"top", *re.findall(r'<section id="([^"]+)"', text)}
     assert "1 of 21 runs of `calibration_size`" in text
     assert all(html.escape(spec.title) in text for spec in TABLES), "what was not run is named with its command"
     before = text

@@ -168,11 +168,11 @@ def test_speeds_stand_beside_the_dense_model_of_their_own_run(store, tmp_path: P
         "prefill 1 x 64",
         "dense",
     ]
-    half = [row.cells for row in tokens.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
+    half = next(row.cells for row in tokens.blocks[0][1] if row.labels == ("50 %", "MoDeGPT"))
     assert [cell.mean for cell in half] == pytest.approx([3000, 2000, 750, 500, 1500, 1000])
-    half = [row.cells for row in latency.blocks[0][1] if row.labels == ("50 %", "MoDeGPT")][0]
+    half = next(row.cells for row in latency.blocks[0][1] if row.labels == ("50 %", "MoDeGPT"))
     assert [cell.mean for cell in half] == pytest.approx([8 / 3, 4, 4 / 3, 2, 128 / 3, 64])
-    half = [row.cells for row in speedup.blocks[0][1] if row.labels == ("50 %", "SliceGPT")][0]
+    half = next(row.cells for row in speedup.blocks[0][1] if row.labels == ("50 %", "SliceGPT"))
     assert [cell.mean for cell in half] == pytest.approx([1.5, 2, 1.5, 2, 1.5, 2, 384, 49.9])
     assert all(
         table.missing == () and not any(mark for row in table.blocks[0][1] for mark in row.marks)
