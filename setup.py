@@ -1,8 +1,8 @@
-"""The part of the packaging that ``pyproject.toml`` cannot say: ``conf/`` is top-level in the checkout, ``modegpt/conf`` in the wheel."""
+"""What ``pyproject.toml`` cannot say: ``conf/`` is top-level in the checkout and ``modegpt/conf`` in the wheel."""
 
 from setuptools import find_namespace_packages, setup
 
-DATA = ["*.csv", "*.json", "*.jsonl", "*.md", "*.safetensors", "*.txt", "*.yaml"]
+DATA = ["*.csv", "*.json", "*.jsonl", "*.md", "*.safetensors", "*.txt", "*.yaml", "py.typed"]
 
 setup(
     # namespace packages, so that folders of data count too and carry their files
