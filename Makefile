@@ -36,7 +36,7 @@ coverage: $(INSTALLED)
 
 # The site in site/; a broken link fails.
 docs: $(DOCS_INSTALLED)
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
 slurm-test: $(INSTALLED)
