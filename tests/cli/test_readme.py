@@ -69,7 +69,7 @@ def test_setting(job: Callable, setting: str) -> None:
 
 @pytest.mark.parametrize("line", SWEEPS)
 def test_sweep_composes(job: Callable, line: str, tmp_path: Path) -> None:
-    """Each as a sweep in this process, of an experiment at one rate, with its launcher's configuration composed apart."""
+    """Each as a sweep in this process, an experiment at one rate; its launcher's configuration is composed apart."""
     arguments = arguments_of(line)
     own = [argument for argument in arguments if not argument.startswith("hydra")]
     own += ["compression.sparsity=0.5"] * ("+experiments=" in line)
