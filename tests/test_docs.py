@@ -96,6 +96,20 @@ def test_every_page_is_in_the_site() -> None:
     assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+@pytest.mark.parametrize("group", ["mlp", "query_key", "value_output"])
+def test_every_decomposition_is_described(group: str) -> None:
+    """A row for each choice, and none for what is no choice."""
+    text = (DOCS / "decompositions.md").read_text("utf-8").partition(f"`decomposition/{group}`")[2].partition("## ")[0]
+    choices = {path.stem for path in (REPOSITORY / "conf" / "decomposition" / group).glob("*.yaml")} - {"none"}
+    assert set(re.findall(r"^\| `(\w+)`", text, re.M)) == choices
+
+
+def test_every_method_is_described() -> None:
+    text = (DOCS / "methods.md").read_text("utf-8")
+    choices = {path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml")}
+    assert set(re.findall(r"^\| `method=(\w+)`", text, re.M)) == choices
+
+
 def cell(value: float) -> str:
     """Three digits."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
