@@ -4,8 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from modegpt.data.embedded import model_path
 from modegpt.records.frame import load_records
@@ -155,3 +157,17 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(here, str(README), "exec"), names)
     assert abs(names["small"].modegpt_report["compression"]["achieved_sparsity"] - 0.3) < 0.01
     assert names["again"].num_parameters() == names["small"].num_parameters()
+
+
+def test_the_quickstart_runs(tmp_path: Path) -> None:
+    """From top to bottom in a fresh kernel; what it prints is what its text says. Committed without outputs."""
+    notebook = nbformat.read(REPOSITORY / "examples" / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = ["".join(output.text for output in cell.outputs if output.get("name") == "stdout") for cell in code]
+    assert "30.0% of the block-linear weights are gone" in printed[2]
+    dense, compressed = (float(value) for value in re.findall(r"\d+\.\d+", printed[3]))
+    assert 1 < dense < compressed < 1.5 * dense
+    assert len(printed[4].splitlines()) == 5 and f"{compressed:7.3f}  the paper" in printed[4]
+    assert printed[5].startswith("Once upon a time") and (tmp_path / "smaller" / "README.md").is_file()
