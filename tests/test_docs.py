@@ -121,7 +121,7 @@ def results_table() -> str:
     """The README's table, from the records: perplexity, the mean over the runs of all seeds."""
     frame = load_records(REPOSITORY / "results")
     heads = [
-        f"{name} {100 * sparsity:.0f} %" if sparsity == SPARSITIES[0] else f"{100 * sparsity:.0f} %"
+        f"{name} {100 * sparsity:.0f}%" if sparsity == SPARSITIES[0] else f"{100 * sparsity:.0f}%"
         for name in RESULTS
         for sparsity in SPARSITIES
     ]
@@ -169,5 +169,5 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     assert "30.0% of the block-linear weights are gone" in printed[2]
     dense, compressed = (float(value) for value in re.findall(r"\d+\.\d+", printed[3]))
     assert 1 < dense < compressed < 1.5 * dense
-    assert len(printed[4].splitlines()) == 5 and f"{compressed:7.3f}  the paper" in printed[4]
+    assert len(printed[4].splitlines()) == 4 and f"{compressed:7.3f}  the paper" in printed[4]
     assert printed[5].startswith("Once upon a time") and (tmp_path / "smaller" / "README.md").is_file()
