@@ -4,17 +4,24 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 STARTED := $(VENV)/.install-started
+DOCS_INSTALLED := $(VENV)/.docs-installed
+PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 JOBS ?= 2
 
 # The first interpreter on the path that is recent enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo test test-slow tiny-models experiments bench paper install clean
+.PHONY: demo lint test test-slow coverage docs slurm-test tiny-models experiments bench paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
 	@$(PY) -m modegpt
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
@@ -22,6 +29,14 @@ test: $(INSTALLED)
 # The tests that take minutes and gigabytes: a 1.3B-shaped model compressed out of core.
 test-slow: $(INSTALLED)
 	@$(PY) -m pytest -q -m large
+
+# The share of lines under modegpt/ that the tests run, its subprocesses included.
+coverage: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --cov --cov-report=term:skip-covered
+
+# The site in site/; a broken link fails.
+docs: $(DOCS_INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
 slurm-test: $(INSTALLED)
@@ -34,7 +49,7 @@ tiny-models: $(INSTALLED)
 experiments: $(INSTALLED)
 	@$(PY) experiments/tiny.py --jobs $(JOBS)
 
-# What compression, the compressed model and scoring cost, as ratios to what the machine allows; run it on an idle machine.
+# What compression, the compressed model and scoring cost, as ratios to what the machine allows; it wants an idle machine.
 bench: $(INSTALLED)
 	@for each in benchmarks/bench_*.py; do echo "$$each"; OMP_NUM_THREADS=1 $(PY) $$each || exit 1; done
 
@@ -48,14 +63,19 @@ install: $(INSTALLED)
 # ensurepip is for distributions that ship it apart from Python.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || \
-		{ echo "error: Python 3.11 or newer is needed and $(or $(PYTHON),no python on the path) is not that; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		{ echo "error: Python 3.11 or newer is needed and $(or $(PYTHON),no python on the path) is not that;" \
+			"name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@if test -e $(STARTED); then echo "The last installation was interrupted; starting over."; rm -rf $(VENV); fi
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
 	@touch $(STARTED)
 	@echo "Installing the pinned dependencies into $(VENV) (a few minutes the first time)."
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,sweep,recovery]'
+	@$(PIP_INSTALL) -e '.[dev,sweep,recovery]'
 	@rm -f $(STARTED) && touch $@
 
+$(DOCS_INSTALLED): $(INSTALLED)
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -14,7 +14,7 @@ def test_wheel_runs_anywhere(repository: Path, tmp_path: Path) -> None:
     source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "else where"
     source.mkdir()
     elsewhere.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(repository / name, source)
     for name in ("modegpt", "conf"):
         shutil.copytree(repository / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -27,18 +27,19 @@ def test_wheel_runs_anywhere(repository: Path, tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
 
-    shipped = {
+    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"modegpt", "bin"}
+    needed = {
         path.relative_to(source).as_posix()
-        for folder in ("modegpt", "conf")
-        for path in (source / folder).rglob("*")
-        if path.is_file()
+        for folder, pattern in (("modegpt", "*"), ("conf", "*.yaml"))
+        for path in (source / folder).rglob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
     }
     installed = {
         path.relative_to(target).as_posix().replace("modegpt/conf/", "conf/")
         for path in (target / "modegpt").rglob("*")
-        if path.is_file()
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in shipped - installed if "__pycache__" not in name and not name.endswith(".sh")} == set()
+    assert installed == needed and "modegpt/py.typed" in installed
 
     environment = os.environ | {"PYTHONPATH": str(target)}
     command = [

@@ -38,10 +38,11 @@ def exchange(
 ) -> RankPlan:
     """Ranks that remove as much as ``start`` aims at for the least summed cost.
 
-    costs[layer][module][k]: cost of removing k of the module's dims (k = 0 ... size), of free modules; those that are
-    not free, and layers without costs, keep the ranks of ``start``. Steps are taken where the convex hull of cost over
-    parameters is flattest, which is the optimum of the Lagrangian; then single units move, the cheapest a parameter
-    first, until the total is within half the smallest step of the target. No module loses more than the share ``cap``.
+    ``costs[layer][module][k]``: cost of removing k of the module's dims (k = 0 ... size), of free modules; those that
+    are not free, and layers without costs, keep the ranks of ``start``. Steps are taken where the convex hull of cost
+    over parameters is flattest, which is the optimum of the Lagrangian; then single units move, the cheapest a
+    parameter first, until the total is within half the smallest step of the target. No module loses more than the
+    share ``cap``.
     """
     ranks = [dict(of_layer) for of_layer in start.ranks]
     free = {

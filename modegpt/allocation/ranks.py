@@ -64,7 +64,7 @@ class ModuleBudget:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """ranks[layer][module]: kept inner size. target, achieved: share of all parameters given that is removed."""
+    """``ranks[layer][module]``: kept inner size. target, achieved: share of all parameters given that is removed."""
 
     ranks: list[dict[str, int]]
     target: float

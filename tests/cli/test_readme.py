@@ -1,44 +1,120 @@
-"""Every example of the README is a configuration that the main job accepts."""
+"""Every command and every setting in the README, in CONTRIBUTING and in the pages of docs/ is one that works."""
 
+import contextlib
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-TABLES = [
-    example for line in README.splitlines() if line.startswith("| ") for example in re.findall(r"`([^`]+=[^`]+)`", line)
-]
-COMMANDS = re.findall(r"^ {4}(?:\.venv/bin/)?modegpt (.+)$", README, flags=re.MULTILINE)
+from modegpt.cli import cut, export
+from modegpt.records import cli as records
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+GROUPS = ("model", "method", "decomposition", "allocation", "calibration", "recovery", "evaluation", "tracking")
+SECTIONS = ("compression", "output", "cache", "out_of_core", "seed", "threads", "quiet")
+SETTING = re.compile(rf"'?\+?(?:{'|'.join(GROUPS + SECTIONS)})[\w/.]*=\S")
+PROGRAMS = {"modegpt-records": records.main, "modegpt-cut": cut.main, "modegpt-export": export.main}
+ELSEWHERE = ("lm_eval run", "git clone", "cd ", "pre-commit ")
+"""How commands of other programs begin, which are not checked."""
 
 
-@pytest.mark.parametrize("example", [*TABLES, *(command for command in COMMANDS if "--multirun" not in command)])
-def test_example(job: Callable, example: str) -> None:
-    code, calls = job(*shlex.split(example))
+def shell_lines() -> list[str]:
+    """Every command of every ``sh`` block, its continuation lines joined and its comment cut."""
+    blocks = [
+        block for page in PAGES for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    ]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def settings() -> list[str]:
+    """Every inline piece of code that sets something, such as ``method=slicegpt`` or ``compression.sparsity=0.4``."""
+    texts = [re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S) for page in PAGES]
+    return sorted({code for text in texts for code in re.findall(r"`([^`\n]+)`", text) if SETTING.match(code)})
+
+
+COMMANDS = list(dict.fromkeys(shell_lines()))
+OWN = [line for line in COMMANDS if re.match(r"(\.venv/bin/)?modegpt |torchrun .* -m modegpt ", line)]
+SWEEPS = [line for line in OWN if "--multirun" in line]
+
+
+def arguments_of(line: str) -> list[str]:
+    """What follows the program's name."""
+    return shlex.split(re.sub(r"^.*?\bmodegpt ", "", line), comments=True)
+
+
+def test_each_page_is_read() -> None:
+    assert len(settings()) > 30 and len(OWN) > 15 and len(SWEEPS) > 5
+
+
+@pytest.mark.parametrize("line", [line for line in OWN if line not in SWEEPS])
+def test_command(job: Callable, line: str) -> None:
+    arguments = arguments_of(line)
+    code, calls = job(*arguments)
+    assert code == 0 and len(calls) == (not {"--help", "--cfg"} & set(arguments))
+
+
+@pytest.mark.parametrize("setting", settings())
+def test_setting(job: Callable, setting: str) -> None:
+    arguments = shlex.split(setting)
+    if arguments[0].startswith("method."):
+        arguments.insert(0, "method=modegpt_plus")
+    code, calls = job(*arguments)
     assert code == 0 and len(calls) == 1
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "--multirun" in command])
-def test_sweep_composes(job: Callable, command: str, tmp_path: Path) -> None:
-    """Each as a sweep in this process, of an experiment at one rate, with its launcher's configuration composed apart."""
-    arguments = shlex.split(command, comments=True)
+@pytest.mark.parametrize("line", SWEEPS)
+def test_sweep_composes(job: Callable, line: str, tmp_path: Path) -> None:
+    """Each as a sweep in this process, an experiment at one rate; its launcher's configuration is composed apart."""
+    arguments = arguments_of(line)
     own = [argument for argument in arguments if not argument.startswith("hydra")]
-    own += ["compression.sparsity=0.5"] * ("+experiments=" in command)
+    own += ["compression.sparsity=0.5"] * ("+experiments=" in line)
     code, calls = job(*own, f"output.root={tmp_path}")
     assert code == 0 and len(calls) > 1
-    assert (
-        job(
-            "--cfg",
-            "hydra",
-            "-p",
-            "hydra.launcher",
-            *(argument for argument in arguments if argument.startswith("hydra")),
-        )[0]
-        == 0
-    )
+    launcher = [argument for argument in arguments if argument.startswith("hydra")]
+    assert job("--cfg", "hydra", "-p", "hydra.launcher", *launcher)[0] == 0
 
 
-def test_the_readme_has_examples() -> None:
-    assert len(TABLES) > 15 and len(COMMANDS) > 5
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line not in OWN])
+def test_other_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = shlex.split(line, comments=True)
+    program = program.removeprefix(".venv/bin/")
+    if program in PROGRAMS:
+        monkeypatch.chdir(tmp_path)
+        with contextlib.suppress(FileNotFoundError):  # of the placeholders; argparse would raise SystemExit
+            PROGRAMS[program](arguments)
+    elif program == "make":
+        assert subprocess.run(["make", "-n", *arguments], cwd=REPOSITORY, capture_output=True).returncode == 0
+    elif arguments[:2] == ["-m", "pytest"]:
+        for name in (argument for argument in arguments if argument.startswith("tests")):
+            check_test_exists(name)
+    elif program == "python":
+        script = REPOSITORY / arguments[0]
+        assert script.exists()
+        source = "".join(path.read_text("utf-8") for path in script.parent.glob("*.py"))  # scripts share some options
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert re.search(rf"[\"'](--)?{option.removeprefix('--')}[\"']", source), option
+    elif program == "pip":
+        extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+        named = re.findall(r"\[(.*?)\]", line)
+        assert {extra for names in named for extra in names.split(",")} <= extras.keys()
+    elif program in ("ruff", "mypy", "mkdocs"):
+        assert program in (REPOSITORY / "constraints.txt").read_text("utf-8")
+    else:
+        assert line.startswith(ELSEWHERE), f"nothing checks {line!r}"
+
+
+def check_test_exists(name: str) -> None:
+    path, *function = name.split("::")
+    assert (REPOSITORY / path).exists(), path
+    assert all(f"def {each}(" in (REPOSITORY / path).read_text("utf-8") for each in function), name
+
+
+@pytest.mark.parametrize("code", [*COMMANDS, *settings()])
+def test_quoted_for_zsh(code: str) -> None:
+    """An open bracket, star or question mark outside quotes is a pattern to zsh, which stops where nothing matches."""
+    assert not re.search(r"[\[*?]", re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", code))
