@@ -9,7 +9,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from modegpt.data.embedded import model_path
+from modegpt.data.embedded import TINY_MODELS
 from modegpt.records.frame import load_records
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -150,7 +150,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     """On an embedded model and text, in place of the hub's."""
     [block] = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)
-    here = block.replace('"HuggingFaceTB/SmolLM2-135M"', repr(str(model_path("tiny-llama")))).replace(
+    here = block.replace('"HuggingFaceTB/SmolLM2-135M"', repr(str(TINY_MODELS["tiny-llama"]))).replace(
         '"wikitext2"', '"tiny"'
     )
     names: dict = {}
