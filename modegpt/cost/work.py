@@ -143,7 +143,7 @@ ATTENTION: dict[Any, Callable[..., float]] = {
 """Fused attention, forward and backward."""
 
 
-WORK = ("mm", "matmul", "linear", "einsum", "attention", "linalg_", "cholesky", "backward", "grad")
+WORK = ("mm", "matmul", "linear", "einsum", "attention", "linalg_", "cholesky", "backward")
 """What the names of PyTorch's functions have in them that may form products or factorise."""
 
 
@@ -207,7 +207,7 @@ def forward() -> Iterator[None]:
 @functools.cache
 def _may_be_work(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return any(part in name for part in WORK)
+    return name == "grad" or any(part in name for part in WORK)
 
 
 @functools.cache
