@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from modegpt.models import block_linear_parameters, decoder_layers
@@ -111,6 +111,17 @@ def _triangular(A: Tensor, B: Tensor, **_: Any) -> float:
     return float(B.numel() * A.shape[-1])
 
 
+def _product(*args: Any, **_: Any) -> float:
+    A, B = _operands(args)
+    return 2.0 * A.numel() * B.shape[-1]
+
+
+def _operands(args: tuple) -> tuple[Tensor, Tensor]:
+    """A (..., m, k) and B (..., k, n) of a product; a third tensor, before them, is what it is added to."""
+    A, B = [leaf for leaf in args if isinstance(leaf, Tensor)][-2:]
+    return A, B
+
+
 def _causal(square: Callable[..., int], num_operands: int) -> Callable[..., float]:
     """Half of what the whole ``square`` of queries and keys takes: a decoder's attention skips the rest."""
 
@@ -135,6 +146,11 @@ FACTORISATIONS: dict[Any, Callable[..., float]] = {
 """FLOPs of LAPACK's work. Exact to leading order down to the LU; about right (Golub and Van Loan, vectors included) for
 what iterates."""
 
+PRODUCTS: dict[Any, Callable[..., float]] = dict.fromkeys(
+    (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), _product
+)
+"""All products of matrices, to which PyTorch reduces its other functions."""
+
 ATTENTION: dict[Any, Callable[..., float]] = {
     getattr(aten, f"_scaled_dot_product_{kernel}_attention{device}{suffix}"): _causal(square, num_operands)
     for kernel, device in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
@@ -143,7 +159,7 @@ ATTENTION: dict[Any, Callable[..., float]] = {
 """Fused attention, forward and backward."""
 
 
-WORK = ("mm", "matmul", "linear", "einsum", "attention", "linalg_", "cholesky", "backward", "grad")
+WORK = ("mm", "matmul", "linear", "einsum", "attention", "linalg_", "cholesky", "backward")
 """What the names of PyTorch's functions have in them that may form products or factorise."""
 
 
@@ -181,11 +197,11 @@ class _Operations(TorchDispatchMode):
         if counted is not None:
             kind, formula = counted
             if kind == "product":
-                kind = "gram" if _is_gram(args) else "forward" if self.in_forward else kind
+                kind = "gram" if formula is _product and _is_gram(args) else "forward" if self.in_forward else kind
             results = result if isinstance(result, list | tuple) else (result,)
             num_bytes = sum(leaf.nbytes for leaf in (*args, *results) if isinstance(leaf, Tensor))
             dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
-            flops = float(formula(*args, out_val=result, **(kwargs or {})))
+            flops = float(formula(*args, **(kwargs or {})))
             self.add(kind, dtype, flops=flops, bytes=num_bytes)
         return result
 
@@ -207,7 +223,7 @@ def forward() -> Iterator[None]:
 @functools.cache
 def _may_be_work(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return any(part in name for part in WORK)
+    return name == "grad" or any(part in name for part in WORK)
 
 
 @functools.cache
@@ -216,14 +232,11 @@ def _counted(func: Any) -> tuple[str, Callable[..., float]] | None:
     packet = func.overloadpacket
     if packet in FACTORISATIONS:
         return "factorisation", FACTORISATIONS[packet]
-    if packet in ATTENTION:
-        return "product", ATTENTION[packet]
-    # in place: PyTorch's table has addmm, and not addmm_
-    formula = flop_registry.get(getattr(aten, packet.__name__.removesuffix("_"), packet))
+    formula = PRODUCTS.get(packet) or ATTENTION.get(packet)
     return None if formula is None else ("product", formula)
 
 
 def _is_gram(args: tuple) -> bool:
     """Whether the two operands of a product are views of one tensor, as in ``x^T x``."""
-    one, other = [leaf for leaf in args if isinstance(leaf, Tensor)][-2:]
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    A, B = _operands(args)
+    return A.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -72,7 +72,8 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
     blocks = block_errors = None
     if states is not None:
         rope = read_query_key(family, layer).rope
-        sensitivity = sum(output_sensitivity(part, pairs=rope) for part in (*states.fit, *states.held))
+        parts = (*states.fit, *states.held)
+        sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=rope) for part in parts))
         size = sensitivity.shape[-1] // (2 if rope else 1)
         by_key_head = group_heads(sensitivity, len(states.C_K)).sum(dim=1)[:, :size, :size]
         orders, errors = zip(*(elimination_order(M, size) for M in by_key_head), strict=True)

@@ -1,7 +1,7 @@
 """Query-key selection for the compressed stream: several candidates, the best on held-out windows for each key head."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ def candidates(
         C_Q, C_K = (T.mT @ C @ T for T, C in zip(basis, (C_Q, C_K), strict=True))
     logits = group_heads(C_Q, num_groups).sum(dim=1) * C_K
     if pairs:
-        logits = sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2))
+        logits = cast(Tensor, sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2)))
     found.append(
         _candidate(
             "logits",
@@ -194,8 +194,9 @@ def candidates(
             plain,
         )
     )
-    to_state = tuple(T.to(states.fit[0].q.dtype) for T in basis)
-    sensitivity = sum(output_sensitivity(part if pairs else part.mapped(*to_state), pairs=pairs) for part in states.fit)
+    T_Q, T_K = (T.to(states.fit[0].q.dtype) for T in basis)
+    parts = [part if pairs else part.mapped(T_Q, T_K) for part in states.fit]
+    sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=pairs) for part in parts))
     for ridge in (None, *ridges):
         choices = [
             eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge) for M in group_heads(sensitivity, num_groups)
@@ -254,9 +255,7 @@ def choose(weights: QueryKeyWeights, found: list[Candidate], held: list[Attentio
 
 
 def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor, kept: Tensor) -> QueryKeyWeights:
-    def times(tensor: Tensor | None, T: Tensor) -> Tensor | None:
-        if tensor is None:
-            return None
+    def times(tensor: Tensor, T: Tensor) -> Tensor:
         rows = tensor.double() if tensor.ndim == 3 else tensor.double().unsqueeze(1)
         return (rows @ T).reshape(*tensor.shape[:-1], -1).to(tensor.dtype)
 
@@ -267,7 +266,7 @@ def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor, kept: Tensor) ->
         weights,
         W_Q=times(weights.W_Q, T_Q),
         W_K=times(weights.W_K, T_K),
-        b_Q=times(weights.b_Q, T_Q),
-        b_K=times(weights.b_K, T_K),
+        b_Q=None if weights.b_Q is None else times(weights.b_Q, T_Q),
+        b_K=None if weights.b_K is None else times(weights.b_K, T_K),
         rope_index=index,
     )

@@ -291,7 +291,7 @@ def _narrow(narrow: dict[str, Tensor], module: nn.Module, *_: object) -> None:
 def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
     """``linear`` with another weight (out, in) and bias, which are widened to float32 where they are not."""
     weight, bias = weight.to(_exact(weight)), None if bias is None else bias.to(_exact(bias))
-    linear.forward = lambda x: nn.functional.linear(x, weight, bias)
+    vars(linear)["forward"] = lambda x: nn.functional.linear(x, weight, bias)
     try:
         yield
     finally:
