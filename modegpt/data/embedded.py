@@ -15,19 +15,19 @@ TINY_TASKS = ("tiny_facts_easy", "tiny_facts_hard", "tiny_physical", "tiny_prono
 
 
 def model_path(name: str) -> Path:
-    """Directory of an embedded model in Hugging Face form; KeyError for a name not in `TINY_MODELS`."""
+    """Directory of an embedded model in Hugging Face form; KeyError for a name not in ``TINY_MODELS``."""
     return TINY_MODELS[name]
 
 
 def text_path(split: str) -> Path:
-    """The jsonl file (field `text`, one document a line) of `train` (a sample), `validation` or `test`."""
+    """The jsonl file (field ``text``, one document a line) of ``train`` (a sample), ``validation`` or ``test``."""
     if split not in TEXT_SPLITS:
         raise KeyError(f"unknown split {split!r}: one of {', '.join(TEXT_SPLITS)}")
     return DATA_DIR / f"{split}.jsonl"
 
 
 def task_configs() -> dict[str, dict]:
-    """Task name to configuration, data files made absolute: ready for `simple_evaluate(tasks=[...])`."""
+    """Task name to its configuration for lm-evaluation-harness, with data files made absolute."""
     configs = {}
     for name in TINY_TASKS:
         config = yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text())
