@@ -126,15 +126,15 @@ def test_bad_folders_are_named(task_folder):
     with pytest.raises(UserError, match="nowhere is not a folder; it should hold piqa"):
         load_tasks(["piqa"], data_path="nowhere")
     with pytest.raises(
-        UserError, match="task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
+        UserError, match=r"task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
     ):
         load_tasks(["boolq"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").write_text("0\n")
-    with pytest.raises(UserError, match="piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):
+    with pytest.raises(UserError, match=r"piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):
         load_tasks(["piqa"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").unlink()
-    with pytest.raises(UserError, match="cannot read .*piqa_some-labels.lst"):
+    with pytest.raises(UserError, match=r"cannot read .*piqa_some-labels.lst"):
         load_tasks(["piqa"], data_path=str(task_folder))
     (task_folder / "piqa_more.jsonl").write_text("")
-    with pytest.raises(UserError, match="piqa_more.jsonl, piqa_some.jsonl"):
+    with pytest.raises(UserError, match=r"piqa_more.jsonl, piqa_some.jsonl"):
         load_tasks(["piqa"], data_path=str(task_folder))

@@ -1,4 +1,4 @@
-"""The task made from a text: real successors as answers, sentences of other documents as wrong choices, the same every time."""
+"""The task made from a text: real successors as answers, other documents' sentences as wrong choices, every time."""
 
 import pytest
 

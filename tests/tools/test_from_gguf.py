@@ -14,12 +14,12 @@ from tests.scripts import load_script
 
 
 def _interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of query or key weights (out, ...) with rotary pairs side by side, as GGUF files of Llamas have them, not half a head apart."""
+    """Rows of query or key weights (out, ...) with rotary pairs side by side, as GGUF files have them in Llamas."""
     return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
 def _write(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Write ``model``, its matrices in blocks of 8 bits. Returns the weights that these stand for, by the model's names."""
+    """Write ``model``, its matrices in blocks of 8 bits. Returns the weights that these stand for, by name."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

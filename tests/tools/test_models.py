@@ -35,7 +35,7 @@ def test_recorded_test_perplexity_is_reproduced(loaded):
     name, model, tokenizer = loaded
     record = json.loads((model_path(name) / "RECIPE.json").read_text())
     assert record["num_parameters"] == model.num_parameters()
-    ids, _ = encode_documents(corpus.test_text(), tokenizer)
+    ids, _ = encode_documents(corpus.documents("test"), tokenizer)
     assert len(ids) >= 40 * CONTEXT_TOKENS
     assert window_perplexity(model, ids, window=CONTEXT_TOKENS) == pytest.approx(
         record["perplexity_256"]["test"], rel=1e-3
