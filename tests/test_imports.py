@@ -18,12 +18,12 @@ ROOMS = (
     "modegpt.models",
     "modegpt.cost",
     "modegpt.calibration",
+    "modegpt.evaluation",
+    "modegpt.config",
     "modegpt.methods",
     "modegpt.recovery",
-    "modegpt.evaluation",
     "modegpt.streaming",
     "modegpt.records",
-    "modegpt.config",
     "modegpt.run",
     "modegpt",
     "modegpt.cli",
@@ -69,7 +69,9 @@ def module_of(name: str) -> str:
 
 
 def room_of(module: str) -> str:
-    return max((room for room in ROOMS if within(module, room)), key=len)
+    rooms = [room for room in ROOMS if module == room or (room != "modegpt" and within(module, room))]
+    assert len(rooms) == 1, f"{module} has no place in the order of rooms"
+    return rooms[0]
 
 
 def place_of(module: str) -> str:

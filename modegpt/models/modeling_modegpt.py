@@ -94,7 +94,7 @@ class CompressedFields:
     @property
     def dense_kv_heads(self) -> int:
         """Key/value heads of the dense model."""
-        return getattr(self, "num_key_value_heads", self.num_attention_heads)
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
 
     @property
     def dense_head_dim(self) -> int:
