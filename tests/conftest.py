@@ -32,6 +32,13 @@ def shared_dir() -> Path:
     return directory
 
 
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for the records of a run, beside a cache of its own."""
+    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "results"
+
+
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """Every test starts from the same global random state, and leaves one thread to the next."""

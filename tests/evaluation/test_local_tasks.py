@@ -5,24 +5,9 @@ import json
 import pytest
 
 from modegpt.errors import UserError
-from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
-from tests.evaluation.conftest import ROWS
-
-
-def scored(task) -> list[tuple[list[tuple[str, str]], int]]:
-    """For each item the (context, continuation) strings the harness scores, and the index of the right one."""
-    with isolated_harness():
-        task.build_all_requests()
-    items: dict[int, list] = {}
-    for instance in task.instances:
-        items.setdefault(instance.doc_id, []).append(instance.args)
-    docs = list(task.eval_docs)
-    return [
-        (items[index], task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc))
-        for index, doc in enumerate(docs)
-    ]
+from tests.evaluation.task_rows import ROWS, scored
 
 
 def expected_qa(question: str, choices: list[str], gold: int) -> tuple[list[tuple[str, str]], int]:

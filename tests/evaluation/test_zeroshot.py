@@ -19,7 +19,7 @@ from modegpt.evaluation.items import unpack
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import mean_score, zeroshot
 from modegpt.progress import Progress
-from tests.evaluation.conftest import ROWS
+from tests.evaluation.task_rows import ROWS
 
 QUIET = Progress(quiet=True)
 

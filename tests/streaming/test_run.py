@@ -16,9 +16,8 @@ from modegpt.models.integrity import MANIFEST, check_files, fingerprint_weights
 from modegpt.records.store import load_record
 from modegpt.run import run
 from modegpt.streaming.job import OutOfCore
-from tests.processes import CLEAN
-from tests.streaming.test_resume import killed_when
-from tests.test_run import small
+from tests.processes import CLEAN, killed_when
+from tests.small_run import small
 
 OUT_OF_CORE = OutOfCoreConfig(enabled=True)
 
