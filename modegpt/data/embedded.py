@@ -10,13 +10,9 @@ import yaml
 TINY = Path(__file__).parent / "tiny"
 MODELS_DIR, DATA_DIR, TASKS_DIR = TINY / "models", TINY / "texts", TINY / "tasks"
 TINY_MODELS = {name: MODELS_DIR / name for name in ("tiny-llama", "tiny-opt")}
+"""The directory of each embedded model, in Hugging Face form."""
 TEXT_SPLITS = ("train", "validation", "test")
 TINY_TASKS = ("tiny_facts_easy", "tiny_facts_hard", "tiny_physical", "tiny_pronoun", "tiny_story")
-
-
-def model_path(name: str) -> Path:
-    """Directory of an embedded model in Hugging Face form; KeyError for a name not in ``TINY_MODELS``."""
-    return TINY_MODELS[name]
 
 
 def text_path(split: str) -> Path:

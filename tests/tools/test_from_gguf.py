@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from modegpt.data.embedded import model_path
+from modegpt.data.embedded import TINY_MODELS
 from tests.scripts import load_script
 
 
@@ -71,8 +71,8 @@ def test_the_weights_and_tokens_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_path("tiny-llama")),
-        AutoTokenizer.from_pretrained(model_path("tiny-llama")),
+        AutoModelForCausalLM.from_pretrained(TINY_MODELS["tiny-llama"]),
+        AutoTokenizer.from_pretrained(TINY_MODELS["tiny-llama"]),
     )
     stood_for = _write(tmp_path / "tiny.gguf", model, tokenizer)
     assert not torch.equal(stood_for["model.layers.0.mlp.down_proj.weight"], model.model.layers[0].mlp.down_proj.weight)
