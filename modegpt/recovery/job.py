@@ -122,7 +122,7 @@ def prepare_recovery(
 
 
 def shared_share(training: Documents, test: Documents) -> float:
-    """Share of ``test``'s characters that lie in documents which ``training`` holds too; short documents are left out."""
+    """Share of ``test``'s characters that lie in documents which ``training`` holds too, short documents left out."""
     seen = {text.strip() for text in training}
     long = [text.strip() for text in test if len(text.strip()) >= SHORT_CHARACTERS]
     return sum(len(text) for text in long if text in seen) / max(1, sum(map(len, long)))
