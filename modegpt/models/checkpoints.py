@@ -77,9 +77,9 @@ def save_checkpoint(
 
 
 def publish(partial: Path, directory: Path) -> None:
-    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``, where an identical one is left alone.
+    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``.
 
-    Raises UserError when something else is in ``directory``.
+    An identical one there is left alone. Raises UserError when something else is there.
     """
     (partial / MANIFEST).write_text(
         json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8"

@@ -22,12 +22,6 @@ from tests.small_run import small
 OUT_OF_CORE = OutOfCoreConfig(enabled=True)
 
 
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "results"
-
-
 def perplexity_alone(folder: Path) -> EvaluationSpec:
     return EvaluationSpec(
         PerplexitySpec(source="jsonl", path=str(folder / "text.jsonl"), windows=[128]), ZeroShotSpec(tasks=None)
