@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from modegpt.data.embedded import model_path
+from modegpt.data.embedded import TINY_MODELS
 from modegpt.records.store import load_record
 from modegpt.streaming.shards import shard_name, write_index, write_shard
 
@@ -53,7 +53,7 @@ def write_random_checkpoint(
         write_shard(tensors, directory / shard_name(index, len(groups)))
     write_index(directory, sum(shape.numel() for shape in shapes.values()))
     config.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(model_path("tiny-llama")).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(TINY_MODELS["tiny-llama"]).save_pretrained(directory)
     return config
 
 

@@ -9,7 +9,10 @@ class UserError(ValueError):
 
 
 def exit_status(command: Callable[[], object], *, program: str = "") -> int:
-    """Run ``command``: 0, or 2 after one line on stderr (led by the name of the ``program``) for a mistake of the user."""
+    """Run ``command``; returns 0, or 2 after a mistake of the user.
+
+    The mistake is said in one line on standard error, led by the name of the ``program``.
+    """
     try:
         command()
     except UserError as error:

@@ -11,7 +11,7 @@ from modegpt.cache import cache_directory
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.world import World, device_of, join_world
 from modegpt.compression import draw_tokens, make_task
-from modegpt.config import RunConfig
+from modegpt.config import RunConfig, build
 from modegpt.cost.metering import CostMeter
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.data.texts import load_documents
@@ -25,7 +25,8 @@ from modegpt.models.checkpoints import check_destination, load_tokenizer
 from modegpt.progress import Progress
 from modegpt.records.recording import model_name, run_name, speed_decides
 from modegpt.records.store import RecordStore, identity
-from modegpt.recovery.job import Recovery, make_recovery, prepare_recovery
+from modegpt.recovery.job import RECOVERIES, Recovery, check_recovery, prepare_recovery
+from modegpt.recovery.lora import Lora
 from modegpt.streaming.job import OutOfCore, check_streams
 
 
@@ -116,7 +117,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     config.evaluation.throughput.check(evaluation.context)
     recovery = None
     if training is not None:
-        recovery = prepare_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
+        recovery = plan_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
     backend.check(method, task, evaluation)
     return Run(
         config=config,
@@ -180,6 +181,29 @@ def calibration_tokens(
         num_samples=wanted.num_samples,
         sequence_length=wanted.sequence_length,
         seed=wanted.seed,
+    )
+
+
+def make_recovery(config: RunConfig) -> Lora | None:
+    """The training that follows compression; None for none. Raises UserError for one that cannot be."""
+    if config.recovery.get("name") == "none":
+        return None
+    lora = build(RECOVERIES, config.recovery, "recovery")
+    check_recovery(config.recovery["name"], method=config.method["name"], out_of_core=config.out_of_core.enabled)
+    return lora
+
+
+def plan_recovery(config: RunConfig, lora: Lora, *, tokenizer: PreTrainedTokenizerBase, context: int) -> Recovery:
+    """Draw the training windows of ``lora`` from the calibration text and check them against the test text."""
+    training, test = config.calibration, config.evaluation.perplexity
+    return prepare_recovery(
+        lora,
+        name=config.recovery["name"],
+        training=load_documents(training.source, path=training.path, split="calibration"),
+        test=load_documents(test.source, path=test.path, split="test") if test and test.source else None,
+        tokenizer=tokenizer,
+        context=context,
+        seed=config.seed,
     )
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, TextIO, TypeVar
 
@@ -57,7 +57,7 @@ class Progress:
         self, items: Iterable[Item], description: str, total: int | None = None, unit: str = "it"
     ) -> Iterator[Item]:
         """Yield ``items`` and report the time left."""
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         with self.bar(total, description, unit) as bar:
             for item in items:

@@ -25,16 +25,23 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of real models and data: ``MODEGPT_SHARED``, or ``shared`` beside the checkout. Skips where it is absent."""
+    """The folder of real models and data: ``MODEGPT_SHARED``, or ``shared`` beside the checkout. Skips without it."""
     directory = Path(os.environ.get("MODEGPT_SHARED", REPOSITORY.parent / "shared"))
     if not directory.is_dir():
         pytest.skip(f"real models and data are not here: {directory} (set MODEGPT_SHARED)")
     return directory
 
 
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for the records of a run, beside a cache of its own."""
+    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "results"
+
+
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Every test starts from the same global random state, whatever ran before it, and leaves one thread to the next."""
+    """Every test starts from the same global random state, and leaves one thread to the next."""
     torch.manual_seed(0)
     yield
     assert torch.get_num_threads() == 1, "the test changed the number of threads of this process"

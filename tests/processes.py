@@ -4,6 +4,24 @@ A child of the test process itself would have its locks and its memory, and none
 """
 
 import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
 
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["torch", "transformers", "modegpt.run"])
+
+
+def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after: bool) -> None:
+    """Patch ``owner.name`` to kill this process at the call for which ``moment`` is true, before it or ``after`` it."""
+    original = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        due = moment(*args, **kwargs)
+        result = original(*args, **kwargs) if after or not due else None
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)

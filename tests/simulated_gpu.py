@@ -1,9 +1,10 @@
 """The main job on a simulated GPU: ``python -m tests.simulated_gpu OVERRIDES``.
 
-Tensors say that they are on ``cuda:0`` and keep their numbers on the CPU, where every operation runs. What a GPU refuses is refused:
-an operation on tensors of both devices (tensors without dimensions and CPU indices excepted, as there) and numpy's view of
-device memory. What this cannot show is speed, rounding, kernels that lack a data type, and gradients, for which autograd wants a real device.
-A process of its own, because PyTorch's table of devices is changed for good.
+Tensors say that they are on ``cuda:0`` and keep their numbers on the CPU, where every operation runs. What a GPU
+refuses is refused: an operation on tensors of both devices (tensors without dimensions and CPU indices excepted, as
+there) and numpy's view of device memory. What this cannot show is speed, rounding, kernels that lack a data type, and
+gradients, for which autograd wants a real device. It is a process of its own, because PyTorch's table of devices is
+changed for good.
 """
 
 import ctypes
@@ -128,7 +129,7 @@ class Generator(torch.Generator):
 
 
 def guards() -> Any:
-    """PyTorch's table of what to do when the current device changes, one entry a kind of device; None where it is not found."""
+    """PyTorch's table of what to do when the current device changes, one entry a kind of device; None if not found."""
     library = ctypes.CDLL(next((Path(torch.__file__).parent / "lib").glob("libc10.*")))
     try:
         return (ctypes.c_void_p * 20).in_dll(library, GUARDS)
@@ -154,9 +155,8 @@ def simulated_gpu():
     }
     move = Tensor.to
 
-    def to(
-        self: Tensor, *arguments: Any, **keywords: Any
-    ) -> Tensor:  # "cuda" is the current device, which nothing tells here
+    # "cuda" is the current device, which nothing tells here
+    def to(self: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         return move(self, *map(_indexed, arguments), **{name: _indexed(value) for name, value in keywords.items()})
 
     with pytest.MonkeyPatch.context() as patched, Device():

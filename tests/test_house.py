@@ -1,11 +1,13 @@
-"""What a reader can rely on in every tracked file: nothing that names one machine or one registry."""
+"""What a reader can rely on in every tracked file: nothing names one machine or registry, and no line is too wide."""
 
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+COLUMNS = 120
 PLACES = "|".join(("root", "home", "work", "Users", "opt", "mnt"))
 MACHINE = re.compile(
     rf"(?<![\w./~$<>{{}}-])/(?:{PLACES})/\w|file:/"
@@ -21,19 +23,25 @@ def tracked(repository: Path) -> list[Path]:
     return [path for name in listing.stdout.split("\0") if name and (path := repository / name).is_file()]
 
 
-def test_no_file_names_a_machine(repository: Path) -> None:
-    found = []
-    for path in tracked(repository):
+def lines_of(paths: Iterable[Path], repository: Path) -> Iterator[tuple[str, str]]:
+    """Each line of each text file after its place, ``FILE:NUMBER``."""
+    for path in paths:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:  # weights and pictures
             continue
-        found += [
-            f"{path.relative_to(repository)}:{number}: {line.strip()[:80]}"
-            for number, line in enumerate(lines, 1)
-            if MACHINE.search(line)
-        ]
-    assert not found
+        for number, line in enumerate(lines, 1):
+            yield f"{path.relative_to(repository)}:{number}", line
+
+
+def test_no_file_names_a_machine(repository: Path) -> None:
+    lines = lines_of(tracked(repository), repository)
+    assert not [f"{place}: {line.strip()[:80]}" for place, line in lines if MACHINE.search(line)]
+
+
+def test_no_line_of_code_or_prose_is_wider_than_the_page(repository: Path) -> None:
+    pages = [path for path in tracked(repository) if path.suffix in (".py", ".md")]
+    assert not [f"{place}: {len(line)}" for place, line in lines_of(pages, repository) if len(line) > COLUMNS]
 
 
 @pytest.mark.parametrize("text", ["see /ho" + "me/me/x", '"/wo' + 'rk/main"', "--find" + "-links=x"])

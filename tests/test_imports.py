@@ -1,62 +1,145 @@
-"""One import direction, read from the source."""
+"""The order of rooms: who may import whom, read from the source of every import, those inside functions included."""
 
 import ast
+import functools
+import graphlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+CHECKOUT = Path(__file__).resolve().parent.parent
 
-PACKAGE = Path(__file__).resolve().parent.parent / "modegpt"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-PURE = ("decompositions/", "allocation/", "calibration/moments.py")
-"""The mathematics: PyTorch and the standard library alone."""
+ROOMS = (
+    "modegpt.errors",
+    "modegpt.progress",
+    "modegpt.files",
+    "modegpt.cache",
+    "modegpt.decompositions",
+    "modegpt.allocation",
+    "modegpt.data",
+    "modegpt.models",
+    "modegpt.cost",
+    "modegpt.calibration",
+    "modegpt.evaluation",
+    "modegpt.config",
+    "modegpt.methods",
+    "modegpt.recovery",
+    "modegpt.compression",
+    "modegpt.backend",
+    "modegpt.streaming",
+    "modegpt.records",
+    "modegpt.prepare",
+    "modegpt.run",
+    "modegpt.api",
+    "modegpt",
+    "modegpt.cli",
+    "modegpt.__main__",
+    "analysis",
+    "tools",
+    "benchmarks",
+    "experiments",
+)
+"""From the ground up: a room imports rooms below it only. ``modegpt`` is the package's own face."""
+
+PURE = ("modegpt/decompositions/", "modegpt/allocation/", "modegpt/calibration/moments.py")
+"""The mathematics: of other packages it knows PyTorch alone, of this one itself and the errors."""
+
+CONFINED = {
+    "transformers.models": "modegpt/models/",
+    "hydra": "modegpt/cli/",
+    "omegaconf": "modegpt/cli/",
+    "wandb": "modegpt/records/tracking.py",
+}
+"""Packages that one place of ``modegpt`` alone imports."""
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every module a file imports anywhere, and every name it imports from one, dotted."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def sources() -> dict[str, Path]:
+    """The file of every module outside the tests, by its dotted name."""
+    folders = {room.partition(".")[0] for room in ROOMS}
+    paths = {path.relative_to(CHECKOUT): path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")}
+    return {".".join(place.with_suffix("").parts).removesuffix(".__init__"): path for place, path in paths.items()}
+
+
+MODULES = sources()
 
 
 def within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-def place(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+def module_of(name: str) -> str:
+    """The module that ``name``, dotted, is or stands in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=place)
-def test_import_direction(path: Path) -> None:
-    where, names = place(path), list(imported(path))
-    if where.startswith(PURE):
-        allowed = (
-            "torch",
-            "modegpt.errors",
-            "modegpt.decompositions",
-            "modegpt.allocation",
-            "modegpt.calibration.moments",
-        )
-        strangers = [
-            name for name in names if name.split(".")[0] not in sys.stdlib_module_names and not within(name, *allowed)
-        ]
-        assert not strangers, "the mathematics knows no model and no configuration"
-    if not where.startswith(("models/",)):
-        assert not [name for name in names if within(name, "transformers.models")]
-    if not where.startswith("cli/"):
-        assert not [name for name in names if within(name, "hydra", "omegaconf")]
-    if where not in ("__main__.py",) and not where.startswith("cli/"):
-        assert not [name for name in names if within(name, "modegpt.cli")], "nothing depends on the command line"
-    if where != "records/tracking.py":
-        assert not [name for name in names if within(name, "wandb")]
+def room_of(module: str) -> str:
+    rooms = [room for room in ROOMS if module == room or (room != "modegpt" and within(module, room))]
+    assert len(rooms) == 1, f"{module} has no place in the order of rooms"
+    return rooms[0]
+
+
+def place_of(module: str) -> str:
+    return MODULES[module].relative_to(CHECKOUT).as_posix()
+
+
+@functools.cache
+def imported(module: str) -> frozenset[str]:
+    """Every module that a file imports anywhere, and every name that it imports from one, dotted."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
+
+
+def imported_modules(module: str) -> set[str]:
+    """The project's own modules among them."""
+    return {target for name in imported(module) if (target := module_of(name)) and target != module}
+
+
+def test_a_room_imports_rooms_below_it_only() -> None:
+    upwards = {
+        f"{module} -> {target}"
+        for module in MODULES
+        for target in imported_modules(module)
+        if ROOMS.index(room_of(target)) > ROOMS.index(room_of(module))
+    }
+    assert not upwards
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graphlib.TopologicalSorter({module: imported_modules(module) for module in MODULES}).prepare()
+
+
+def test_the_mathematics_knows_no_model_and_no_configuration() -> None:
+    def known(name: str) -> bool:
+        if within(name, "modegpt"):
+            return within(name, "modegpt.errors") or place_of(module_of(name)).startswith(PURE)
+        return name.partition(".")[0] in {"torch", *sys.stdlib_module_names}
+
+    pure = [module for module in MODULES if place_of(module).startswith(PURE)]
+    assert not {f"{module} -> {name}" for module in pure for name in imported(module) if not known(name)}
+
+
+def test_each_confined_package_is_imported_in_its_place_alone() -> None:
+    modules = [module for module in MODULES if within(module, "modegpt")]
+    importers = {
+        package: {place_of(module) for module in modules if any(within(name, package) for name in imported(module))}
+        for package in CONFINED
+    }
+    assert all(importers.values()), "a rule with nothing to guard"
+    assert not {
+        f"{place} -> {package}"
+        for package, places in importers.items()
+        for place in places
+        if not place.startswith(CONFINED[package])
+    }
 
 
 def test_every_rule_has_something_to_guard() -> None:
-    places = [place(path) for path in MODULES]
-    for guarded in (*PURE, "cli/", "records/tracking.py"):
-        assert any(where.startswith(guarded) for where in places)
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
+    assert all(any(place_of(module).startswith(place) for module in MODULES) for place in PURE)

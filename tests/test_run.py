@@ -14,10 +14,8 @@ from modegpt.backend import InMemory
 from modegpt.config import (
     CalibrationConfig,
     CompressionConfig,
-    DecompositionConfig,
     ModelConfig,
     OutputConfig,
-    RunConfig,
     TrackingConfig,
 )
 from modegpt.data.embedded import TINY_MODELS
@@ -25,36 +23,7 @@ from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
 from modegpt.records.store import load_record
 from modegpt.run import run
-
-PAPER = {"mlp": {"name": "nystrom"}, "query_key": {"name": "cr"}, "value_output": {"name": "svd"}}
-
-
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "results"
-
-
-def small(results: Path, **changes: Any) -> RunConfig:
-    """A run of seconds: few samples, two perplexity windows, four items a task."""
-    text = results.parent / "text.jsonl"
-    if not text.exists():
-        lines = [json.dumps({"text": "The old baker walked to the market and bought two apples . " * 30})] * 12
-        text.write_text("\n".join(lines), encoding="utf-8")
-    defaults: dict[str, Any] = {
-        "quiet": True,
-        "model": ModelConfig(name="tiny-llama", path="embedded:tiny-llama"),
-        "method": {"name": "modegpt"},
-        "decomposition": DecompositionConfig(**PAPER),
-        "allocation": {"name": "entropic"},
-        "calibration": CalibrationConfig(source="jsonl", path=str(text), num_samples=4, sequence_length=128),
-        "evaluation": EvaluationSpec(
-            PerplexitySpec(source="jsonl", path=str(text), windows=[128]), ZeroShotSpec(tasks=["tiny_pronoun"], limit=4)
-        ),
-        "output": OutputConfig(root=str(results)),
-        "tracking": TrackingConfig(mode="disabled"),
-    }
-    return RunConfig(**(defaults | changes))
+from tests.small_run import small
 
 
 @pytest.mark.parametrize("name", sorted(TINY_MODELS))

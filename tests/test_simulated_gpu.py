@@ -69,6 +69,9 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path: Path, overrides: tuple[str, .
 
 
 def test_tensors_of_two_devices_are_refused() -> None:
-    program = "import torch; from tests.simulated_gpu import simulated_gpu\nwith simulated_gpu():\n    torch.ones(2, 2, device='cuda') @ torch.ones(2, 2)"
+    program = (
+        "import torch; from tests.simulated_gpu import simulated_gpu\n"
+        "with simulated_gpu():\n    torch.ones(2, 2, device='cuda') @ torch.ones(2, 2)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "tensors on cuda:0 and on the CPU" in done.stderr

@@ -1,6 +1,7 @@
 """Make a checkpoint that ``model=local`` reads of a GGUF file: ``python tools/from_gguf.py FILE FOLDER``.
 
-The weights are what the file's quantised blocks stand for, in float32. Needs the package gguf beside the project's own (or the extra ``dev``).
+The weights are what the file's quantised blocks stand for, in float32. Needs the package gguf, which the extra ``dev``
+brings.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Several processes, one calibration: each sees its share of the windows, sums are pooled layer by layer.
+"""Several processes, one calibration: each sees its share of the windows, and sums are pooled layer by layer.
 
 Second moments and influence are sums over tokens, so the pooled ones differ from a single process's only by the
 order of float64 additions. Every process then decomposes the same statistics; the first one scores and records.
@@ -23,7 +23,10 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run: this one's ``rank`` among ``size``, and its rank on its own machine. Alone by default."""
+    """The processes of one run: this one's ``rank`` among ``size``, and its rank on its own machine.
+
+    By default a process is alone.
+    """
 
     rank: int = 0
     size: int = 1
@@ -42,7 +45,8 @@ class World:
         """Every ``size``-th of ``items`` from the ``rank``-th on. Raises UserError when a process would have none."""
         if len(items) < self.size:
             raise UserError(
-                f"{self.size} processes cannot share {len(items)} {what}; start fewer, or set a smaller calibration.batch_size or more calibration.num_samples"
+                f"{self.size} processes cannot share {len(items)} {what}; start fewer, or set a smaller "
+                "calibration.batch_size or more calibration.num_samples"
             )
         return list(items[self.rank :: self.size])
 
@@ -55,7 +59,7 @@ class World:
                 tensor.copy_(total.view_as(tensor))
 
     def told(self, value: Any) -> Any:
-        """The first process's ``value``, on all."""
+        """Broadcast the first process's ``value`` to all."""
         values = [value]
         if self.size > 1:
             distributed.broadcast_object_list(values, src=0)

@@ -10,24 +10,20 @@ import yaml
 TINY = Path(__file__).parent / "tiny"
 MODELS_DIR, DATA_DIR, TASKS_DIR = TINY / "models", TINY / "texts", TINY / "tasks"
 TINY_MODELS = {name: MODELS_DIR / name for name in ("tiny-llama", "tiny-opt")}
+"""The directory of each embedded model, in Hugging Face form."""
 TEXT_SPLITS = ("train", "validation", "test")
 TINY_TASKS = ("tiny_facts_easy", "tiny_facts_hard", "tiny_physical", "tiny_pronoun", "tiny_story")
 
 
-def model_path(name: str) -> Path:
-    """Directory of an embedded model in Hugging Face form; KeyError for a name not in `TINY_MODELS`."""
-    return TINY_MODELS[name]
-
-
 def text_path(split: str) -> Path:
-    """The jsonl file (field `text`, one document a line) of `train` (a sample), `validation` or `test`."""
+    """The jsonl file (field ``text``, one document a line) of ``train`` (a sample), ``validation`` or ``test``."""
     if split not in TEXT_SPLITS:
         raise KeyError(f"unknown split {split!r}: one of {', '.join(TEXT_SPLITS)}")
     return DATA_DIR / f"{split}.jsonl"
 
 
 def task_configs() -> dict[str, dict]:
-    """Task name to configuration, data files made absolute: ready for `simple_evaluate(tasks=[...])`."""
+    """Task name to its configuration for lm-evaluation-harness, with data files made absolute."""
     configs = {}
     for name in TINY_TASKS:
         config = yaml.safe_load((TASKS_DIR / f"{name}.yaml").read_text())

@@ -7,7 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what turns text into ids: the tokenizer's model, rules and special tokens; not its padding or truncation state."""
+    """sha256 of what turns text into ids: the tokenizer's model, rules and special tokens.
+
+    Its padding and truncation are left out, which callers set and unset.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The hub, where it can be reached, else the libraries' own caches of it."""
+"""The hub where it can be reached, and else the libraries' own caches of it."""
 
 import socket
 import urllib.request

@@ -61,10 +61,12 @@ def load_documents(source: str, *, path: str | None, split: str, max_documents: 
     ========== ============================================ ==================================================
 
     A document of WikiText-2 is a row of the hub's data set: a line with its newline, or ``""`` for a blank line.
-    One of Alpaca is the non-empty ones of instruction, input and output on successive lines. A path may end in ``.gz``.
+    A document of Alpaca is instruction, input and output on successive lines, without those that are empty.
+    A path may end in ``.gz``.
 
     Args:
-        split: ``"calibration"``, ``"validation"`` or ``"test"``. A path that names a file is read whole whatever the split.
+        split: ``"calibration"``, ``"validation"`` or ``"test"``. A path that names a file is read whole, whatever the
+            split.
         max_documents: read no more than this many; None reads all.
 
     Raises UserError on an unknown source, a missing or unreadable path, a row without its field (the line is named),
@@ -82,7 +84,7 @@ def load_documents(source: str, *, path: str | None, split: str, max_documents: 
 def tokenize_stream(documents: Documents, tokenizer: Any) -> Tensor:
     """Join ``documents`` and tokenise them once, as one stream.
 
-    The tokenizer's own special tokens are added as it does by default: with most tokenizers a single BOS at the very start.
+    The tokenizer adds its special tokens as it does by default: with most tokenizers a single BOS at the very start.
     The last few streams are remembered for as long as the process lives.
 
     Returns (num_tokens,) int64 token ids.
@@ -102,8 +104,11 @@ def tokenize_stream(documents: Documents, tokenizer: Any) -> Tensor:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, unpacked when its name ends in ``.gz``, newlines as ``\\n``. Raises UserError when it cannot be read."""
-    opener = gzip.open if str(path).endswith(".gz") else open
+    """The text of a UTF-8 file, unpacked when its name ends in ``.gz``; every line ends in a line feed alone.
+
+    Raises UserError when it cannot be read.
+    """
+    opener: Callable[..., Any] = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return file.read()
@@ -114,8 +119,9 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path, *, max_rows: int | None = None) -> list[tuple[str, dict]]:
-    """Rows of a JSON-lines file, or of a JSON file that is one list, each with its place (``"FILE, line 7"``) for messages.
+    """Rows of a JSON-lines file, or of a JSON file that is one list.
 
+    Each comes with its place (``"FILE, line 7"``) for messages.
     Raises UserError when the file cannot be read or a row is not a JSON object.
     """
     text = read_text(path)
@@ -126,7 +132,7 @@ def read_rows(path: str | Path, *, max_rows: int | None = None) -> list[tuple[st
             (f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()
         )
         places = ((place, _parse_json(line, place)) for place, line in lines)
-    rows = []
+    rows: list[tuple[str, dict]] = []
     for place, row in places:
         if max_rows is not None and len(rows) == max_rows:
             break
@@ -136,12 +142,14 @@ def read_rows(path: str | Path, *, max_rows: int | None = None) -> list[tuple[st
     return rows
 
 
-def field(row: dict, name: str, place: str, kind: type = str) -> Any:
-    """``row[name]``, checked to be a ``kind``. Raises UserError naming ``place`` otherwise."""
+def field(row: dict, name: str, place: str, kind: type = str, *others: type) -> Any:
+    """``row[name]``, checked to be a ``kind`` or one of ``others``. Raises UserError naming ``place`` otherwise."""
     if name not in row:
         raise UserError(f"{place} has no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    if not isinstance(row[name], kind):
-        raise UserError(f"{place}: field {name!r} is {type(row[name]).__name__}, not {kind.__name__}")
+    kinds = (kind, *others)
+    if not isinstance(row[name], kinds):
+        expected = " or ".join(each.__name__ for each in kinds)
+        raise UserError(f"{place}: field {name!r} is {type(row[name]).__name__}, not {expected}")
     return row[name]
 
 
@@ -191,7 +199,7 @@ def _alpaca(path: str | None, split: str, max_documents: int | None) -> list[str
         if split != "calibration":
             raise UserError(f"alpaca has no {split} split on the hub; give a file of your own with path=FILE")
         hub_rows = _hub_rows("tatsu-lab/alpaca", "train", "alpaca", max_documents)
-        rows = ((f"tatsu-lab/alpaca, row {index}", row) for index, row in enumerate(hub_rows))
+        rows = [(f"tatsu-lab/alpaca, row {index}", row) for index, row in enumerate(hub_rows)]
     else:
         rows = read_rows(path, max_rows=max_documents)
     parts = (

@@ -11,7 +11,13 @@ from modegpt.errors import UserError
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """``ids`` (num_samples, sequence_length) int64, and what identifies them."""
+    """Calibration windows.
+
+    Args:
+        ids: (num_samples, sequence_length) int64.
+        sha256: of ``ids``.
+        stream_tokens: tokens of the text that they were drawn from.
+    """
 
     ids: Tensor
     sha256: str
@@ -19,6 +25,7 @@ class CalibrationTokens:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all windows."""
         return self.ids.numel()
 
 
@@ -31,7 +38,8 @@ def resolve_sequence_length(requested: int | str, context: int) -> int:
         return min(2048, context)
     if int(requested) > context:
         raise UserError(
-            f"calibration.sequence_length={requested} is longer than the model's context of {context} tokens; use at most {context}, or auto"
+            f"calibration.sequence_length={requested} is longer than the model's context of {context} tokens; "
+            f"use at most {context}, or auto"
         )
     return int(requested)
 
@@ -54,8 +62,9 @@ def draw_windows(
     available = stream.numel() // sequence_length
     if available < num_samples:
         raise UserError(
-            f"{asked_by} asks for {num_samples} x {sequence_length} = {num_samples * sequence_length} tokens but the text holds "
-            f"{stream.numel()} ({available} whole windows); lower {asked_by}.num_samples to {available} or {asked_by}.sequence_length, or give more text"
+            f"{asked_by} asks for {num_samples} x {sequence_length} = {num_samples * sequence_length} tokens but the "
+            f"text holds {stream.numel()} ({available} whole windows); lower {asked_by}.num_samples to {available} or "
+            f"{asked_by}.sequence_length, or give more text"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     ids = stream[: available * sequence_length].view(available, sequence_length)[order].contiguous()

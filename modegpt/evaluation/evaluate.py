@@ -20,9 +20,13 @@ from modegpt.progress import Progress
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text ready to score: ``token_ids`` (num_tokens,) int64, their sha256, and the window lengths."""
+    """A text ready to score: ``token_ids`` (num_tokens,) int64, their sha256, and the window lengths.
 
-    spec: PerplexitySpec
+    ``batch_tokens``: tokens in one forward pass.
+    """
+
+    source: str
+    batch_tokens: int
     token_ids: Tensor
     sha256: str
     windows: list[int]
@@ -30,21 +34,24 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """Everything scoring needs apart from a model: loaded, tokenised and checked once, used for dense and compressed alike."""
+    """Everything scoring needs apart from a model: loaded, tokenised and checked once, used for dense and compressed.
+
+    ``encodings`` is filled by the first model scored: tokens by request, for the next model with this tokenizer.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     context: int
     text: ScoredText | None
     zeroshot: ZeroShotSpec | None
     tasks: dict[str, Any]
-    encodings: dict = field(default_factory=dict)  # filled by the first model scored
+    encodings: dict = field(default_factory=dict)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on apart from the model, JSON-able. Batch sizes are left out: they only round."""
         limit = self.zeroshot.limit if self.zeroshot else None
         return {
             "context": self.context,
-            "text": {"source": self.text.spec.source, "sha256": self.text.sha256, "windows": self.text.windows}
+            "text": {"source": self.text.source, "sha256": self.text.sha256, "windows": self.text.windows}
             if self.text
             else None,
             "tasks": {name: task_fingerprint(task, limit=limit) for name, task in self.tasks.items()},
@@ -90,9 +97,18 @@ def _prepare_text(
             "they do not belong together"
         )
     windows = resolve_windows(
-        spec.windows, context=context, num_tokens=token_ids.numel(), what=spec.path or f"the {spec.source} test text"
+        spec.windows,
+        context=context,
+        num_tokens=token_ids.numel(),
+        what=spec.path or f"the {documents.source} test text",
     )
-    return ScoredText(spec=spec, token_ids=token_ids, sha256=token_fingerprint(token_ids), windows=windows)
+    return ScoredText(
+        source=documents.source,
+        batch_tokens=spec.batch_tokens,
+        token_ids=token_ids,
+        sha256=token_fingerprint(token_ids),
+        windows=windows,
+    )
 
 
 def evaluate(
@@ -107,22 +123,23 @@ def evaluate(
 
     ``score_windows`` is called as ``perplexity`` is.
 
-    Returns ``{"perplexity": {ppl_<source>_<window>: {value, window, num_windows, num_predicted_tokens, mean_nll,
-    num_tokens, tokens_sha256}}, "zeroshot": {task: {...}, "mean": {...}}}`` (see ``perplexity`` and ``zeroshot``); what is
-    not asked for is empty.
+    Returns ``{"perplexity": {ppl_<source>_<window>: {...}}, "zeroshot": {task: {...}, "mean": {...}}}``; what is not
+    asked for is empty. A task's entry is that of ``zeroshot``. A perplexity's is that of ``perplexity`` with
+    ``num_tokens, tokens_sha256`` of the whole text.
     Raises UserError when the model gives NaN or infinite logits.
     """
     model.eval()
     scores: dict[str, dict] = {"perplexity": {}, "zeroshot": {}}
-    text = prepared.text
-    for window in text.windows if text else ():
-        result = score_windows(
-            model, text.token_ids, window=window, batch_tokens=text.spec.batch_tokens, progress=progress
-        )
-        name = metric_name(text.spec.source, window)
-        progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
-        scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}
-    if prepared.tasks:
+    if prepared.text:
+        text = prepared.text
+        for window in text.windows:
+            result = score_windows(
+                model, text.token_ids, window=window, batch_tokens=text.batch_tokens, progress=progress
+            )
+            name = metric_name(text.source, window)
+            progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
+            scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}
+    if prepared.zeroshot and prepared.tasks:
         scores["zeroshot"] = zeroshot(
             model,
             prepared.tokenizer,

@@ -46,6 +46,7 @@ class HarnessModel(HFLM):
         self.bar = bar
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each request's continuation after its context, and whether it is the greedy one."""
         pairs = [request.args for request in requests]
         self._encode(pairs)
         encoded = [(pair, *self.encodings[pair]) for pair in pairs]
@@ -54,13 +55,18 @@ class HarnessModel(HFLM):
         return self._loglikelihood_tokens(encoded)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """The harness's own, without its bar."""
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """The harness's own, without its bar."""
         return super().generate_until(requests, disable_tqdm=True)
 
     def _encode(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Tokenise what is new in ``pairs``: a continuation is what the tokens of the whole have beyond those of the context."""
+        """Tokenise what is new in ``pairs``.
+
+        A continuation's tokens are those that context and continuation together have beyond the context's own.
+        """
         moved = {}
         for pair in dict.fromkeys(pairs):
             if pair not in self.encodings:
@@ -89,9 +95,7 @@ class HarnessModel(HFLM):
             return self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
         backend.no_truncation()  # what an earlier caller may have left behind
         backend.no_padding()
-        return [
-            encoding.ids for encoding in backend.encode_batch_fast(texts)
-        ]  # without offsets into the text, which nobody reads
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts)]  # fast: makes no offsets into the text
 
     def _encode_alone(self, continuation: str) -> Encoded:
         """Without a context the first token is predicted from BOS (EOS where there is none)."""
@@ -107,7 +111,8 @@ class HarnessModel(HFLM):
     ) -> list[tuple[float, bool]]:
         """Summed log-likelihood of each continuation, and whether it is the greedy one.
 
-        A request that does not fit the context keeps its last ``max_length`` predicted tokens; an empty continuation scores 0.
+        A request that does not fit the context keeps its last ``max_length`` predicted tokens. An empty continuation
+        scores 0.
         """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         sharing: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input -> (request, tokens to predict)
@@ -129,18 +134,26 @@ class HarnessModel(HFLM):
         groups: list[list[tuple[int, list[int]]]],
         results: list[tuple[float, bool]],
     ) -> None:
-        """Score the (request, continuation) pairs in ``groups`` that go with each of ``inputs``, the longest first, into ``results``."""
+        """Score a batch into ``results``.
+
+        Args:
+            inputs: token ids, the longest first.
+            groups: for each input, (index of the request, continuation) of the requests that share it.
+            results: by request, log-likelihood and whether the continuation is the greedy one.
+        """
         width = len(inputs[0])
         # causal attention: what pads the right end changes nothing before it
         padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in inputs], device=self.device)
         longest = [max(len(continuation) for _, continuation in group) for group in groups]
-        first = min(
-            len(tokens) - count for tokens, count in zip(inputs, longest, strict=True)
-        )  # nothing before it is predicted from
-        logits = self.model(
-            input_ids=padded, use_cache=False, logits_to_keep=width - first
-        ).logits  # (batch, width - first, vocabulary)
-        rows, columns, targets, owners, lengths = [], [], [], [], []
+        # the first position that a target is predicted from: no logits are made before it
+        first = min(len(tokens) - count for tokens, count in zip(inputs, longest, strict=True))
+        # (batch, width - first, vocabulary)
+        logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=width - first).logits
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        lengths: list[int] = []
         for row, (tokens, group) in enumerate(zip(inputs, groups, strict=True)):
             for index, continuation in group:
                 rows += [row] * len(continuation)
@@ -149,9 +162,8 @@ class HarnessModel(HFLM):
                 owners.append(index)
                 lengths.append(len(continuation))
         target_ids = torch.tensor(targets, device=logits.device)
-        picked = logits[
-            torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)
-        ]  # (num_targets, vocabulary)
+        # (num_targets, vocabulary)
+        picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]
         scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").double().cpu()
         misses = (picked.argmax(-1) != target_ids).double().cpu()
         owner = torch.arange(len(owners)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to

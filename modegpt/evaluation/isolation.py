@@ -73,7 +73,7 @@ def _templates_compiled_once() -> Iterator[None]:
 
 @contextmanager
 def _present_objects_uncollected() -> Iterator[None]:
-    # thousands of requests trigger full collections, and a process that has imported all this has a million objects to visit
+    # thousands of requests trigger full collections, each of which would visit the million objects imported before
     gc.freeze()
     try:
         yield

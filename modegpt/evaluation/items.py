@@ -1,7 +1,7 @@
-"""Which items of a task were answered right, and what two models that answered the same items can say about their difference.
+"""Which items of a task were answered right, and the error of a difference between models that answered the same items.
 
-A standard error of one accuracy is mostly that of the items: some are easy, some are hard, for every model alike. Between models that
-answer the same items it cancels, so a difference is known better than either accuracy.
+A standard error of one accuracy is mostly that of the items: some are easy, some are hard, for every model alike.
+Between models that answer the same items it cancels, so a difference is known better than either accuracy.
 """
 
 import math
@@ -15,12 +15,15 @@ ACCURACIES = ("acc", "acc_norm")
 
 
 def pack(right: Sequence[float]) -> str | None:
-    """One bit an item, the first item the highest of the first byte, as hexadecimal digits; None where some are neither 0 nor 1."""
+    """Hexadecimal digits of one bit an item, the first item the highest of the first byte.
+
+    None where a value is neither 0 nor 1.
+    """
     return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex() if set(right) <= {0, 1} else None
 
 
 def unpack(score: Mapping[str, Any]) -> np.ndarray | None:
-    """What ``pack`` packed in a task's score, (num_items,) of 0.0 and 1.0; None where it has no such field."""
+    """What ``pack`` stored in a task's score, (num_items,) of 0.0 and 1.0; None where the score has no such field."""
     if score.get("right") is None:
         return None
     bits = np.frombuffer(bytes.fromhex(score["right"]), dtype=np.uint8)
@@ -28,10 +31,11 @@ def unpack(score: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def difference_stderr(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float | None:
-    """Standard error of the mean accuracy over tasks of ``own`` minus that of ``other``, as shares; None where it cannot be known.
+    """Standard error of the mean accuracy over tasks of ``own`` minus that of ``other``, as shares.
 
-    Both are the scores of the same tasks in the same order. The sample standard deviation of each task's item-wise difference, over
-    the root of their number; errors of tasks add up as squares.
+    Both are the scores of the same tasks in the same order. A task's error is the sample standard deviation of the
+    differences between its items over the root of their number; errors of tasks add up as squares. None where it
+    cannot be known: an item's answer is missing, or a task has a single item.
     """
     return _paired_stderr(own, other, weight=1.0)
 
@@ -39,8 +43,8 @@ def difference_stderr(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[
 def retention_stderr(dense: Sequence[Mapping[str, Any]], compressed: Sequence[Mapping[str, Any]]) -> float | None:
     """Standard error of ``compressed`` accuracy / ``dense`` accuracy, means over tasks; None where it cannot be known.
 
-    To first order (the ratio estimator of survey sampling): that of the mean of ``compressed - ratio * dense`` over the items,
-    divided by the dense accuracy.
+    To first order (the ratio estimator of survey sampling) it is the standard error of the mean of
+    ``compressed - ratio * dense`` over the items, divided by the dense accuracy.
     """
     whole, left = (math.fsum(score["value"] for score in scores) / len(scores) for scores in (dense, compressed))
     if not whole:

@@ -25,11 +25,15 @@ def token_log_likelihoods(logits: Tensor, targets: Tensor, *, what: str) -> Tens
     scores = torch.cat([-F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
     if not torch.isfinite(scores).all():
         raise UserError(
-            f"the model's logits are NaN or infinite while scoring {what}; look at its weights, or try another dtype than {logits.dtype}"
+            f"the model's logits are NaN or infinite while scoring {what}; look at its weights, "
+            f"or try another dtype than {logits.dtype}"
         )
     return scores
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a batch for ``model`` is put: on its device, or in memory where a device map keeps its first weights elsewhere and moves inputs itself."""
+    """Where a batch for ``model`` is put: on its device.
+
+    In memory where a device map keeps the first weights off the devices: it then moves inputs itself.
+    """
     return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -39,7 +39,8 @@ def _piqa_labels(path: Path, rows: list[tuple[str, dict]]) -> list[int]:
     labels = read_text(labels_path).split()
     if len(labels) != len(rows) or not set(labels) <= {"0", "1"}:
         raise UserError(
-            f"{labels_path} should hold one label, 0 or 1, for each of the {len(rows)} rows of {path}; it holds {len(labels)}"
+            f"{labels_path} should hold one label, 0 or 1, for each of the {len(rows)} rows of {path}; "
+            f"it holds {len(labels)}"
         )
     return [int(label) for label in labels]
 
@@ -53,21 +54,22 @@ def _piqa(row: dict, place: str) -> dict:
 def _hellaswag(row: dict, place: str) -> dict:
     texts = {name: field(row, name, place) for name in ("activity_label", "ctx_a", "ctx_b")}
     endings = field(row, "endings", place, list)
-    label = str(field(row, "label", place, (int, str)))
+    label = str(field(row, "label", place, int, str))
     if label not in map(str, range(len(endings))):
         raise UserError(f"{place}: label {label} is not the index of one of {len(endings)} endings")
     return texts | {"endings": endings, "label": label}
 
 
 def _winogrande(row: dict, place: str) -> dict:
-    """Rebuild ``sentence`` from the strings scored: what stands before ``_`` with each option in its place, then the rest, stripped.
+    """The hub's columns, ``sentence`` with its gap ``_`` among them.
 
+    The rows passed around hold the strings scored: what stands before the gap followed by each option, and the rest.
     The cut is the last word boundary that the two contexts share, so options are whole words.
     """
     if "sentence" in row:
         return {name: field(row, name, place) for name in ("sentence", "option1", "option2", "answer")}
     first, second = _choices(row, "context_options", place, 2)
-    shared = os.path.commonprefix([first, second])
+    shared = os.path.commonprefix([first, second])  # noqa: RUF071 - these are texts: characters are meant
     start = 0 if "_" in shared else shared.rfind(" ") + 1
     return {
         "sentence": f"{first[:start]}_ {field(row, 'continuation', place)}",

@@ -16,13 +16,14 @@ NUM_CHOICES = 4
 LEAST_WORDS = 4
 """Of a sentence to choose; shorter ones ("Yes, she did.") follow anything."""
 
-SENTENCE = re.compile(r"\S.*?[.!?][\"'”’)]*(?=\s|$)", re.DOTALL)
+SENTENCE = re.compile(r"\S.*?[.!?][\"'”\u2019)]*(?=\s|$)", re.DOTALL)
 
 
 def next_sentence_rows(documents: Documents) -> list[dict[str, Any]]:
-    """Rows of ``context`` (two sentences), ``choices`` (the next one, and three that answer rows of other documents) and ``gold``, its index.
+    """Rows of ``context`` (two sentences), ``choices`` (four) and ``gold`` (the index of the one that comes next).
 
-    Each document is read three sentences at a time, so that none is used twice; the wrong choices and the order are drawn with a fixed seed.
+    The other three choices answer rows of other documents. Each document is read three sentences at a time, so that
+    no sentence is used twice. The wrong choices and the order are drawn with a fixed seed.
     Raises UserError where the text has too few documents of three sentences to choose from.
     """
     answered = []
@@ -34,7 +35,8 @@ def next_sentence_rows(documents: Documents) -> list[dict[str, Any]]:
                 answered.append((number, " ".join(context), answer))
     if len({number for number, _, _ in answered}) < NUM_CHOICES:
         raise UserError(
-            f"evaluation.zeroshot.tasks: {TASK} needs a text of at least {NUM_CHOICES} documents of {CONTEXT_SENTENCES + 1} sentences"
+            f"evaluation.zeroshot.tasks: {TASK} needs a text of at least {NUM_CHOICES} documents "
+            f"of {CONTEXT_SENTENCES + 1} sentences"
         )
     draw = random.Random(0)
     return [

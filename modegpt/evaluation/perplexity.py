@@ -24,11 +24,12 @@ def metric_name(source: str, window: int) -> str:
 def resolve_windows(windows: str | Sequence[int], *, context: int, num_tokens: int, what: str) -> list[int]:
     """The window lengths to score, ascending.
 
-    ``"auto"`` is 2048 where it fits the context, and the model's own context where that is at most 4096 (4096 otherwise).
+    ``"auto"`` is the model's own context, 4096 at the most, and 2048 where the context holds that.
 
     Raises UserError when a window is longer than the model's context or than the text.
     """
-    if windows == "auto":
+    if isinstance(windows, str):
+        assert windows == "auto", windows
         windows = [min(context, LARGEST_AUTO_WINDOW)] + [STANDARD_WINDOW] * (context >= STANDARD_WINDOW)
     for window in windows:
         if window > context:

@@ -16,9 +16,9 @@ class PerplexitySpec:
     """Perplexity of one text.
 
     Attributes:
-        source: a text source (see ``calibration/texts.py``); None scores no perplexity.
+        source: a text source (see ``data/texts.py``); None scores no perplexity.
         path: a local file for it.
-        windows: window lengths in tokens, or ``"auto"``: 2048 where it fits and the model's own context, no more than 4096.
+        windows: window lengths in tokens, or ``"auto"`` (see ``perplexity.resolve_windows``).
         batch_tokens: tokens in one forward pass (one window at least).
     """
 
@@ -49,7 +49,8 @@ class ZeroShotSpec:
     """Zero-shot accuracy through lm-evaluation-harness.
 
     Attributes:
-        tasks: ``"tiny"``, ``"paper"``, ``"next_sentence"``, any task name of lm-evaluation-harness, or a list of these; None scores no task.
+        tasks: ``"tiny"``, ``"paper"``, ``"next_sentence"``, any task name of lm-evaluation-harness, or a list of
+            these; None scores no task.
         data_path: folder of local files for the paper's tasks, read instead of the hub.
         batch_size: requests in one forward pass.
         limit: score only the first items of each task; such a result is marked as limited.
@@ -65,7 +66,8 @@ class ZeroShotSpec:
             self.tasks = [self.tasks]
         if self.tasks is not None and (not self.tasks or not all(isinstance(task, str) for task in self.tasks)):
             raise UserError(
-                f"evaluation.zeroshot.tasks={self.tasks} should be tiny, paper or a list of task names; null scores none"
+                f"evaluation.zeroshot.tasks={self.tasks} should be tiny, paper or a list of task names; "
+                "null scores none"
             )
         _at_least("evaluation.zeroshot.batch_size", self.batch_size, 1)
         if self.limit is not None:
@@ -74,7 +76,11 @@ class ZeroShotSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """``prefill``: a batch of prompts of ``length`` tokens to their first token. ``decode``: one more token after ``length``."""
+    """One thing to time.
+
+    ``prefill``: a batch of prompts of ``length`` tokens to their first token. ``decode``: one more token after
+    ``length``.
+    """
 
     phase: str
     batch_size: int
@@ -139,7 +145,8 @@ class ThroughputSpec:
             longest = each.length + (self.decode_tokens if each.phase == "decode" else 0)
             if longest > context:
                 raise UserError(
-                    f"evaluation.throughput.{each.phase}: {each.batch_size}x{each.length} needs {longest} tokens, the model's context is {context}"
+                    f"evaluation.throughput.{each.phase}: {each.batch_size}x{each.length} needs {longest} tokens, "
+                    f"the model's context is {context}"
                 )
 
 

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def load_tasks(names: Sequence[str], *, data_path: str | None, documents: Docume
     """Load tasks, zero-shot, with their data.
 
     Args:
-        names: ``"tiny"`` (the embedded five, or one of them by name), ``"paper"`` (piqa, hellaswag, winogrande, arc_easy, arc_challenge),
+        names: ``"tiny"`` (the embedded five, or one of them by name), ``"paper"`` (``PAPER_TASKS``),
             ``"next_sentence"`` (made from ``documents``), or any task, group or tag of lm-evaluation-harness.
         data_path: folder of local files for the standard tasks; see ``local_tasks.py`` for their forms.
         documents: the text for ``next_sentence``.
@@ -90,11 +89,11 @@ def task_fingerprint(task: Any, *, limit: int | None) -> str:
 
 
 def _standard_config(name: str) -> dict[str, Any]:
+    import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     file, split = STANDARD_TASKS[name]
-    root = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
-    config = load_yaml(root / file, resolve_func=True)
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / file, resolve_func=True)
     config.pop("tag", None)
     splits = {"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split}
     return config | splits
@@ -108,7 +107,8 @@ def _local_config(name: str, data_path: str) -> dict[str, Any]:
 def _next_sentence(documents: Documents | None) -> dict[str, Any]:
     if documents is None:
         raise UserError(
-            f"evaluation.zeroshot.tasks: {NEXT_SENTENCE} is made from the text of the perplexity; name one by evaluation.perplexity.source"
+            f"evaluation.zeroshot.tasks: {NEXT_SENTENCE} is made from the text of the perplexity; "
+            "name one by evaluation.perplexity.source"
         )
     return _in_memory(next_sentence_config(), {"test": next_sentence_rows(documents)})
 
@@ -120,7 +120,7 @@ def _read_data_files(config: dict[str, Any]) -> dict[str, list[dict]]:
 
 
 def _in_memory(config: dict[str, Any], rows_by_split: dict[str, list[dict]]) -> dict[str, Any]:
-    """``config`` over rows already in memory: nothing is written to a data set cache, and nothing stale is read from one."""
+    """``config`` over rows already in memory: no data set cache is written, and nothing stale is read from one."""
     import datasets
 
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in rows_by_split.items()})
@@ -133,7 +133,10 @@ def _in_memory(config: dict[str, Any], rows_by_split: dict[str, list[dict]]) -> 
 
 
 def _hold_rows(task: Any) -> None:
-    """Process and decode the rows once; the harness does so twice for every model, at a tenth of a millisecond a row and more."""
+    """Process and decode the rows once.
+
+    The harness does so twice for every model, at a tenth of a millisecond a row and more.
+    """
     split = task.config.test_split or task.config.validation_split
     if split is not None:
         process = task.config.process_docs or list

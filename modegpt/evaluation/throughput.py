@@ -44,7 +44,10 @@ class Roof:
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one more token of context needs: ``sum over layers of H_kv (r_qk + r_v)`` elements."""
+    """Bytes of keys and values that one more token of context needs.
+
+    These are ``sum over layers of H_kv (r_qk + r_v)`` elements.
+    """
     return dtype.itemsize * sum(
         shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
     )
@@ -68,7 +71,10 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Roof:
-    """Time a ``size`` cubed matrix product and a product of a matrix far beyond the caches with one vector; the best of ``repeats``."""
+    """Time a matrix product of ``size`` cubed and one with a single vector, whose matrix is far beyond the caches.
+
+    The best of ``repeats`` counts.
+    """
     rows = 16 * size
     square = torch.ones(size, size, device=device, dtype=dtype)
     tall, vector = torch.ones(rows, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
@@ -94,10 +100,12 @@ def measure(
         repeats: measured rounds, after one to warm up.
         decode_tokens: tokens that are decoded, and then forgotten, in one measurement of a decoding step.
 
-    Returns one entry a workload and model: medians over the rounds of ``seconds`` (wall) a step and of ``cpu_seconds`` (None on
-    a GPU), ``tokens_per_second``, ``peak_memory_bytes`` (weights and what the step needed beside them; None where the system does
-    not say), and against the dense model the median over rounds of the ratio in the same round (``speedup``), what the
-    work alone would give (``ideal_speedup``) and ``share_of_ideal``; and all samples.
+    Returns one entry a workload and model:
+        ``seconds`` (wall) and ``cpu_seconds`` a step: medians over the rounds, whose samples are given too;
+        ``tokens_per_second``;
+        ``peak_memory_bytes``: weights and what the step needed beside them, None where the system does not say;
+        ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round;
+        ``ideal_speedup``: what the work alone would give; ``share_of_ideal``: ``speedup`` over it.
     """
     assert DENSE in models, list(models)
     results = []
@@ -148,7 +156,8 @@ def beside_dense(
 
 def describe(entry: Mapping[str, Any]) -> str:
     """One line of ``measure``'s result."""
-    what = f"{entry['phase']:7} {entry['batch_size']:3} x {entry['length']:<5} {entry['model']:14} {1e3 * entry['seconds']:9.1f} ms {entry['tokens_per_second']:9.1f} tokens/s"
+    workload = f"{entry['phase']:7} {entry['batch_size']:3} x {entry['length']:<5} {entry['model']:14}"
+    what = f"{workload} {1e3 * entry['seconds']:9.1f} ms {entry['tokens_per_second']:9.1f} tokens/s"
     if entry["model"] == DENSE:
         return what
     return f"{what}  {entry['speedup']:.2f}x of an ideal {entry['ideal_speedup']:.2f}x = {entry['share_of_ideal']:.0%}"
@@ -242,7 +251,7 @@ def _weight_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
-    """Fills in the bytes that were needed at the highest point inside, beyond what was in use before; None if unknown."""
+    """Fills in the bytes needed at the highest point inside, beyond what was in use before; None if unknown."""
     found: list[int | None] = [None]
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS", reset=True)
     if device.type == "cuda":
@@ -262,4 +271,5 @@ def _resident(name: str, *, reset: bool = False) -> int | None:
         status = Path("/proc/self/status").read_text()
     except (OSError, AttributeError):  # another system, or another C library
         return None
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])

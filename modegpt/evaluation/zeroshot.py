@@ -12,12 +12,11 @@ from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.items import ACCURACIES, pack
 from modegpt.progress import Progress
 
-# The metric of a task is acc_norm where the task reports one and acc otherwise, as in the paper (WinoGrande reports acc
-# alone). The embedded pronoun task mirrors WinoGrande, so it is read the same way.
 METRIC_EXCEPTIONS = {"tiny_pronoun": "acc"}
-BOOTSTRAP_ITERATIONS = (
-    100  # only metrics without a closed-form standard error draw them; 0 would drop the closed forms too
-)
+"""The metric of a task is acc_norm where the task reports one and acc otherwise, as in the paper, where WinoGrande
+reports acc alone. The embedded pronoun task mirrors WinoGrande, so it is read the same way."""
+BOOTSTRAP_ITERATIONS = 100
+"""Drawn only for metrics without a closed-form standard error; 0 would drop the closed forms too."""
 
 
 def zeroshot(
@@ -39,9 +38,11 @@ def zeroshot(
         limit: score the first items of each task only.
         encodings: tokens by request, filled here; pass the same dict for another model with this tokenizer.
 
-    Returns task name -> ``metric, value, stderr, acc, acc_stderr, acc_norm, acc_norm_stderr`` (the last four where reported),
-    ``num_items, num_truncated``, ``right`` (which items were answered right by ``metric``, see ``modegpt.evaluation.items``; of accuracies); and ``"mean"`` -> ``value, stderr, num_tasks, limit`` over the tasks that report an accuracy.
-    A standard error is None where it has no meaning (one item). Raises UserError on NaN or infinite logits.
+    Returns, by task name, ``metric, value, stderr, num_items, num_truncated``, of ``acc`` and ``acc_norm`` what the
+    task reports (``acc, acc_stderr``), and for an accuracy ``right``: which items were answered right by ``metric``
+    (see ``modegpt.evaluation.items``). ``"mean"`` holds ``value, stderr, num_tasks, limit`` over the tasks that report
+    an accuracy. A standard error is None where it has no meaning (one item). Raises UserError on NaN or infinite
+    logits.
     """
     with progress.bar(total=0, description="zero-shot tasks", unit="token") as bar, isolated_harness():
         from lm_eval.evaluator import evaluate
@@ -70,9 +71,10 @@ def zeroshot(
 
 @contextmanager
 def _observed(tasks: Mapping[str, Any]) -> Iterator[dict[str, list[Mapping[str, Any]]]]:
-    """Inside, what each task makes of an answer is noted: task name -> metrics of each item in order, by its first filter, then by any other.
+    """Inside, what each task makes of an answer is noted: task name -> metrics of each item in order.
 
-    The harness's own log of samples has it too, but with prompts, answers and hashes that cost more than the scoring.
+    A task with several filters of answers goes through its items once for each. The harness's own log of samples has
+    all this too, but with prompts, answers and hashes that cost more than the scoring.
     """
     noted: dict[str, list[Mapping[str, Any]]] = {name: [] for name in tasks}
 
@@ -105,7 +107,7 @@ def mean_score(scores: Mapping[str, dict], *, limit: int | None) -> dict[str, fl
 
 def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # the harness names a metric "acc,none": the metric and the filter of the answers
-    values = {key.split(",")[0]: value for key, value in reversed(raw.items()) if "," in key}
+    values = {key.split(",")[0]: value for key, value in reversed(list(raw.items())) if "," in key}
     metrics = [metric for metric in reversed(values) if not metric.endswith("_stderr")]
     metric = METRIC_EXCEPTIONS.get(name) or next(
         (known for known in ("acc_norm", "acc") if known in metrics), metrics[0]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.models.families import Family, family_of, is_ours
+from modegpt.models.families import Family, family_of, is_ours, linear_at
 from modegpt.models.shapes import LayerShape, compressed_class, compressed_config, layer_shapes
 from modegpt.models.weights import decoder_layers
 
 
 def merged_tensors(family: Family, layer: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a compressed layer: those of the dense ``layer``, with every map that ``changed`` names replaced whole."""
+    """All tensors of a compressed layer: those of the dense ``layer``, each map named in ``changed`` replaced whole."""
     fused = family.fused
     linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     replaced = {
@@ -26,9 +26,9 @@ def merged_tensors(family: Family, layer: nn.Module, changed: Mapping[str, Tenso
 
 
 def unfused(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with each of its family's fused maps taken apart into views of it; ``model`` itself where none is fused.
+    """``model`` with each of its family's fused maps taken apart; ``model`` itself where none is fused.
 
-    What comes back is of this package's class for the family, at full size, and shares every tensor.
+    What comes back is of this package's class for the family, at full size, and its tensors are views of ``model``'s.
     """
     family = family_of(model.config)
     if not family.fused or is_ours(model.config):
@@ -36,12 +36,12 @@ def unfused(model: PreTrainedModel) -> PreTrainedModel:
     config = compressed_config(model.config)
     with torch.device("meta"):
         empty = compressed_class(config).make_layer(config, 0)
-    changed = []
+    changed: list[dict[str, Tensor]] = []
     for layer in decoder_layers(model):
         changed.append({})
         for path, parts in family.fused.items():
             rows = [empty.get_submodule(part).out_features for part in parts]
-            views = layer.get_submodule(path).weight.detach().split(rows)
+            views = linear_at(layer, path).weight.detach().split(rows)
             changed[-1] |= {f"{part}.weight": view for part, view in zip(parts, views, strict=True)}
     return build_compressed(model, layer_shapes(config), changed)
 
@@ -63,7 +63,7 @@ def build_compressed(
     layer_tensors: Sequence[Mapping[str, Tensor]],
     kept_layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
-    """The compressed model: ``model`` with layer ``kept_layers[j]`` in shape ``shapes[j]``, changed by ``layer_tensors[j]``.
+    """The compressed model: layer ``kept_layers[j]`` of ``model`` in ``shapes[j]``, changed by ``layer_tensors[j]``.
 
     Untouched tensors are shared with ``model``, which stays as it is. Dtype, device, mode, attention
     implementation, generation settings and tied embeddings carry over; rotary frequencies are float32.
@@ -106,7 +106,8 @@ def empty_compressed(
 def restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:
     """Give ``compressed`` the buffers that no state dict holds, from ``model``.
 
-    Rotary embeddings are made anew: casting a model casts their frequencies, which costs more accuracy than casting its weights.
+    Rotary embeddings are made anew: casting a model casts their frequencies, which costs more accuracy than casting
+    its weights.
     """
     rotary = getattr(compressed.get_decoder(), "rotary_emb", None)
     if rotary is not None:

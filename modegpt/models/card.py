@@ -14,7 +14,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # 
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
-It needs transformers >= 5. To score it: `lm_eval run --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks ...`
+It needs transformers >= 5. To score it:
+`lm_eval run --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks ...`
 """
 
 

@@ -77,9 +77,9 @@ def save_checkpoint(
 
 
 def publish(partial: Path, directory: Path) -> None:
-    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``, where an identical one is left alone.
+    """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``.
 
-    Raises UserError when something else is in ``directory``.
+    An identical one there is left alone. Raises UserError when something else is there.
     """
     (partial / MANIFEST).write_text(
         json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8"
@@ -145,7 +145,8 @@ def load_model(
         path: a local directory, a name on the hub, or ``embedded:NAME`` for a model that ships with the package.
         dtype: ``"auto"`` keeps the checkpoint's.
         device: ``"auto"`` is the first CUDA device, or else the CPU.
-        device_map, max_memory: spread it over devices, memory and disk, by accelerate's strategy of this name, instead; to be run, not changed.
+        device_map, max_memory: spread it over devices, memory and disk instead, by accelerate's strategy of this name
+            and within these limits by place; such a model can be run, not changed.
 
     A family with fused projections comes back with them taken apart (views of the same tensors).
 
@@ -158,11 +159,12 @@ def load_model(
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if family_of(config).fused and device_map is not None and not is_compressed(config):
             raise UserError(
-                f"model.device_map cannot spread a dense {config.model_type} model: its fused projections are taken apart when it is loaded"
+                f"model.device_map cannot spread a dense {config.model_type} model: "
+                "its fused projections are taken apart when it is loaded"
             )
         spread = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory or None}
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -171,17 +173,20 @@ def load_model(
                 output_loading_info=True,
                 **spread,
             )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: incomplete, or not a causal language model"
+            f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: "
+            "incomplete, or not a causal language model"
         )
     check_finite(model)
     if device_map is not None:
         return model.eval()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return unfused(model).to(device).eval()
+    apart: Any = unfused(model)  # Transformers' type of ``to`` asks for a model, not a device
+    return apart.to(device).eval()
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -196,23 +201,20 @@ def located(path: str) -> Iterator[str]:
 
     Failures inside come out as a UserError of one line that names the model.
     """
-    if path.startswith(EMBEDDED):
-        directory = _embedded(path.removeprefix(EMBEDDED))
-    else:
-        directory = Path(path).expanduser()
+    embedded = path.startswith(EMBEDDED)
+    directory = _embedded(path.removeprefix(EMBEDDED)) if embedded else Path(path).expanduser()
     if directory.exists():
         _check_directory(directory)
         with _explained(path, LOADING_ERRORS):
             yield str(directory)
         return
-    if path.startswith((EMBEDDED, "/", ".", "~")) or path.count("/") > 1:
+    if embedded or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"no model directory at {path}")
     with hub_access(path, "give a local copy: model=local model.path=DIRECTORY"), _explained(path, CONTENT_ERRORS):
         yield path
 
 
 def _embedded(name: str) -> Path:
-
     if name not in TINY_MODELS:
         raise UserError(f"no embedded model {name!r}; there are {', '.join(sorted(TINY_MODELS))}")
     return TINY_MODELS[name]

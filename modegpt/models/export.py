@@ -1,12 +1,12 @@
 """A compressed model as its family's own: what any engine that knows the family runs without this package.
 
-The family's classes give all layers one MLP width and one head size, so smaller layers are filled up with zeros, which changes no
-logit. Kept rotary pairs go back to the places of their frequencies, so heads get the dense size; the softmax scale is then
-the family's own and nothing is rescaled.
+The family's classes give all layers one MLP width and one head size, so smaller layers are filled up with zeros, which
+changes no logit. Kept rotary pairs go back to the places of their frequencies, so heads get the dense size; the softmax
+scale is then the family's own and nothing is rescaled.
 """
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from modegpt.errors import UserError
 from modegpt.models import Family, decoder_layers, family_of, layer_shapes
 from modegpt.models.build import restore_buffers
 from modegpt.models.families import SLICED, is_ours
-from modegpt.models.modeling_modegpt import CompressedFields
-
-BIAS_SWITCHES = {"attention_bias": "attention", "mlp_bias": "mlp", "enable_bias": "both"}
-"""Options of the families' configurations that give maps a bias."""
+from modegpt.models.shapes import family_fields
+from modegpt.models.weights import bias_of
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,29 @@ class ExportReport:
     def __str__(self) -> str:
         if self.padding == 0 and self.cache_elements == self.compressed_cache_elements:
             return f"{self.num_parameters} parameters, as many as the compressed model: nothing was filled up"
-        growth = (
-            self.cache_elements / self.compressed_cache_elements if self.compressed_cache_elements else float("inf")
+        own, padded = self.compressed_cache_elements, self.padding / self.num_parameters
+        growth = self.cache_elements / own if own else float("inf")
+        return (
+            f"{self.num_parameters} parameters, {self.padding} ({padded:.1%}) more than compressed; "
+            f"key-value cache {growth:.2f} times the compressed one"
         )
-        return f"{self.num_parameters} parameters, {self.padding} ({self.padding / self.num_parameters:.1%}) more than compressed; key-value cache {growth:.2f} times the compressed one"
 
 
 def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[PreTrainedModel, ExportReport]:
     """The family's own model with the logits of the compressed ``model``, to float rounding, and what that costs.
 
-    ``width_multiple``: the MLP width, that of the widest layer, is rounded up to a multiple of this, as some kernels want it.
+    ``width_multiple``: the MLP width is that of the widest layer, rounded up to a multiple of this, as some kernels
+    want it.
 
     Raises:
-        UserError: ``model`` is not compressed by this package, or the family has no place for something it holds (named).
+        UserError: ``model`` is not compressed by this package, or holds something that the family has no place for.
     """
     if not is_ours(model.config):
         raise UserError(f"{model.config.model_type} is the family's own form already; copy the checkpoint as it is")
     if model.config.model_type.startswith(SLICED):
         raise UserError(
-            "a model with a narrower residual stream (SliceGPT) has no stock form: its layers are joined by maps that no family has"
+            "a model with a narrower residual stream (SliceGPT) has no stock form: "
+            "its layers are joined by maps that no family has"
         )
     family, prefix = family_of(model.config), family_of(model.config).layers
     config = _stock_config(model, family, width_multiple)
@@ -82,15 +84,7 @@ def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[Pre
 def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -> PreTrainedConfig:
     """The family's configuration: the widest layer's width, the most heads that a layer has, dense head sizes."""
     config = model.config
-    fields = config.to_dict()
-    for own in (
-        "model_type",
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        *(field.name for field in dataclasses.fields(CompressedFields)),
-    ):
-        fields.pop(own, None)
+    fields = family_fields(config)
     width = -(-max(1, *config.intermediate_sizes) // width_multiple) * width_multiple
     fields["ffn_dim" if hasattr(config, "ffn_dim") else "intermediate_size"] = width
     if "head_dim" in fields:  # elsewhere the head size follows from the number of heads
@@ -100,16 +94,12 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
             "num_attention_heads": num_kv_heads * (config.num_attention_heads // config.dense_kv_heads),
         }
         fields["head_dim"] = config.dense_head_dim
-    paths = _paths(family)
-    for switch, part in BIAS_SWITCHES.items():
+    attention = [family.query_path, family.key_path, family.value_path, family.output_path]
+    mlp = _mlp_paths(family)
+    for switch, paths in (("attention_bias", attention), ("mlp_bias", mlp), ("enable_bias", attention + mlp)):
         if switch in fields:
-            concerned = [
-                path
-                for path in paths
-                if part == "both" or (part == "mlp") == (path in (family.gate_path, family.up_path, family.down_path))
-            ]
             fields[switch] = any(
-                _bias(layer.get_submodule(path)) is not None for layer in decoder_layers(model) for path in concerned
+                bias_of(layer.get_submodule(path)) is not None for layer in decoder_layers(model) for path in paths
             )
     stock = AutoConfig.for_model(family.model_type, **fields)
     stock.architectures = [family.compressed.removeprefix("MoDeGPT")]
@@ -119,8 +109,11 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
 def _stock_layer(
     family: Family, config: PreTrainedConfig, empty: nn.Module, layer: nn.Module, index: int
 ) -> dict[str, Tensor]:
-    """All tensors of a stock layer with the function of the compressed ``layer``; ``empty``: a stock layer of the right sizes."""
-    attention = family.attention(layer)
+    """All tensors of a stock layer with the function of the compressed ``layer``.
+
+    ``empty`` is a stock layer of the right sizes, without data.
+    """
+    attention: Any = family.attention(layer)
     num_kv_heads, group = attention.num_kv_heads, attention.num_key_value_groups
     size = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
     all_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -130,44 +123,36 @@ def _stock_layer(
         pairs = attention.rope_index.cpu()
         kept = torch.cat((pairs, pairs + size // 2), dim=1)
     values = torch.arange(attention.v_dim).repeat(num_kv_heads, 1)
-    places = {  # where each row (column, for the output) of a compressed map stands in the stock one, and out of how many
+    # where each row (column, for the output) of a compressed map stands in the stock one, and out of how many
+    places = {
         family.query_path: (_places(kept.repeat_interleave(group, 0), size), group * all_kv_heads * size),
         family.key_path: (_places(kept, size), all_kv_heads * size),
         family.value_path: (_places(values, size), all_kv_heads * size),
         family.output_path: (_places(values.repeat_interleave(group, 0), size), group * all_kv_heads * size),
-        **{
-            path: (torch.arange(family.up(layer).out_features), width)
-            for path in (family.gate_path, family.up_path, family.down_path)
-            if path
-        },
+        **{path: (torch.arange(family.up(layer).out_features), width) for path in _mlp_paths(family)},
     }
     tensors = {
         name: tensor
         for name, tensor in layer.state_dict().items()
         if not name.endswith("rope_index") and not name.startswith(tuple(f"{path}." for path in places))
     }
-    weights, biases = {}, {}
+    weights: dict[str, Tensor] = {}
+    biases: dict[str, Tensor | None] = {}
     for path, (positions, count) in places.items():
         linear = layer.get_submodule(path)
         inner = path in (family.output_path, family.down_path)
         weights[path] = _spread(_weight(linear), positions, count, dim=1 if inner else 0)
-        bias = _bias(linear)
+        bias = bias_of(linear)
         biases[path] = bias if bias is None or inner else _spread(bias, positions, count, dim=0)
     fused = {part: whole for whole, parts in family.fused.items() for part in parts}
     biased = {path for path in places if path not in fused and empty.get_submodule(path).bias is not None}
-    if (
-        biases[family.output_path] is not None
-        and family.output_path not in biased
-        and family.value_path in biased
-        and attention.v_dim < size
-        and num_kv_heads
-    ):
+    constant, value_bias, free = biases[family.output_path], biases[family.value_path], attention.v_dim
+    has_place = family.value_path in biased and free < size and num_kv_heads > 0
+    if constant is not None and family.output_path not in biased and has_place:
         # attention rows sum to 1: a value that is always 1, in a free place of the first head, carries the constant
-        free = attention.v_dim
-        biases[family.value_path] = biases[family.value_path].index_fill(
-            0, torch.tensor(free, device=layer_device(layer)), 1.0
-        )
-        weights[family.output_path][:, free] = biases[family.output_path]
+        assert value_bias is not None, f"layer {index}: {family.value_path} has a bias in the family, and none here"
+        biases[family.value_path] = value_bias.index_fill(0, torch.tensor(free, device=value_bias.device), 1.0)
+        weights[family.output_path][:, free] = constant
         biases[family.output_path] = None
     for path, bias in biases.items():
         if path in biased:
@@ -175,29 +160,16 @@ def _stock_layer(
             tensors[f"{path}.bias"] = bias
         elif bias is not None and bias.any():
             raise UserError(
-                f"layer {index}: {path} has a bias, which {config.model_type} models cannot store; compress with a decomposition that adds none"
+                f"layer {index}: {path} has a bias, which {config.model_type} models cannot store; "
+                "compress with a decomposition that adds none"
             )
     for whole, parts in family.fused.items():
         tensors[f"{whole}.weight"] = torch.cat([weights.pop(part) for part in parts])
     return tensors | {f"{path}.weight": weight for path, weight in weights.items()}
 
 
-def layer_device(layer: nn.Module) -> torch.device:
-    """Where the parameters of ``layer`` are."""
-    return next(layer.parameters()).device
-
-
-def _paths(family: Family) -> list[str]:
-    paths = (
-        family.query_path,
-        family.key_path,
-        family.value_path,
-        family.output_path,
-        family.gate_path,
-        family.up_path,
-        family.down_path,
-    )
-    return [path for path in paths if path is not None]
+def _mlp_paths(family: Family) -> list[str]:
+    return [path for path in (family.gate_path, family.up_path, family.down_path) if path is not None]
 
 
 def _places(within: Tensor, size: int) -> Tensor:
@@ -206,7 +178,10 @@ def _places(within: Tensor, size: int) -> Tensor:
 
 
 def _spread(tensor: Tensor, positions: Tensor, count: int, *, dim: int) -> Tensor:
-    """``tensor`` with its entries along ``dim`` at ``positions`` of ``count``, zeros elsewhere; itself where nothing moves."""
+    """``tensor`` with its entries along ``dim`` at ``positions`` of ``count`` and zeros elsewhere.
+
+    The same tensor where nothing moves.
+    """
     if tensor.shape[dim] == count and torch.equal(positions, torch.arange(count)):
         return tensor
     shape = list(tensor.shape)
@@ -214,15 +189,10 @@ def _spread(tensor: Tensor, positions: Tensor, count: int, *, dim: int) -> Tenso
     return tensor.new_zeros(shape).index_copy_(dim, positions.to(tensor.device), tensor)
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def _weight(linear: Any) -> Tensor:
     """The (out, in) weight of a map; two factors are multiplied out in float32 at least."""
     if hasattr(linear, "weight"):
         return linear.weight.detach()
     A, B = linear.A.weight.detach(), linear.B.weight.detach()
     wide = torch.promote_types(A.dtype, torch.float32)
     return (B.to(wide) @ A.to(wide)).to(A.dtype)
-
-
-def _bias(linear: nn.Module) -> Tensor | None:
-    bias = linear.bias if hasattr(linear, "weight") else linear.B.bias
-    return None if bias is None else bias.detach()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -13,8 +14,7 @@ from modegpt.errors import UserError
 class Family:
     """One family: paths of modules (in the model for ``layers``, in a layer for the rest) and what sets it apart.
 
-    ``gate`` is None where the MLP is not gated. ``query_key_dense`` is None or the reason why queries
-    and keys are left alone by default.
+    ``gate_path`` is None where the MLP is not gated.
     """
 
     model_type: str
@@ -36,6 +36,7 @@ class Family:
     """What the final norm adds to its weight."""
     rope: bool = True
     query_key_dense: str | None = None
+    """Why queries and keys are left alone by default; None where they are not."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Maps that the family stores as one: path of the fused map to the paths of its parts, in row order."""
 
@@ -45,28 +46,36 @@ class Family:
         return getattr(model.get_submodule(parent), name, None)
 
     def attention(self, layer: nn.Module) -> nn.Module:
+        """The attention of a layer."""
         return layer.get_submodule(self.attention_path)
 
     def query(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.query_path)
+        """The query projection of a layer."""
+        return linear_at(layer, self.query_path)
 
     def key(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.key_path)
+        """The key projection of a layer."""
+        return linear_at(layer, self.key_path)
 
     def value(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.value_path)
+        """The value projection of a layer."""
+        return linear_at(layer, self.value_path)
 
     def output(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.output_path)
+        """The output projection of a layer's attention."""
+        return linear_at(layer, self.output_path)
 
     def gate(self, layer: nn.Module) -> nn.Linear | None:
-        return None if self.gate_path is None else layer.get_submodule(self.gate_path)
+        """The gate projection of a layer's MLP; None where the MLP is not gated."""
+        return None if self.gate_path is None else linear_at(layer, self.gate_path)
 
     def up(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.up_path)
+        """The up projection of a layer's MLP."""
+        return linear_at(layer, self.up_path)
 
     def down(self, layer: nn.Module) -> nn.Linear:
-        return layer.get_submodule(self.down_path)
+        """The down projection of a layer's MLP."""
+        return linear_at(layer, self.down_path)
 
     def normalise_query(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Query states (..., heads, d) after the head norm, where the family has one."""
@@ -75,6 +84,15 @@ class Family:
     def normalise_key(self, layer: nn.Module, states: Tensor) -> Tensor:
         """Key states (..., heads, d) after the head norm, where the family has one."""
         return states if self.key_norm_path is None else layer.get_submodule(self.key_norm_path)(states)
+
+
+def linear_at(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear map at ``path`` in a layer.
+
+    A compressed layer may hold two factors there (``modeling_modegpt.LowRankLinear``), which have the same sizes and
+    the same call, but no weight of their own.
+    """
+    return cast(nn.Linear, layer.get_submodule(path))
 
 
 FAMILIES = {
@@ -88,7 +106,8 @@ FAMILIES = {
             "MoDeGPTQwen3ForCausalLM",
             query_norm_path="self_attn.q_norm",
             key_norm_path="self_attn.k_norm",
-            query_key_dense="the RMSNorm of queries and keys spans the whole head, so dropping columns changes those that stay",
+            query_key_dense="the RMSNorm of queries and keys spans the whole head, "
+            "so dropping columns changes those that stay",
         ),
         Family(
             "opt",
@@ -118,7 +137,7 @@ RESIZED, SLICED = "modegpt_", "sliced_"
 
 
 def is_ours(config: PreTrainedConfig) -> bool:
-    """Whether ``config`` belongs to this package's own model classes (whatever the sizes) rather than to the family's."""
+    """Whether ``config`` belongs to this package's own model classes, whatever the sizes, and not to the family's."""
     return config.model_type.startswith((RESIZED, SLICED))
 
 

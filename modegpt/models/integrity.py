@@ -29,12 +29,15 @@ def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(directory: Path) -> None:
-    """Refuse a damaged checkpoint: against its manifest where it has one, else by the structure of its safetensors files.
+    """Refuse a damaged checkpoint.
+
+    Its files are checked against its manifest; without one, the lengths of its safetensors files are.
 
     Raises:
         UserError: a file that is missing, truncated, changed, or does not belong; the file is named.
@@ -60,7 +63,8 @@ def _check_manifest(directory: Path) -> None:
             )
         if sha256_of(path) != described["sha256"]:
             raise UserError(
-                f"{path} is not the file that was saved (sha256 differs from {MANIFEST}); save or copy the checkpoint again"
+                f"{path} is not the file that was saved (sha256 differs from {MANIFEST}); "
+                "save or copy the checkpoint again"
             )
     for path in sorted(directory.iterdir()):
         if path.suffix in DECISIVE and path.name not in UNSEALED and path.name not in manifest["files"]:
@@ -90,11 +94,8 @@ def _check_length(path: Path) -> None:
             header = json.loads(file.read(header_bytes))
         except ValueError:
             raise UserError(f"{path} is damaged: its header is not JSON") from None
-    expected = (
-        8
-        + header_bytes
-        + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    )
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
         raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")
 
@@ -110,7 +111,8 @@ def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises UserError naming the weight when it holds NaN or inf."""
     if not all_finite(tensor):
         raise UserError(
-            f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow (try model.dtype=float32)"
+            f"weight {name} holds NaN or inf; the checkpoint is damaged or its dtype too narrow "
+            "(try model.dtype=float32)"
         )
 
 
@@ -120,7 +122,10 @@ def fingerprint_weights(model: nn.Module) -> str:
 
 
 def weight_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict in order of names; what a device map keeps off the devices is read for as long as it is looked at."""
+    """The state dict in order of names.
+
+    What a device map keeps off the devices is read when its turn comes, and let go of after it.
+    """
     for name, tensor in sorted(model.state_dict().items()):
         if not tensor.is_meta:
             yield name, tensor
@@ -132,7 +137,7 @@ def weight_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of ``tensors``, given in order of names; the device does not matter."""
+    """sha256 over the names, shapes, dtypes and bytes of ``tensors``, given in order of names, on any device."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

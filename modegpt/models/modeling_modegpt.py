@@ -3,14 +3,18 @@
 Self-contained on purpose: a checkpoint carries a copy of this file, so that it loads with ``trust_remote_code=True``
 where the package that made it is not installed.
 
-Per layer, the head size of queries and keys, the head size of values, the number of key/value heads and the MLP width are
-free; any linear map may be stored as two factors and may have a bias that the family does not give it. Every layer keeps its
-family's own norms, residuals, masks and cache. Queries and keys that lost rotary pairs keep the original frequencies of those
-that stayed (``rope_index``, one row per key/value head), and the softmax keeps the original scale.
+Per layer, the head size of queries and keys, the head size of values, the number of key/value heads and the MLP width
+are free; any linear map may be stored as two factors and may have a bias that the family does not give it. Every layer
+keeps its family's own norms, residuals, masks and cache. Queries and keys that lost rotary pairs keep the original
+frequencies of those that stayed (``rope_index``, one row per key/value head), and the softmax keeps the original scale.
 """
+
+# The mixins use what the families' classes define, and each family's ``forward`` has a signature of its own.
+# mypy: disable-error-code="attr-defined, call-arg, misc"
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 
@@ -62,13 +66,13 @@ class CompressedFields:
     extra_biases: list[list[str]] | None = None
     kept_layers: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._fill("qk_head_dims", dense=self.dense_head_dim, at_least=1)
         self._fill("v_head_dims", dense=self.dense_head_dim, at_least=1)
         self._fill("kv_head_counts", dense=self.dense_kv_heads, at_least=0)
         self._fill("intermediate_sizes", dense=self.dense_width, at_least=0)
-        if hasattr(self, "rope_parameters") and any(size % 2 for size in self.qk_head_dims):
+        if hasattr(self, "rope_parameters") and any(size % 2 for size in self.qk_head_dims or ()):
             raise ValueError(f"qk_head_dims must be even, because rotary pairs stay whole, got {self.qk_head_dims}")
         self._fill("linear_ranks", dense={})
         self._fill("extra_biases", dense=[])
@@ -76,7 +80,7 @@ class CompressedFields:
             self.kept_layers = list(range(self.num_hidden_layers))
         self._fill("kept_layers", dense=None)
 
-    def _fill(self, name: str, *, dense, at_least: int | None = None) -> None:
+    def _fill(self, name: str, *, dense: Any, at_least: int | None = None) -> None:
         """Give every layer the dense value where nothing is said, and check what is said."""
         values = getattr(self, name)
         if values is None:
@@ -89,18 +93,22 @@ class CompressedFields:
 
     @property
     def dense_kv_heads(self) -> int:
-        return getattr(self, "num_key_value_heads", self.num_attention_heads)
+        """Key/value heads of the dense model."""
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
 
     @property
     def dense_head_dim(self) -> int:
+        """Head size of the dense model."""
         return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
     @property
     def dense_width(self) -> int:
+        """MLP width of the dense model."""
         return self.ffn_dim if hasattr(self, "ffn_dim") else self.intermediate_size
 
     def head_sizes(self, index: int) -> tuple[int, int, int]:
         """Columns of the query, key and value projections of layer ``index``."""
+        assert self.kv_head_counts and self.qk_head_dims and self.v_head_dims
         num_kv_heads, qk_dim = self.kv_head_counts[index], self.qk_head_dims[index]
         group = self.num_attention_heads // self.dense_kv_heads
         return group * num_kv_heads * qk_dim, num_kv_heads * qk_dim, num_kv_heads * self.v_head_dims[index]
@@ -116,20 +124,21 @@ class LowRankLinear(nn.Module):
         self.B = nn.Linear(rank, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
         return self.B(self.A(x))
 
 
 def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer without heads or MLP has some
-        return (
-            nn.Linear(in_features, out_features, bias)
-            if rank is None
-            else LowRankLinear(in_features, out_features, rank, bias)
-        )
+        if rank is None:
+            return nn.Linear(in_features, out_features, bias)
+        return LowRankLinear(in_features, out_features, rank, bias)
 
 
-def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
+def _attend(
+    implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """Attention with head sizes E (query, key) and Ev (value), kept off the kernels' slow unfused path.
 
     Fused kernels want E == Ev, so the smaller is padded with zeros, which changes nothing in the result; a single
@@ -156,7 +165,10 @@ def _attend(implementation: str, module: nn.Module, query: Tensor, key: Tensor, 
 
 
 def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one query a sequence: those of a key/value head are the rows of one product, so that no key is repeated."""
+    """Attention of one query a sequence.
+
+    The queries of a key/value head are the rows of one product, so that no key is repeated.
+    """
     batch, num_heads, _, E = query.shape
     scores = torch.matmul(scaling * query.reshape(batch, key.shape[1], -1, E), key.transpose(2, 3))
     if mask is not None:
@@ -171,7 +183,7 @@ class CompressedAttention:
     query_prescaled = False
     output = "o_proj"
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         self.num_kv_heads = config.kv_head_counts[layer_idx]
         self.qk_dim, self.v_dim = config.qk_head_dims[layer_idx], config.v_head_dims[layer_idx]
@@ -195,11 +207,14 @@ class CompressedAttention:
         return query, key, self.v_proj(hidden_states).view(*shape, -1, self.v_dim)
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate (batch, heads, sequence, qk_dim) by the frequencies each key/value head kept; cos, sin: (batch, sequence, head size)."""
+        """Rotate (batch, heads, sequence, qk_dim) by the frequencies that each key/value head kept.
+
+        ``cos`` and ``sin`` are the family's tables, (batch, sequence, head size).
+        """
         if not self.has_rope_index:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-        # (batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); both halves of a table are equal
+        # (batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); a table's halves are equal
         halves = (
             table.index_select(-1, self.rope_index.flatten()).unflatten(-1, self.rope_index.shape).transpose(1, 2)
             for table in (cos, sin)
@@ -218,8 +233,9 @@ class CompressedAttention:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """``hidden_states`` (batch, sequence, d_h) to the same shape, with the attention weights if asked for."""
         output = getattr(self, self.output)
         if self.num_kv_heads == 0:
             if past_key_values is not None:
@@ -253,39 +269,40 @@ class CompressedCausalLM:
     attention_class: type
     layer_class: type
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         for index, layer in enumerate(self.get_decoder().layers):
             self.resize_layer(layer, config, index)
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in Transformers, but a checkpoint without all of the weights is a ValueError, not a random initialisation."""
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in Transformers, but weights that are missing are a ValueError and not made at random."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if report["missing_keys"]:
             raise ValueError(f"the checkpoint lacks {sorted(report['missing_keys'])}")
         return (model, report) if output_loading_info else model
 
     @classmethod
-    def make_layer(cls, config, index: int) -> nn.Module:
+    def make_layer(cls, config: Any, index: int) -> nn.Module:
         """Decoder layer ``index`` of the compressed model, by itself."""
         layer = cls.layer_class(config, index)
         cls.resize_layer(layer, config, index)
         return layer
 
     @classmethod
-    def resize_layer(cls, layer: nn.Module, config, index: int) -> None:
+    def resize_layer(cls, layer: Any, config: Any, index: int) -> None:
+        """Give a family's decoder ``layer`` the sizes of layer ``index``."""
         layer.self_attn = cls.attention_class(config, index)
         ranks, biases = config.linear_ranks[index], config.extra_biases[index]
         for path, (in_features, out_features) in cls.linear_sizes(config, index).items():
-            parent, _, name = path.rpartition(".")
-            parent = layer.get_submodule(parent)
+            owner, _, name = path.rpartition(".")
+            parent = layer.get_submodule(owner)
             bias = path in biases or getattr(parent, name).bias is not None
             setattr(parent, name, _linear(in_features, out_features, bias, ranks.get(path)))
 
     @classmethod
-    def linear_sizes(cls, config, index: int) -> dict[str, tuple[int, int]]:
+    def linear_sizes(cls, config: Any, index: int) -> dict[str, tuple[int, int]]:
         """(in, out) features of every linear map of layer ``index``, by its path in the layer."""
         query, key, value = config.head_sizes(index)
         hidden, width = config.hidden_size, config.intermediate_sizes[index]
@@ -300,42 +317,58 @@ class CompressedCausalLM:
 
     @classmethod
     def mlp_sizes(cls, hidden: int, width: int) -> dict[str, tuple[int, int]]:
+        """(in, out) features of the MLP's linear maps, by their path in the layer."""
         return {"mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width), "mlp.down_proj": (width, hidden)}
 
 
 @strict
 class MoDeGPTLlamaConfig(CompressedFields, LlamaConfig):
+    """``LlamaConfig`` with a size for each layer."""
+
     model_type = "modegpt_llama"
 
 
-class MoDeGPTLlamaAttention(CompressedAttention, LlamaAttention): ...
+class MoDeGPTLlamaAttention(CompressedAttention, LlamaAttention):
+    """``LlamaAttention`` with head sizes of its layer's own."""
 
 
 class MoDeGPTLlamaForCausalLM(CompressedCausalLM, LlamaForCausalLM):
+    """``LlamaForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTLlamaConfig, MoDeGPTLlamaAttention, LlamaDecoderLayer
 
 
 @strict
 class MoDeGPTMistralConfig(CompressedFields, MistralConfig):
+    """``MistralConfig`` with a size for each layer."""
+
     model_type = "modegpt_mistral"
 
 
-class MoDeGPTMistralAttention(CompressedAttention, MistralAttention): ...
+class MoDeGPTMistralAttention(CompressedAttention, MistralAttention):
+    """``MistralAttention`` with head sizes of its layer's own."""
 
 
 class MoDeGPTMistralForCausalLM(CompressedCausalLM, MistralForCausalLM):
+    """``MistralForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTMistralConfig, MoDeGPTMistralAttention, MistralDecoderLayer
 
 
 @strict
 class MoDeGPTQwen2Config(CompressedFields, Qwen2Config):
+    """``Qwen2Config`` with a size for each layer."""
+
     model_type = "modegpt_qwen2"
 
 
-class MoDeGPTQwen2Attention(CompressedAttention, Qwen2Attention): ...
+class MoDeGPTQwen2Attention(CompressedAttention, Qwen2Attention):
+    """``Qwen2Attention`` with head sizes of its layer's own."""
 
 
 class MoDeGPTQwen2ForCausalLM(CompressedCausalLM, Qwen2ForCausalLM):
+    """``Qwen2ForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTQwen2Config, MoDeGPTQwen2Attention, Qwen2DecoderLayer
 
 
@@ -345,63 +378,82 @@ class MoDeGPTQwen3Config(CompressedFields, Qwen3Config):
 
     model_type = "modegpt_qwen3"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if any(size != self.dense_head_dim for size in self.qk_head_dims):
+        if any(size != self.dense_head_dim for size in self.qk_head_dims or ()):
             raise ValueError(
                 f"qk_head_dims must stay {self.dense_head_dim}: the head norm of queries and keys spans the whole head"
             )
 
 
 class MoDeGPTQwen3Attention(CompressedAttention, Qwen3Attention):
+    """``Qwen3Attention`` with head sizes of its layer's own."""
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys after their norm, and values."""
         query, key, value = super().project(hidden_states)
         return self.q_norm(query), self.k_norm(key), value
 
 
 class MoDeGPTQwen3ForCausalLM(CompressedCausalLM, Qwen3ForCausalLM):
+    """``Qwen3ForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTQwen3Config, MoDeGPTQwen3Attention, Qwen3DecoderLayer
 
 
 @strict
 class MoDeGPTOPTConfig(CompressedFields, OPTConfig):
+    """``OPTConfig`` with a size for each layer."""
+
     model_type = "modegpt_opt"
 
 
 class MoDeGPTOPTAttention(CompressedAttention, OPTAttention):
+    """``OPTAttention`` with head sizes of its layer's own."""
+
     query_prescaled = True
     output = "out_proj"
 
 
 class MoDeGPTOPTForCausalLM(CompressedCausalLM, OPTForCausalLM):
+    """``OPTForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTOPTConfig, MoDeGPTOPTAttention, OPTDecoderLayer
 
     @classmethod
     def mlp_sizes(cls, hidden: int, width: int) -> dict[str, tuple[int, int]]:
+        """(in, out) features of the MLP's linear maps, by their path in the layer."""
         return {"fc1": (hidden, width), "fc2": (width, hidden)}
 
 
 @strict
 class MoDeGPTGemmaConfig(CompressedFields, GemmaConfig):
+    """``GemmaConfig`` with a size for each layer."""
+
     model_type = "modegpt_gemma"
 
 
-class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention): ...
+class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention):
+    """``GemmaAttention`` with head sizes of its layer's own."""
 
 
 class MoDeGPTGemmaForCausalLM(CompressedCausalLM, GemmaForCausalLM):
+    """``GemmaForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTGemmaConfig, MoDeGPTGemmaAttention, GemmaDecoderLayer
 
 
 @strict
 class MoDeGPTPhi3Config(CompressedFields, Phi3Config):
+    """``Phi3Config`` with a size for each layer."""
+
     model_type = "modegpt_phi3"
 
 
 class MoDeGPTPhi3Attention(CompressedAttention, Phi3Attention):
     """The family's fused projection, taken apart."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.qkv_proj
         for name, size in zip(("q_proj", "k_proj", "v_proj"), config.head_sizes(layer_idx), strict=True):
@@ -409,10 +461,13 @@ class MoDeGPTPhi3Attention(CompressedAttention, Phi3Attention):
 
 
 class MoDeGPTPhi3ForCausalLM(CompressedCausalLM, Phi3ForCausalLM):
+    """``Phi3ForCausalLM`` with layers of free sizes."""
+
     config_class, attention_class, layer_class = MoDeGPTPhi3Config, MoDeGPTPhi3Attention, Phi3DecoderLayer
 
     @classmethod
-    def resize_layer(cls, layer: nn.Module, config, index: int) -> None:
+    def resize_layer(cls, layer: Any, config: Any, index: int) -> None:
+        """Give a decoder ``layer`` the sizes of layer ``index``, its fused projections taken apart."""
         layer.mlp = MistralMLP(config)  # the same gated MLP with gate and up apart
         super().resize_layer(layer, config, index)
 

@@ -7,7 +7,11 @@ connections passes through a shortcut matrix, from the basis of one block's inpu
 SliceGPT: Ashkboos et al., ICLR 2024, arXiv 2401.15024, sections 3.2 to 3.4.
 """
 
+# The mixins use what the families' classes define, and each family's ``forward`` has a signature of its own.
+# mypy: disable-error-code="attr-defined, call-arg, misc"
+
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -41,7 +45,7 @@ class SlicedFields:
     stream_sizes: list[int] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         count = 2 * self.num_hidden_layers + 1
         if self.stream_sizes is None:
@@ -67,6 +71,7 @@ class StreamRMSNorm(nn.Module):
         self.full_size, self.eps = full_size, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., stream size) to the same shape; computed in float32 at least."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.full_size + self.eps)).to(x.dtype)
 
@@ -81,12 +86,12 @@ class SlicedLayer:
 
     attention_readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_writer = "self_attn.o_proj"
-    mlp_readers = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_writer = "mlp.down_proj"
     norms = ("input_layernorm", "post_attention_layernorm")
     readers_biased = False
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         attention_size, mlp_size, output_size = config.stream_sizes[2 * layer_idx : 2 * layer_idx + 3]
         for path in self.attention_readers:
@@ -104,15 +109,13 @@ class SlicedLayer:
     def _resize(
         self, path: str, *, in_features: int | None = None, out_features: int | None = None, bias: bool = False
     ) -> None:
-        parent, _, name = path.rpartition(".")
-        parent = self.get_submodule(parent)
+        owner, _, name = path.rpartition(".")
+        parent = self.get_submodule(owner)
         linear = getattr(parent, name)
-        bias = bias or linear.bias is not None
-        setattr(
-            parent, name, nn.Linear(in_features or linear.in_features, out_features or linear.out_features, bias=bias)
-        )
+        sizes = in_features or linear.in_features, out_features or linear.out_features
+        setattr(parent, name, nn.Linear(*sizes, bias=bias or linear.bias is not None))
 
-    def attention_block(self, x: Tensor, **kwargs) -> Tensor:
+    def attention_block(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The attention block on ``x`` (batch, sequence, attention width); out: (batch, sequence, MLP width)."""
         branch, _ = self.self_attn(hidden_states=getattr(self, self.norms[0])(x), **kwargs)
         return self.attention_shortcut(x) + dropout(branch, p=self.branch_dropout, training=self.training)
@@ -123,20 +126,22 @@ class SlicedLayer:
         return self.mlp_shortcut(x) + dropout(branch, p=self.branch_dropout, training=self.training)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP itself, from the normalised stream to what is added to it."""
         return self.mlp(x)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """``hidden_states`` (batch, sequence, this layer's width) to (batch, sequence, next layer's width)."""
         return self.mlp_block(self.attention_block(hidden_states, **kwargs))
 
 
 class SlicedCausalLM:
-    """Mixin in front of a family's causal language model: embeddings, layers, final norm and head on the sliced stream."""
+    """Mixin in front of a family's causal language model: its embeddings, layers, final norm and head are sliced."""
 
     layer_class: type
     final_norm = "norm"
     head_biased = False
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         decoder = self.get_decoder()
         decoder.embed_tokens = nn.Embedding(config.vocab_size, config.stream_sizes[0], decoder.padding_idx)
@@ -146,65 +151,83 @@ class SlicedCausalLM:
         self.post_init()
 
 
-def norm_eps(config) -> float:
+def norm_eps(config: Any) -> float:
     """The epsilon of the family's norms; OPT's LayerNorm keeps torch's."""
     return getattr(config, "rms_norm_eps", 1e-5)
 
 
 @strict
 class SlicedLlamaConfig(SlicedFields, LlamaConfig):
+    """``LlamaConfig`` with the widths of the stream."""
+
     model_type = "sliced_llama"
 
 
 class SlicedLlamaLayer(SlicedLayer, LlamaDecoderLayer):
-    pass
+    """``LlamaDecoderLayer`` on the sliced stream."""
 
 
 class SlicedLlamaForCausalLM(SlicedCausalLM, LlamaForCausalLM):
+    """``LlamaForCausalLM`` on the sliced stream."""
+
     config_class, layer_class = SlicedLlamaConfig, SlicedLlamaLayer
 
 
 @strict
 class SlicedMistralConfig(SlicedFields, MistralConfig):
+    """``MistralConfig`` with the widths of the stream."""
+
     model_type = "sliced_mistral"
 
 
 class SlicedMistralLayer(SlicedLayer, MistralDecoderLayer):
-    pass
+    """``MistralDecoderLayer`` on the sliced stream."""
 
 
 class SlicedMistralForCausalLM(SlicedCausalLM, MistralForCausalLM):
+    """``MistralForCausalLM`` on the sliced stream."""
+
     config_class, layer_class = SlicedMistralConfig, SlicedMistralLayer
 
 
 @strict
 class SlicedQwen2Config(SlicedFields, Qwen2Config):
+    """``Qwen2Config`` with the widths of the stream."""
+
     model_type = "sliced_qwen2"
 
 
 class SlicedQwen2Layer(SlicedLayer, Qwen2DecoderLayer):
-    pass
+    """``Qwen2DecoderLayer`` on the sliced stream."""
 
 
 class SlicedQwen2ForCausalLM(SlicedCausalLM, Qwen2ForCausalLM):
+    """``Qwen2ForCausalLM`` on the sliced stream."""
+
     config_class, layer_class = SlicedQwen2Config, SlicedQwen2Layer
 
 
 @strict
 class SlicedQwen3Config(SlicedFields, Qwen3Config):
+    """``Qwen3Config`` with the widths of the stream."""
+
     model_type = "sliced_qwen3"
 
 
 class SlicedQwen3Layer(SlicedLayer, Qwen3DecoderLayer):
-    pass
+    """``Qwen3DecoderLayer`` on the sliced stream."""
 
 
 class SlicedQwen3ForCausalLM(SlicedCausalLM, Qwen3ForCausalLM):
+    """``Qwen3ForCausalLM`` on the sliced stream."""
+
     config_class, layer_class = SlicedQwen3Config, SlicedQwen3Layer
 
 
 @strict
 class SlicedOPTConfig(SlicedFields, OPTConfig):
+    """``OPTConfig`` with the widths of the stream."""
+
     model_type = "sliced_opt"
 
 
@@ -218,15 +241,18 @@ class SlicedOPTLayer(SlicedLayer, OPTDecoderLayer):
     readers_biased = True
 
     def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP itself, from the normalised stream to what is added to it."""
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
 class SlicedOPTForCausalLM(SlicedCausalLM, OPTForCausalLM):
+    """``OPTForCausalLM`` on the sliced stream."""
+
     config_class, layer_class = SlicedOPTConfig, SlicedOPTLayer
     final_norm = "final_layer_norm"
     head_biased = True
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
         decoder = self.get_decoder()
         decoder.embed_positions = OPTLearnedPositionalEmbedding(config.max_position_embeddings, config.stream_sizes[0])

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from modegpt.errors import UserError
 from modegpt.models import modeling_modegpt
@@ -22,7 +23,8 @@ class LayerShape:
         qk_head_dim: columns a head of query and key has (even under RoPE).
         v_head_dim: columns a head of values has.
         intermediate_size: MLP width; 0 leaves only the MLP's bias.
-        num_kv_heads: key/value heads, each with the dense model's number of query heads; 0 leaves only the output's bias.
+        num_kv_heads: key/value heads, each with the dense model's number of query heads; 0 leaves only the output's
+            bias.
         linear_ranks: inner size of each linear stored as two factors, by its path in the layer.
         extra_biases: paths of linears that have a bias though the family gives them none.
     """
@@ -35,8 +37,8 @@ class LayerShape:
     extra_biases: tuple[str, ...] = ()
 
 
-def compressed_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The compressed model class for a dense or compressed configuration."""
+def compressed_class(config: PreTrainedConfig) -> type[Any]:
+    """The compressed model class (a ``CompressedCausalLM``) for a dense or compressed configuration."""
     return getattr(modeling_modegpt, family_of(config).compressed)
 
 
@@ -47,17 +49,20 @@ def empty_dense_layer(config: PreTrainedConfig) -> nn.Module:
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
-    """The shape of each layer of a dense model or one with layers of free sizes, in order; a sliced model's inner sizes are its family's."""
+    """The shape of each layer, in order. In a sliced model the sizes inside a layer are its family's."""
     if not config.model_type.startswith(RESIZED):
         config = compressed_config(config)
-    columns = (
-        config.qk_head_dims,
-        config.v_head_dims,
-        config.intermediate_sizes,
-        config.kv_head_counts,
-        config.linear_ranks,
-    )
-    return [LayerShape(*sizes, tuple(biases)) for *sizes, biases in zip(*columns, config.extra_biases, strict=True)]
+    return [
+        LayerShape(
+            qk_head_dim=config.qk_head_dims[index],
+            v_head_dim=config.v_head_dims[index],
+            intermediate_size=config.intermediate_sizes[index],
+            num_kv_heads=config.kv_head_counts[index],
+            linear_ranks=config.linear_ranks[index],
+            extra_biases=tuple(config.extra_biases[index]),
+        )
+        for index in range(config.num_hidden_layers)
+    ]
 
 
 def is_compressed(config: PreTrainedConfig) -> bool:
@@ -83,6 +88,13 @@ def dense_shape(config: PreTrainedConfig) -> LayerShape:
     return layer_shapes(config)[0]
 
 
+def family_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What ``config`` says of its family's own settings: all but the sizes of compressed layers and the class."""
+    own = {each.name for each in dataclasses.fields(CompressedFields)}
+    left_out = own | {"model_type", "architectures", "auto_map", "transformers_version"}
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
 def compressed_config(
     config: PreTrainedConfig,
     shapes: Sequence[LayerShape] | None = None,
@@ -95,11 +107,7 @@ def compressed_config(
     model_class = compressed_class(config)
     kept = list(range(config.num_hidden_layers)) if kept_layers is None else list(kept_layers)
     assert kept == sorted(set(kept)) and all(0 <= index < config.num_hidden_layers for index in kept), kept
-    fields = config.to_dict()
-    own = [field.name for field in dataclasses.fields(CompressedFields)]
-    for stale in ("model_type", "architectures", "auto_map", "transformers_version", *own):
-        fields.pop(stale, None)
-    fields |= {"num_hidden_layers": len(kept), "kept_layers": kept}
+    fields = family_fields(config) | {"num_hidden_layers": len(kept), "kept_layers": kept}
     if fields.get("layer_types"):
         fields["layer_types"] = [fields["layer_types"][index] for index in kept]
     if shapes is not None:

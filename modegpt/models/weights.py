@@ -5,6 +5,8 @@
 rows ``h d .. (h+1) d`` of its weight. All that is read is a view of the layer's own tensors.
 """
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +17,7 @@ from modegpt.models.shapes import LayerShape, empty_dense_layer
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a dense or compressed model, in order."""
-    return model.get_submodule(family_of(model.config).layers)
+    return cast(nn.ModuleList, model.get_submodule(family_of(model.config).layers))
 
 
 def block_linear_parameters(model: PreTrainedModel) -> int:
@@ -26,21 +28,6 @@ def block_linear_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in decoder_layers(model).parameters() if parameter.ndim >= 2)
 
 
-def _matrix(linear: nn.Module) -> Tensor | LowRank:
-    if hasattr(linear, "weight"):
-        return linear.weight.detach().T
-    return LowRank(A=linear.A.weight.detach().T, B=linear.B.weight.detach().T)
-
-
-def _bias(linear: nn.Module) -> Tensor | None:
-    bias = linear.bias if hasattr(linear, "weight") else linear.B.bias
-    return None if bias is None else bias.detach()
-
-
-def _head_dim(layer: nn.Module, family: Family) -> int:
-    return family.attention(layer).head_dim
-
-
 def read_mlp(family: Family, layer: nn.Module) -> MLPWeights:
     """The MLP of a layer: W_U, W_G (d_h, n), W_D (n, d_h) and their biases."""
     up, gate, down = family.up(layer), family.gate(layer), family.down(layer)
@@ -48,9 +35,9 @@ def read_mlp(family: Family, layer: nn.Module) -> MLPWeights:
         W_U=_matrix(up),
         W_G=None if gate is None else _matrix(gate),
         W_D=_matrix(down),
-        b_U=_bias(up),
-        b_G=None if gate is None else _bias(gate),
-        b_D=_bias(down),
+        b_U=bias_of(up),
+        b_G=None if gate is None else bias_of(gate),
+        b_D=bias_of(down),
     )
 
 
@@ -66,14 +53,30 @@ def read_value_output(family: Family, layer: nn.Module) -> ValueOutputWeights:
     """Values and output of a dense layer by head: W_V (H_kv, d_h, d), W_O (H, d, d_h), b_V (H_kv, d), b_O (d_h,)."""
     size, output = _head_dim(layer, family), family.output(layer)
     W_V, b_V = _by_head(family.value(layer), size)
-    return ValueOutputWeights(W_V=W_V, W_O=_matrix(output).unflatten(0, (-1, size)), b_V=b_V, b_O=_bias(output))
+    W_O = output.weight.detach().T.unflatten(0, (-1, size))
+    return ValueOutputWeights(W_V=W_V, W_O=W_O, b_V=b_V, b_O=bias_of(output))
+
+
+def bias_of(linear: Any) -> Tensor | None:
+    """The bias (out,) of a linear map or of a pair of factors."""
+    bias = linear.bias if hasattr(linear, "weight") else linear.B.bias
+    return None if bias is None else bias.detach()
+
+
+def _matrix(linear: Any) -> Tensor | LowRank:
+    if hasattr(linear, "weight"):
+        return linear.weight.detach().T
+    return LowRank(A=linear.A.weight.detach().T, B=linear.B.weight.detach().T)
+
+
+def _head_dim(layer: nn.Module, family: Family) -> int:
+    return cast(int, family.attention(layer).head_dim)
 
 
 def _by_head(linear: nn.Linear, size: int) -> tuple[Tensor, Tensor | None]:
-    bias = _bias(linear)
-    return linear.weight.detach().unflatten(0, (-1, size)).transpose(1, 2), None if bias is None else bias.unflatten(
-        0, (-1, size)
-    )
+    bias = bias_of(linear)
+    W = linear.weight.detach().unflatten(0, (-1, size)).transpose(1, 2)
+    return W, None if bias is None else bias.unflatten(0, (-1, size))
 
 
 def layer_tensors(
@@ -95,9 +98,8 @@ def layer_tensors(
     """
     tensors: dict[str, Tensor] = {}
     dense = empty_dense_layer(config)
-    biased = {name.removesuffix(".bias") for name, _ in dense.named_parameters() if name.endswith(".bias")} | set(
-        shape.extra_biases
-    )
+    biased = {name.removesuffix(".bias") for name, _ in dense.named_parameters() if name.endswith(".bias")}
+    biased |= set(shape.extra_biases)
 
     def put(path: str, W: Tensor | LowRank, bias: Tensor | None) -> None:
         assert bias is None or path in biased, f"{path} has a bias but the layer's shape does not say so"
@@ -116,6 +118,7 @@ def layer_tensors(
         assert width == shape.intermediate_size, (width, shape)
         put(family.up_path, mlp.W_U, mlp.b_U)
         if family.gate_path is not None:
+            assert mlp.W_G is not None, f"{family.model_type} has a gate"
             put(family.gate_path, mlp.W_G, mlp.b_G)
         put(family.down_path, mlp.W_D, mlp.b_D)
     if query_key is not None:
@@ -124,8 +127,9 @@ def layer_tensors(
         put(family.query_path, _joined(query_key.W_Q), _flat(query_key.b_Q))
         put(family.key_path, _joined(query_key.W_K), _flat(query_key.b_K))
         if family.rope and size < _head_dim(dense, family):
-            assert query_key.rope_index.shape == (num_kv_heads, size // 2), query_key.rope_index.shape
-            tensors[f"{family.attention_path}.rope_index"] = query_key.rope_index.contiguous()
+            pairs = query_key.rope_index
+            assert pairs is not None and pairs.shape == (num_kv_heads, size // 2), (pairs, num_kv_heads, size)
+            tensors[f"{family.attention_path}.rope_index"] = pairs.contiguous()
     if value_output is not None:
         num_kv_heads, _, size = value_output.W_V.shape
         assert (num_kv_heads, size) == (shape.num_kv_heads, shape.v_head_dim), (value_output.W_V.shape, shape)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import modegpt
 from modegpt.records.paths import portable
 
 PACKAGES = [
@@ -48,7 +47,7 @@ def git_state(package: Path | None = None) -> dict[str, str | bool | None]:
     Only the package, ``conf`` and the dependency pins count as code: new records in ``results`` leave the tree clean.
     Both are null outside a checkout: a wheel, or a virtual environment that merely lies in someone's repository.
     """
-    package = package or Path(modegpt.__file__).parent
+    package = package or Path(__file__).parent.parent
     if not _git(package, "ls-files", "__init__.py"):
         return {"commit": None, "dirty": None}
     code = [".", *(f":/{name}" for name in ("conf", "pyproject.toml", "constraints.txt"))]

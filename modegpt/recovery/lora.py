@@ -25,14 +25,16 @@ MAX_GRADIENT_NORM = 1.0
 class Lora:
     """LoRA (Hu et al., ICLR 2022, arXiv 2106.09685): every adapted linear computes ``x W + (alpha / rank) x A B``.
 
-    A starts random and B at zero, so training starts from the compressed model. AdamW without weight decay, the
-    learning rate rising over the first ``warmup`` of the steps and falling linearly to zero, gradients clipped to norm 1.
+    A starts random and B at zero, so training starts from the compressed model. AdamW without weight decay; the
+    learning rate rises over the first ``warmup`` of the steps and falls linearly to zero; gradients are clipped to
+    norm 1.
 
     Args:
         targets: ``mlp``: the linears of the MLP alone; ``all``: those of the attention too. Both factors of a low-rank
             linear are adapted.
         rank, alpha, dropout: the adapters' inner size, scale and dropout.
-        num_samples, sequence_length: training windows; ``auto`` is 1024 tokens, or the model's context where that is shorter.
+        num_samples, sequence_length: training windows; ``auto`` is 1024 tokens, or the model's context where that is
+            shorter.
         epochs: passes over them, in an order of its own each.
         batch_size: windows behind one step.
         micro_batch_size: windows in one forward and backward pass, to save memory; null: all of a step.
@@ -68,24 +70,26 @@ class Lora:
 
     def window(self, context: int) -> int:
         """Tokens of a training window for a model of this context. Raises UserError when it does not fit."""
-        if self.sequence_length == "auto":
+        if isinstance(self.sequence_length, str):
             return min(LONGEST_AUTO_LENGTH, context)
         if self.sequence_length > context:
             raise UserError(
-                f"recovery.sequence_length={self.sequence_length} is longer than the model's context of {context} tokens; use at most {context}, or auto"
+                f"recovery.sequence_length={self.sequence_length} is longer than the model's context of {context} "
+                f"tokens; use at most {context}, or auto"
             )
         return self.sequence_length
 
     def recover(
         self, model: PreTrainedModel, ids: Tensor, *, seed: int, progress: Progress
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Train on ``ids`` (num_samples, sequence_length) and return the model with its adapters merged, and what happened.
+        """Train on ``ids`` (num_samples, sequence_length) and merge the adapters.
 
         ``model`` is changed, but no tensor that it shares with another is. The same seed gives the same weights on the
         same machine; the global random state is left as it was.
 
-        Returns ``num_steps, num_trained_parameters, num_adapted_linears, losses`` (mean negative log-likelihoods at up to
-        20 points of the training, each the mean since the one before). Raises UserError when the loss is not finite.
+        Returns the model and ``num_steps, num_trained_parameters, num_adapted_linears, losses`` (mean negative
+        log-likelihoods at up to 20 points of the training, each the mean since the one before). Raises UserError when
+        the loss is not finite.
         """
         was_training, num_adapted = model.training, len(adapted_linears(model, self.targets))
         devices = [model.device] if model.device.type == "cuda" else []
@@ -111,29 +115,30 @@ class Lora:
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # any number scales
             lora_dropout=self.dropout,
             target_modules=adapted_linears(model, self.targets),
             bias="none",
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", category=FutureWarning, module="transformers"
-            )  # about a property that peft reads
+            # about a property that peft reads
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             return get_peft_model(model, config)
 
     def num_steps(self, num_samples: int) -> int:
         """Optimiser steps over ``num_samples`` windows."""
         return self.epochs * math.ceil(num_samples / self.batch_size)
 
-    def _train(self, model: nn.Module, ids: Tensor, *, seed: int, progress: Progress) -> list[float]:
+    def _train(self, model: Any, ids: Tensor, *, seed: int, progress: Progress) -> list[float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         num_steps = self.num_steps(len(ids))
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.learning_rate_share(step, num_steps))
         order = torch.Generator().manual_seed(seed)
-        losses, since, step, num_logged = [], [], 0, min(NUM_LOGGED_LOSSES, num_steps)
+        losses: list[float] = []
+        since: list[float] = []
+        step, num_logged = 0, min(NUM_LOGGED_LOSSES, num_steps)
         model.train()
         with progress.bar(num_steps, "recovery", unit="step") as bar:
             for _ in range(self.epochs):
@@ -150,7 +155,7 @@ class Lora:
                         since = []
         return losses
 
-    def _gradients(self, model: nn.Module, ids: Tensor) -> float:
+    def _gradients(self, model: Any, ids: Tensor) -> float:
         """Accumulate the gradients of the mean loss of one step; returns that loss."""
         num_predicted, total = ids.shape[0] * (ids.shape[1] - 1), 0.0
         for batch in ids.split(self.micro_batch_size or len(ids)):
@@ -159,12 +164,13 @@ class Lora:
             total += loss.item()
         if not math.isfinite(total):
             raise UserError(
-                f"recovery diverged: the loss is {total}; lower recovery.learning_rate, or train in another dtype than {model.dtype}"
+                f"recovery diverged: the loss is {total}; lower recovery.learning_rate, "
+                f"or train in another dtype than {model.dtype}"
             )
         return total
 
     def learning_rate_share(self, step: int, num_steps: int) -> float:
-        """The learning rate at ``step`` (from 0) over its peak: a linear rise over the warm-up, a linear fall to zero after it."""
+        """The learning rate at ``step`` (from 0) over its peak: it rises over the warm-up and then falls to zero."""
         rise = max(1, round(self.warmup * num_steps))
         return (step + 1) / rise if step < rise else (num_steps - step) / max(1, num_steps - rise)
 

@@ -114,7 +114,7 @@ def predict(
         "saving": {"weights": 2 * layer, "statistics": statistics, "hidden states": hidden},
     }
     if evaluation.text is not None:
-        scored = max(evaluation.text.spec.batch_tokens, max(evaluation.text.windows))
+        scored = max(evaluation.text.batch_tokens, max(evaluation.text.windows))
         logits = scored * config.vocab_size * itemsize * 2 + 3 * 4 * CHUNK_ELEMENTS
         states = (evaluation.text.token_ids.numel() + scored) * sizes.d_h * itemsize
         moments["scoring"] = {"weights": sum(head) + largest, "hidden states": states, "logits": logits}

@@ -51,7 +51,7 @@ def test_wikitext_folder_is_read_by_split(tmp_path):
     ]
     assert firsts == ["train.part\n", "valid\n", "test\n"]
     write(tmp_path / "wiki.test.copy", "again\n")
-    with pytest.raises(UserError, match="wiki.test.copy, wiki.test.raw"):
+    with pytest.raises(UserError, match=r"wiki.test.copy, wiki.test.raw"):
         load_documents("wikitext2", path=str(tmp_path), split="test")
 
 
@@ -117,13 +117,13 @@ def test_bad_rows_are_named(tmp_path, content, message):
 
 def test_bad_files_are_named(tmp_path):
     for source in ("jsonl", "text", "wikitext2", "alpaca", "c4"):
-        with pytest.raises(UserError, match="cannot read .*absent.*No such file"):
+        with pytest.raises(UserError, match=r"cannot read .*absent.*No such file"):
             load_documents(source, path=str(tmp_path / "absent"), split="calibration")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="not UTF-8 text"):
         load_documents("text", path=str(tmp_path / "latin"), split="test")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"abc" * 1000)[:20])
-    with pytest.raises(UserError, match="cannot read .*cut.gz"):
+    with pytest.raises(UserError, match=r"cannot read .*cut.gz"):
         load_documents("text", path=str(tmp_path / "cut.gz"), split="test")
     with pytest.raises(UserError, match="needs a file"):
         load_documents("jsonl", path=None, split="test")

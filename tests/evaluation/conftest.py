@@ -1,4 +1,4 @@
-"""A random model, a character tokenizer, and task files of a few items in the forms they are passed around."""
+"""A random model, a character tokenizer, and task files of a few items."""
 
 import json
 from pathlib import Path
@@ -8,41 +8,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHARACTERS = ["<s>", "</s>", "<unk>", *map(chr, range(10, 11)), *map(chr, range(32, 127))]
+from tests.evaluation.task_rows import ROWS
 
-ROWS = {
-    "piqa": [
-        {"goal": "Boil water.", "sol1": "Heat it in a pot.", "sol2": "Freeze it in a pot."},
-        {"goal": "dresser", "sol1": "a pin ", "sol2": "a  pin"},
-    ],
-    "hellaswag": [
-        {
-            "activity_label": "Pole vault",
-            "ctx_a": "A man runs.",
-            "ctx_b": "the man",
-            "endings": ["jumps [title] up.", "sleeps.", "eats.", "sings."],
-            "label": 0,
-        },
-        {"activity_label": "Tea", "ctx_a": "Two cups.", "ctx_b": "", "endings": ["a.", "b.", "c.", "d."], "label": 3},
-    ],
-    "winogrande": [
-        {"context_options": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "continuation": "waved to her.", "gold": 1},
-        {"context_options": ["Ann", "The cat"], "continuation": "sat_down.", "gold": 0},
-        {"context_options": ["a_b c", "a_b d"], "continuation": "e.", "gold": 0},
-    ],
-    "arc_easy": [
-        {"question": "What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1},
-        {"question": "Wet?", "choices": ["sand", "rock", "air", "sea"], "gold": 3},
-    ],
-    "arc_challenge": [
-        {"question": "Why is the sky blue?", "choices": ["paint", "light", "ice", "sea"], "gold": 1},
-        {"question": "Far?", "choices": ["sun", "toe"], "gold": 0},
-    ],
-    "openbookqa": [
-        {"query": "Predators eat", "choices": ["lions", "rocks", "bunnies", "grass"], "gold": 2},
-        {"query": "Ice is", "choices": ["hot", "cold"], "gold": 1},
-    ],
-}
+CHARACTERS = ["<s>", "</s>", "<unk>", *map(chr, range(10, 11)), *map(chr, range(32, 127))]
 
 
 @pytest.fixture(scope="session")

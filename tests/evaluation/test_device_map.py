@@ -8,13 +8,13 @@ import torch
 
 from modegpt.cli.main import main
 from modegpt.config import ModelConfig
-from modegpt.data.embedded import model_path
+from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.models.checkpoints import load_model
 from modegpt.models.integrity import fingerprint_weights
 from modegpt.records.store import load_record
 
-TINY = str(model_path("tiny-llama"))
+TINY = str(TINY_MODELS["tiny-llama"])
 
 
 @pytest.mark.parametrize("memory", ["600KB", "3MB"])

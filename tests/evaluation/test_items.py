@@ -41,7 +41,7 @@ def test_one_task_by_hand():
 
 
 def test_standard_errors_are_the_spread_over_test_sets():
-    """Two tasks of different size, drawn anew 2,000 times: the errors say how much difference and ratio move, to 5 %."""
+    """Two tasks of unequal size, drawn anew 2,000 times: the errors say how much difference and ratio move, to 5 %."""
     generator = np.random.default_rng(1)
     differences, ratios, errors = [], [], []
     for _ in range(2000):

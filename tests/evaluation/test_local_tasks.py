@@ -5,24 +5,9 @@ import json
 import pytest
 
 from modegpt.errors import UserError
-from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.local_tasks import local_rows
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
-from tests.evaluation.conftest import ROWS
-
-
-def scored(task) -> list[tuple[list[tuple[str, str]], int]]:
-    """For each item the (context, continuation) strings the harness scores, and the index of the right one."""
-    with isolated_harness():
-        task.build_all_requests()
-    items: dict[int, list] = {}
-    for instance in task.instances:
-        items.setdefault(instance.doc_id, []).append(instance.args)
-    docs = list(task.eval_docs)
-    return [
-        (items[index], task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc))
-        for index, doc in enumerate(docs)
-    ]
+from tests.evaluation.task_rows import ROWS, scored
 
 
 def expected_qa(question: str, choices: list[str], gold: int) -> tuple[list[tuple[str, str]], int]:
@@ -126,15 +111,15 @@ def test_bad_folders_are_named(task_folder):
     with pytest.raises(UserError, match="nowhere is not a folder; it should hold piqa"):
         load_tasks(["piqa"], data_path="nowhere")
     with pytest.raises(
-        UserError, match="task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
+        UserError, match=r"task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
     ):
         load_tasks(["boolq"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").write_text("0\n")
-    with pytest.raises(UserError, match="piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):
+    with pytest.raises(UserError, match=r"piqa_some-labels.lst should hold one label, 0 or 1, for each of the 2 rows"):
         load_tasks(["piqa"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").unlink()
-    with pytest.raises(UserError, match="cannot read .*piqa_some-labels.lst"):
+    with pytest.raises(UserError, match=r"cannot read .*piqa_some-labels.lst"):
         load_tasks(["piqa"], data_path=str(task_folder))
     (task_folder / "piqa_more.jsonl").write_text("")
-    with pytest.raises(UserError, match="piqa_more.jsonl, piqa_some.jsonl"):
+    with pytest.raises(UserError, match=r"piqa_more.jsonl, piqa_some.jsonl"):
         load_tasks(["piqa"], data_path=str(task_folder))

@@ -1,4 +1,4 @@
-"""The task made from a text: real successors as answers, sentences of other documents as wrong choices, the same every time."""
+"""The task made from a text: real successors as answers, other documents' sentences as wrong choices, every time."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from modegpt.data.texts import Documents, load_documents
 from modegpt.errors import UserError
 from modegpt.evaluation.next_sentence import NUM_CHOICES, next_sentence_rows
 from modegpt.evaluation.tasks import load_tasks, task_fingerprint
-from tests.evaluation.test_local_tasks import scored
+from tests.evaluation.task_rows import scored
 
 NAMES = ("Ann", "Bob", "Cem", "Dee", "Eve")
 STORIES = Documents(

@@ -86,7 +86,7 @@ def test_windows_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"512 tokens is longer than the model's context of 256"):
         resolve_windows([512], context=256, num_tokens=10**6, what="text")
     for windows in ("auto", [256]):
-        with pytest.raises(UserError, match="a.txt holds 255 tokens, less than one window of 256"):
+        with pytest.raises(UserError, match=r"a.txt holds 255 tokens, less than one window of 256"):
             resolve_windows(windows, context=256, num_tokens=255, what="a.txt")
 
 

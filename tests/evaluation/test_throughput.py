@@ -33,7 +33,7 @@ def test_work_by_hand() -> None:
 
 
 def test_work_of_a_sliced_model_by_hand() -> None:
-    """A residual stream of 24 of 32: every map that reads or writes it, two shortcuts a layer, and attention and cache as they were."""
+    """A residual stream of 24 of 32: every map that reads or writes it, two shortcuts a layer; attention as it was."""
     config = CONFIGS["llama"].to_dict()
     model = SlicedLlamaForCausalLM(
         SlicedLlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}, stream_sizes=[24] * 7)
@@ -96,7 +96,7 @@ def test_a_workload_beyond_the_context_is_refused() -> None:
         UserError, match=r"evaluation.throughput.decode: 1x9 needs 17 tokens, the model's context is 16"
     ):
         ThroughputSpec(decode=["1x9"], decode_tokens=8).check(16)
-    with pytest.raises(UserError, match="evaluation.throughput.repeats=0"):
+    with pytest.raises(UserError, match=r"evaluation.throughput.repeats=0"):
         ThroughputSpec(repeats=0)
 
 

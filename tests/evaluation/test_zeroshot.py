@@ -19,7 +19,7 @@ from modegpt.evaluation.items import unpack
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
 from modegpt.evaluation.zeroshot import mean_score, zeroshot
 from modegpt.progress import Progress
-from tests.evaluation.conftest import ROWS
+from tests.evaluation.task_rows import ROWS
 
 QUIET = Progress(quiet=True)
 
@@ -269,7 +269,7 @@ def test_paper_tasks_from_the_hub(task_folder, monkeypatch):
 
 def test_unreachable_hub_says_how_to_pass_files():
     with pytest.raises(
-        UserError, match="data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"
+        UserError, match=r"data of task piqa from the hub .* give local files: evaluation.zeroshot.data_path=FOLDER"
     ):
         load_tasks(["paper"], data_path=None)
 
@@ -279,9 +279,9 @@ def test_unknown_tasks_are_refused_with_close_names(monkeypatch):
 
     # the real one reads 14,683 files
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: types.SimpleNamespace(all_tasks=["boolq", "mmlu"]))
-    with pytest.raises(UserError, match="unknown task 'bool_q' in evaluation.zeroshot.tasks; did you mean boolq"):
+    with pytest.raises(UserError, match=r"unknown task 'bool_q' in evaluation.zeroshot.tasks; did you mean boolq"):
         load_tasks(["bool_q"], data_path=None)
-    with pytest.raises(UserError, match="unknown task 'zzz' .* names"):
+    with pytest.raises(UserError, match=r"unknown task 'zzz' .* names"):
         load_tasks(["zzz"], data_path=None)
 
 

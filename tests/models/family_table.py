@@ -95,7 +95,7 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
 
 @dataclass
 class Selection:
-    """Indices of what stays in one layer: MLP columns (n',), query-key pairs or columns (H_kv, r'), value columns (H_kv, v')."""
+    """Indices of what stays in a layer: MLP columns (n',), query-key pairs or columns (H_kv, r'), values (H_kv, v')."""
 
     mlp: Tensor
     query_key: Tensor
@@ -127,7 +127,7 @@ def random_selection(family: Family, dense: LayerShape, shape: LayerShape, gener
 
 
 def _take(tensor: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
-    """What ``index`` (H_kv, k) keeps along ``dim`` of per-head ``tensor``, each row repeated for its group of query heads."""
+    """What ``index`` (H_kv, k) keeps along ``dim`` of per-head ``tensor``, a row for each query head of its group."""
     if tensor is None:
         return None
     index = index.repeat_interleave(tensor.shape[0] // index.shape[0], dim=0)

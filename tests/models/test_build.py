@@ -276,7 +276,7 @@ def test_unsupported_models_are_refused_by_name() -> None:
         UserError, match="'gpt2' is not supported; supported are gemma, llama, mistral, opt, phi3, qwen2, qwen3"
     ):
         family_of(GPT2Config())
-    with pytest.raises(UserError, match="partial_rotary_factor 0.5"):
+    with pytest.raises(UserError, match=r"partial_rotary_factor 0.5"):
         family_of(Phi3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}))
     compressed, _ = sliced_model(dense_model("llama"))
     with pytest.raises(UserError, match="compressed already"):

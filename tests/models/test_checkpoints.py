@@ -105,7 +105,7 @@ def test_a_damaged_file_is_named(saved: Path, damage, target: int | str, reason:
 
 def test_a_file_that_does_not_belong_is_named(saved: Path) -> None:
     shutil.copy(shards(saved)[0], saved / "model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors does not belong"):
+    with pytest.raises(UserError, match=r"model.safetensors does not belong"):
         load(saved)
 
 
@@ -219,13 +219,13 @@ def test_what_is_not_there_is_explained(path: str, message: str) -> None:
 
 
 def test_what_is_not_a_supported_model_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config.json"):
         load(tmp_path)
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'gpt2' is not supported; supported are gemma, llama"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "big"}')
-    with pytest.raises(UserError, match="cannot load .*hidden_size"):
+    with pytest.raises(UserError, match=r"cannot load .*hidden_size"):
         load(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         load(tmp_path / "config.json")

@@ -59,7 +59,7 @@ def test_equal_widths_cost_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "llama-wide-heads"])
 def test_missing_heads_layers_and_widths(name: str) -> None:
-    """A layer without heads, one without an MLP, one gone; where the family allows it, all layers lose the same head."""
+    """A layer without heads, one without an MLP, one gone; all layers lose the same head where the family has room."""
     dense = dense_model(name)
     full = dense_shape(dense.config)
     few = dataclasses.replace(full, num_kv_heads=full.num_kv_heads // 2)
@@ -130,7 +130,7 @@ def test_factors_are_multiplied_out() -> None:
 
 
 def test_what_has_no_stock_form_is_refused() -> None:
-    with pytest.raises(UserError, match="layer 0: mlp.down_proj has a bias, which mistral models cannot store"):
+    with pytest.raises(UserError, match=r"layer 0: mlp.down_proj has a bias, which mistral models cannot store"):
         stock_model(with_biases("mistral", "mlp.down_proj"))
     with pytest.raises(UserError, match="family's own form already"):
         stock_model(native_model("llama"))

@@ -1,4 +1,4 @@
-"""``transformers serve`` answers from an exported checkpoint, with continuous batching, as the compressed model does."""
+"""``transformers serve`` answers from an exported checkpoint, batching continuously, as the compressed model does."""
 
 import json
 import os

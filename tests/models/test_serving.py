@@ -1,4 +1,7 @@
-"""What servers do with a compressed model: compile it, give it a cache of fixed size, batch continuously; and what its cache weighs."""
+"""What servers do with a compressed model: compile it, give it a cache of fixed size, batch continuously.
+
+And what its cache weighs.
+"""
 
 import os
 
@@ -55,7 +58,7 @@ def decoded(model: PreTrainedModel, forward, cache) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_a_step_is_one_graph(name: str) -> None:
-    """All that a compiler does but making machine code, without a break. (OPT's own class has one, so its family is not here.)"""
+    """All that a compiler does but making machine code, without a break. (OPT's own class has one, and is not here.)"""
     check_compiled(name, backend="aot_eager")
 
 

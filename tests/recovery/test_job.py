@@ -21,15 +21,15 @@ LORA = {"name": "lora", "rank": 2, "learning_rate": 1e-2, "num_samples": 4, "seq
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
+def results(results: Path) -> Path:
+    """A place for records, with a text to train on and one to be scored on beside it."""
     for name, sentence in (
         ("train", "The old baker walked to the market and bought two apples . "),
         ("test", "A young girl ran to the lake and saw a boat . "),
     ):
         lines = [json.dumps({"text": f"{number} {sentence * 20}"}) for number in range(8)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return tmp_path / "results"
+        (results.parent / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return results
 
 
 def config(results: Path, recovery: dict[str, Any] | None = None, **changes: Any) -> RunConfig:

@@ -152,12 +152,12 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
 
 def test_a_window_must_fit_the_context() -> None:
     assert Lora().window(256) == 256 and Lora().window(4096) == 1024 and Lora(sequence_length=64).window(256) == 64
-    with pytest.raises(UserError, match="recovery.sequence_length=512 is longer than the model's context of 256"):
+    with pytest.raises(UserError, match=r"recovery.sequence_length=512 is longer than the model's context of 256"):
         Lora(sequence_length=512).window(256)
 
 
 def test_a_diverging_loss_is_an_error() -> None:
     _, model = compressed("llama")
     model.lm_head.weight.data[0] = torch.nan
-    with pytest.raises(UserError, match="recovery diverged: the loss is nan; lower recovery.learning_rate"):
+    with pytest.raises(UserError, match=r"recovery diverged: the loss is nan; lower recovery.learning_rate"):
         QUICK.recover(model, windows(model), seed=0, progress=QUIET)

@@ -1,8 +1,6 @@
 """Killed with -9 at any moment and started again: the same checkpoint to the bit, and no layer done twice."""
 
-import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,31 +15,11 @@ from modegpt.methods.modegpt import MoDeGPT
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.shards import Shards
 from modegpt.streaming.workspace import POSITION, Position, Workspace
-from tests.processes import CLEAN
+from tests.processes import CLEAN, killed_when
 from tests.streaming.streamed_task import compress_out_of_core, save_dense
 
 METHOD = MoDeGPT(mlp=MLPRandom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Entropic())
 """The random choice shows whether the generator goes on where it was."""
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after: bool) -> None:
-    """Let a process die before or after the call of ``owner.name`` for which ``moment`` is true."""
-    original = getattr(owner, name)
-
-    def dying(*args, **kwargs):
-        due = moment(*args, **kwargs)
-        if due and not after:
-            kill()
-        result = original(*args, **kwargs)
-        if due:
-            kill()
-        return result
-
-    setattr(owner, name, dying)
 
 
 MOMENTS = {

@@ -16,17 +16,10 @@ from modegpt.models.integrity import MANIFEST, check_files, fingerprint_weights
 from modegpt.records.store import load_record
 from modegpt.run import run
 from modegpt.streaming.job import OutOfCore
-from tests.processes import CLEAN
-from tests.streaming.test_resume import killed_when
-from tests.test_run import small
+from tests.processes import CLEAN, killed_when
+from tests.small_run import small
 
 OUT_OF_CORE = OutOfCoreConfig(enabled=True)
-
-
-@pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MODEGPT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "results"
 
 
 def perplexity_alone(folder: Path) -> EvaluationSpec:

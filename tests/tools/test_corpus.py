@@ -14,16 +14,16 @@ from tools.tiny_world.facts import ask, fill
 
 @pytest.fixture(scope="module")
 def training_documents() -> list[str]:
-    return corpus.training_text(num_documents=4000)
+    return corpus.documents("train", num_documents=4000)
 
 
 def test_documents_depend_on_seed_and_split_only():
-    first = corpus.training_text(num_documents=40)
-    assert first == corpus.training_text(num_documents=40)
-    assert first == corpus.training_text(num_documents=80)[:40]
-    assert first != corpus.training_text(num_documents=40, seed=corpus.SEED + 1)
-    assert first != corpus.validation_text(num_documents=40)
-    assert corpus.validation_text(num_documents=40) != corpus.test_text(num_documents=40)
+    first = corpus.documents("train", num_documents=40)
+    assert first == corpus.documents("train", num_documents=40)
+    assert first == corpus.documents("train", num_documents=80)[:40]
+    assert first != corpus.documents("train", num_documents=40, seed=corpus.SEED + 1)
+    assert first != corpus.documents("validation", num_documents=40)
+    assert corpus.documents("validation", num_documents=40) != corpus.documents("test", num_documents=40)
 
 
 def test_committed_data_is_regenerated_byte_for_byte():
@@ -83,7 +83,7 @@ def test_grammar_agrees(training_documents):
 
 
 def test_pronouns_match_the_person():
-    for text in corpus.training_text(num_documents=3000):
+    for text in corpus.documents("train", num_documents=3000):
         for name, pronoun in re.findall(r"^(\w+) [^.\n]*\. (She|He) ", text):
             if name in words.WOMEN + words.MEN:
                 assert (pronoun == "She") == (name in words.WOMEN)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from modegpt.data.embedded import model_path
+from modegpt.data.embedded import TINY_MODELS
 from tests.scripts import load_script
 
 
 def _interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of query or key weights (out, ...) with rotary pairs side by side, as GGUF files of Llamas have them, not half a head apart."""
+    """Rows of query or key weights (out, ...) with rotary pairs side by side, as GGUF files have them in Llamas."""
     return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
 
 
 def _write(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Write ``model``, its matrices in blocks of 8 bits. Returns the weights that these stand for, by the model's names."""
+    """Write ``model``, its matrices in blocks of 8 bits. Returns the weights that these stand for, by name."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -71,8 +71,8 @@ def test_the_weights_and_tokens_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_path("tiny-llama")),
-        AutoTokenizer.from_pretrained(model_path("tiny-llama")),
+        AutoModelForCausalLM.from_pretrained(TINY_MODELS["tiny-llama"]),
+        AutoTokenizer.from_pretrained(TINY_MODELS["tiny-llama"]),
     )
     stood_for = _write(tmp_path / "tiny.gguf", model, tokenizer)
     assert not torch.equal(stood_for["model.layers.0.mlp.down_proj.weight"], model.model.layers[0].mlp.down_proj.weight)

@@ -6,20 +6,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modegpt.data.embedded import TINY_MODELS, model_path
+from modegpt.data.embedded import TINY_MODELS
 from tools.tiny_world import corpus
 from tools.tiny_world.train import ARCHITECTURES, CONTEXT_TOKENS, encode_documents, task_accuracies, window_perplexity
 
 
 @pytest.fixture(scope="module", params=sorted(TINY_MODELS))
 def loaded(request):
-    path = model_path(request.param)
+    path = TINY_MODELS[request.param]
     return request.param, AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 def test_files_are_small_and_float32(loaded):
     name, model, _ = loaded
-    assert (model_path(name) / "model.safetensors").stat().st_size < 6.5e6
+    assert (TINY_MODELS[name] / "model.safetensors").stat().st_size < 6.5e6
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -33,9 +33,9 @@ def test_architecture_is_the_recipe_s(loaded):
 
 def test_recorded_test_perplexity_is_reproduced(loaded):
     name, model, tokenizer = loaded
-    record = json.loads((model_path(name) / "RECIPE.json").read_text())
+    record = json.loads((TINY_MODELS[name] / "RECIPE.json").read_text())
     assert record["num_parameters"] == model.num_parameters()
-    ids, _ = encode_documents(corpus.test_text(), tokenizer)
+    ids, _ = encode_documents(corpus.documents("test"), tokenizer)
     assert len(ids) >= 40 * CONTEXT_TOKENS
     assert window_perplexity(model, ids, window=CONTEXT_TOKENS) == pytest.approx(
         record["perplexity_256"]["test"], rel=1e-3
@@ -44,7 +44,7 @@ def test_recorded_test_perplexity_is_reproduced(loaded):
 
 def test_accuracy_is_far_above_chance(loaded):
     name, model, tokenizer = loaded
-    record = json.loads((model_path(name) / "RECIPE.json").read_text())
+    record = json.loads((TINY_MODELS[name] / "RECIPE.json").read_text())
     assert record["mean_accuracy"] >= 0.75
     accuracies = task_accuracies(model, tokenizer, limit=24)
     assert sum(row["acc"] for row in accuracies.values()) / 5 >= 0.75

@@ -13,7 +13,7 @@ from tools.tiny_world.pronoun import is_held_out
 
 @pytest.fixture(scope="module")
 def training_text() -> str:
-    return "\n\n".join(corpus.training_text())
+    return "\n\n".join(corpus.documents("train"))
 
 
 @pytest.mark.parametrize("task", TINY_TASKS)

@@ -41,7 +41,7 @@ MICRO = {
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return corpus.training_text(num_documents=300)
+    return corpus.documents("train", num_documents=300)
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +65,19 @@ def test_twenty_steps_lower_the_loss_and_repeat_exactly(name, documents, tokeniz
 def test_document_starts_are_where_documents_start(documents, tokenizer):
     ids, starts = encode_documents(documents, tokenizer)
     assert len(starts) == len(documents)
-    for document, start in zip(documents[:50], starts.tolist()):
+    for document, start in zip(documents[:50], starts[:50].tolist(), strict=True):
         expected = tokenizer(document, add_special_tokens=False).input_ids[:10]
         assert ids[start : start + len(expected)].tolist() == expected
 
 
 def test_batches_are_windows_of_the_stream(documents, tokenizer):
     ids, starts = encode_documents(documents, tokenizer)
-    draw = lambda share, bos: draw_batch(
-        ids,
-        starts,
-        recipe=Recipe(batch_size=16, doc_start_share=share, bos_share=bos),
-        window=WINDOW,
-        bos=tokenizer.bos_token_id,
-        generator=torch.Generator().manual_seed(1),
-    )
+
+    def draw(share: float, bos: float) -> torch.Tensor:
+        recipe = Recipe(batch_size=16, doc_start_share=share, bos_share=bos)
+        generator = torch.Generator().manual_seed(1)
+        return draw_batch(ids, starts, recipe=recipe, window=WINDOW, bos=tokenizer.bos_token_id, generator=generator)
+
     begins = {tuple(ids[s : s + WINDOW].tolist()) for s in starts.tolist()}
     assert all(tuple(row) in begins for row in draw(1.0, 0.0).tolist())
     anywhere = {tuple(window.tolist()) for window in ids.unfold(0, WINDOW, 1)}

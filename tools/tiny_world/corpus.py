@@ -1,9 +1,7 @@
 """The corpus of the tiny world: documents of six kinds, drawn from seeded streams, one stream per split.
 
-Everything is a pure function of the seed; `random.Random` with a string seed gives the same stream on every platform.
+Everything is a pure function of the seed; ``random.Random`` with a string seed gives the same stream on every platform.
 """
-
-from __future__ import annotations
 
 import random
 from functools import cache
@@ -31,7 +29,7 @@ _KINDS = {"person": 52, "town": 14, "animal": 14, "object": 12, "tool": 4, "food
 
 @cache
 def world_facts(seed: int = SEED) -> dict[str, dict[str, Fact]]:
-    """The facts of the world: `world_facts(seed)[relation name][subject]`."""
+    """The facts of the world: ``world_facts(seed)[relation name][subject]``."""
     return build_facts(seed=seed)
 
 
@@ -74,8 +72,10 @@ def _routine(rng: random.Random) -> str:
     (base, third, past, thing), (base2, third2, past2, thing2) = rng.sample(words.ACTIVITIES, 2)
     return rng.choice(
         (
-            f"Every morning {first} {third} {thing}. Yesterday {first} {past} {thing}. Tomorrow {first} will {base} {thing}.",
-            f"{first} and {second} often {base} {thing}. Last week they {past2} {thing2}. Next week they will {base} {thing} again.",
+            f"Every morning {first} {third} {thing}. Yesterday {first} {past} {thing}. "
+            f"Tomorrow {first} will {base} {thing}.",
+            f"{first} and {second} often {base} {thing}. Last week they {past2} {thing2}. "
+            f"Next week they will {base} {thing} again.",
             f"{first} {third} {thing} while {second} {third2} {thing2}. Both of them {base} and {base2} every day.",
             f"Last night {first} {past} {thing} and {second} {past2} {thing2}. Now they {base} and {base2} once more.",
         )
@@ -88,37 +88,21 @@ def _document(rng: random.Random, *, seed: int) -> str:
         return _profile(rng, seed=seed)
     if kind == "question":
         return _questions(rng, seed=seed)
-    return {"physical": physical_document, "pronoun": pronoun_document, "story": story_document, "routine": _routine}[
-        kind
-    ](rng)
+    tell = {"physical": physical_document, "pronoun": pronoun_document, "story": story_document, "routine": _routine}
+    return tell[kind](rng)
 
 
 def documents(split: str, *, num_documents: int | None = None, seed: int = SEED) -> list[str]:
-    """The first `num_documents` documents of a split (`train`, `validation` or `test`); all of them by default."""
+    """The first ``num_documents`` documents of a split, all of them by default.
+
+    ``train``, ``validation`` and ``test`` are different streams over one world.
+    """
     rng = random.Random(f"{seed}/documents/{split}")
     return [_document(rng, seed=seed) for _ in range(num_documents or NUM_DOCUMENTS[split])]
 
 
-def training_text(*, num_documents: int | None = None, seed: int = SEED) -> list[str]:
-    """Documents of the training split."""
-    return documents("train", num_documents=num_documents, seed=seed)
-
-
-def validation_text(*, num_documents: int | None = None, seed: int = SEED) -> list[str]:
-    """Documents of the validation split: the same world, another stream."""
-    return documents("validation", num_documents=num_documents, seed=seed)
-
-
-def test_text(*, num_documents: int | None = None, seed: int = SEED) -> list[str]:
-    """Documents of the test split: the same world, another stream."""
-    return documents("test", num_documents=num_documents, seed=seed)
-
-
-test_text.__test__ = False  # not a test, whatever its name tells pytest
-
-
 def task_items(task: str, *, seed: int = SEED) -> list[dict]:
-    """Items of a task: `context`, `choices`, and `gold`, the index of the right choice. Golds are balanced."""
+    """Items of a task: ``context``, ``choices``, and ``gold``, the index of the right choice. Golds are balanced."""
     num_items = NUM_ITEMS[task]
     if task == "tiny_physical":
         return physical_items(num_items=num_items, seed=seed)

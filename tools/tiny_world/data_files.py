@@ -1,7 +1,5 @@
 """The committed data files: a training sample for calibration, validation and test text, and the items of the tasks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -14,9 +12,9 @@ NUM_CALIBRATION_DOCUMENTS = 4000
 def data_files() -> dict[str, str]:
     """File name to content, exactly as committed."""
     texts = {
-        "train": corpus.training_text(num_documents=NUM_CALIBRATION_DOCUMENTS),
-        "validation": corpus.validation_text(),
-        "test": corpus.test_text(),
+        "train": corpus.documents("train", num_documents=NUM_CALIBRATION_DOCUMENTS),
+        "validation": corpus.documents("validation"),
+        "test": corpus.documents("test"),
     }
     files = {f"{split}.jsonl": [{"text": text} for text in documents] for split, documents in texts.items()}
     files |= {f"{task}.jsonl": corpus.task_items(task) for task in corpus.NUM_ITEMS}

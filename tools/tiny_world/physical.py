@@ -3,8 +3,6 @@
 For each pair (object, action) one wording of the action is held out from training and used by the task.
 """
 
-from __future__ import annotations
-
 import random
 import zlib
 

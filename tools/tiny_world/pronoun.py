@@ -3,8 +3,6 @@
 Ordered pairs of people are held out by hash: a held-out pair never meets in training, and only such pairs are asked.
 """
 
-from __future__ import annotations
-
 import random
 import zlib
 

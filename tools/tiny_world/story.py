@@ -1,30 +1,29 @@
-"""Short stories with cause and effect: an opening, a cause in one of two branches, and the ending that the cause brings.
+"""Short stories with cause and effect: an opening, a cause in one of two branches, and the ending that it brings.
 
 A (script, person, thing) triple is held out by hash: no training story has it; the task tells only such stories.
 """
 
-from __future__ import annotations
-
 import random
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tools.tiny_world import vocabulary as words
-from tools.tiny_world.vocabulary import pronouns, with_article
+from tools.tiny_world.vocabulary import pronouns, with_article, wordings
 
 
 @dataclass(frozen=True)
 class Script:
-    """Templates over {n} name, {t} thing, {a} thing with article, pronouns. `branches` pairs causes with endings."""
+    """Templates over {n} name, {t} thing, {a} thing with article, pronouns. ``branches`` pairs causes with endings."""
 
     things: tuple[str, ...]
     openings: tuple[str, ...]
     branches: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
 
 
-def _script(things, openings: str, *branches: tuple[str, str]) -> Script:
-    split = lambda text: tuple(part.strip() for part in text.split("|"))
-    return Script(tuple(things), split(openings), tuple((split(cause), split(end)) for cause, end in branches))
+def _script(things: Iterable[str], openings: str, *branches: tuple[str, str]) -> Script:
+    told = tuple((wordings(cause), wordings(ending)) for cause, ending in branches)
+    return Script(tuple(things), wordings(openings), told)
 
 
 _FRUITS, _BAKED = words.FOODS[:5], words.FOODS[12:16]
@@ -45,7 +44,7 @@ SCRIPTS = (
         ),
     ),
     _script(
-        _BAKED + ["tart", "pudding"],
+        [*_BAKED, "tart", "pudding"],
         "{n} put {a} in the oven. | {n} wanted to bake {a}.",
         ("Then {he} fell asleep. | {He} went out and forgot the time.", "The {t} was burnt. | The {t} turned black."),
         (
@@ -54,7 +53,7 @@ SCRIPTS = (
         ),
     ),
     _script(
-        _FRUITS + ["bean", "turnip", "pumpkin"],
+        [*_FRUITS, "bean", "turnip", "pumpkin"],
         "{n} planted {a} seed in the garden. | In spring {n} put {a} seed in the soil.",
         (
             "{He} watered it every day. | The rain fell all through the summer.",
@@ -207,7 +206,7 @@ def story_document(rng: random.Random) -> str:
 
 
 def story_items(*, num_items: int, seed: int) -> list[dict]:
-    """Four endings: the right one; the other branch; the right branch with another thing; the other branch with another."""
+    """Four endings: the right branch or the other, each of this thing or of another; one of them is right."""
     rng = random.Random(f"{seed}/items/story")
     items = []
     for index in range(num_items):
@@ -222,6 +221,6 @@ def story_items(*, num_items: int, seed: int) -> list[dict]:
         ]
         rng.shuffle(wrong)
         right = _ending(rng, script, name, thing, branch)
-        items.append({"context": context, "choices": wrong[:gold] + [right] + wrong[gold:], "gold": gold})
+        items.append({"context": context, "choices": [*wrong[:gold], right, *wrong[gold:]], "gold": gold})
     rng.shuffle(items)
     return items

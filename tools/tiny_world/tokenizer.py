@@ -1,7 +1,5 @@
 """The tokenizer of the tiny models: byte-level BPE, so that any text encodes."""
 
-from __future__ import annotations
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -11,7 +9,10 @@ SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 def train_tokenizer(
     texts: list[str], *, vocab_size: int, model_max_length: int, add_bos: bool
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `vocab_size` entries; with `add_bos`, encoding puts `<s>` first unless special tokens are off."""
+    """Byte-level BPE with ``vocab_size`` entries.
+
+    With ``add_bos``, encoding puts ``<s>`` first unless special tokens are off.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,9 +1,7 @@
-"""The recipe of the tiny models: `python -m tools.tiny_world.train` writes the data, then trains and saves both models.
+"""The recipe of the tiny models: ``python -m tools.tiny_world.train`` writes the data, trains and saves both models.
 
 Same seed, library versions and processor: same weights. Other processors round differently, so the last digits differ.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -50,8 +48,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training hyper-parameters. `cosine_steps`: where the cosine would end, were it not for the cooldown of the last
-    `cooldown_steps`; `doc_start_share`: windows that begin with a document; `bos_share`: windows led by `<s>`.
+    """Training hyper-parameters.
+
+    Args:
+        cosine_steps: where the cosine would end, were it not for the cooldown of the last ``cooldown_steps``.
+        doc_start_share: share of windows that begin with a document.
+        bos_share: share of windows led by ``<s>``.
     """
 
     num_steps: int = 1800
@@ -73,7 +75,7 @@ RECIPES = {"tiny-llama": Recipe(), "tiny-opt": Recipe(num_steps=4000, cosine_ste
 
 
 def build_model(architecture: dict, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> PreTrainedModel:
-    """A freshly initialised model of one of `ARCHITECTURES`, float32."""
+    """A freshly initialised model of one of ``ARCHITECTURES``, float32."""
     kwargs = dict(architecture)
     config = AutoConfig.for_model(
         kwargs.pop("model_type"),
@@ -87,7 +89,7 @@ def build_model(architecture: dict, tokenizer: PreTrainedTokenizerFast, *, seed:
 
 
 def encode_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """One stream of token ids `[T]`, documents joined by blank lines, and the offsets `[D]` at which documents start."""
+    """One stream of token ids (T,), documents joined by blank lines, and the offsets (D,) at which documents start."""
     ids = torch.tensor(tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False).input_ids)
     newline = tokenizer.convert_tokens_to_ids("Ċ")
     is_start = torch.zeros_like(ids, dtype=torch.bool)
@@ -99,9 +101,14 @@ def encode_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -
 def draw_batch(
     ids: torch.Tensor, starts: torch.Tensor, *, recipe: Recipe, window: int, bos: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Windows `[batch_size, window]` of the stream, at document starts or anywhere, some led by the BOS token."""
-    draw = lambda high: torch.randint(high, (recipe.batch_size,), generator=generator)
-    chance = lambda share: torch.rand(recipe.batch_size, generator=generator) < share
+    """Windows (batch_size, window) of the stream, at document starts or anywhere, some led by the BOS token."""
+
+    def draw(high: int) -> torch.Tensor:
+        return torch.randint(high, (recipe.batch_size,), generator=generator)
+
+    def chance(share: float) -> torch.Tensor:
+        return torch.rand(recipe.batch_size, generator=generator) < share
+
     last = len(ids) - window
     offsets = torch.where(chance(recipe.doc_start_share), starts[draw(len(starts))].clamp(max=last), draw(last + 1))
     batch = ids[offsets[:, None] + torch.arange(window)]
@@ -110,7 +117,7 @@ def draw_batch(
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, a cosine towards `final_learning_rate_share` of the peak, and a linear cooldown to zero at the end."""
+    """Linear warm-up, a cosine towards ``final_learning_rate_share`` of the peak, and a linear cooldown to zero."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     cooldown_start = recipe.num_steps - recipe.cooldown_steps
@@ -121,14 +128,14 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of each token given those before it in its window; `batch` is `[B, T]`."""
+    """Mean cross-entropy in nats of each token given those before it in its window; ``batch`` is (B, T)."""
     logits = model(batch, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def window_perplexity(model: PreTrainedModel, ids: torch.Tensor, *, window: int) -> float:
-    """Perplexity over non-overlapping windows of the stream `ids` `[T]`; the tail is dropped."""
+    """Perplexity over non-overlapping windows of the stream ``ids`` ``[T]``; the tail is dropped."""
     windows = ids[: len(ids) // window * window].view(-1, window)
     losses = [next_token_loss(model, batch).double() * len(batch) for batch in windows.split(16)]
     return math.exp(torch.stack(losses).sum().item() / len(windows))
@@ -165,9 +172,10 @@ def train(
             per_step_seconds = (time.monotonic() - started) / (step + 1)
             left_minutes = per_step_seconds * (recipe.num_steps - step - 1) / 60
             recent = sum(losses[-log_every:]) / log_every
+            speed = recipe.batch_size * window / per_step_seconds
             print(
-                f"step {step + 1}/{recipe.num_steps}  loss {recent:.4f}  {recipe.batch_size * window / per_step_seconds:.0f} "
-                f"tokens/s  {left_minutes:.1f} min left",
+                f"step {step + 1}/{recipe.num_steps}  loss {recent:.4f}  {speed:.0f} tokens/s  "
+                f"{left_minutes:.1f} min left",
                 flush=True,
             )
     model.eval()
@@ -177,7 +185,7 @@ def train(
 def task_accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
 ) -> dict[str, dict]:
-    """Accuracy (`acc`, `acc_norm`) on the five tasks, by lm-evaluation-harness; `limit` items of each, or all."""
+    """Accuracy (``acc``, ``acc_norm``) on the five tasks, by lm-evaluation-harness; ``limit`` items of each, or all."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -194,9 +202,12 @@ def task_accuracies(
 
 
 def train_and_save(name: str, *, recipe: Recipe, output: Path) -> dict:
-    """Train one of the two models, save it in Hugging Face form under `output/name`, and return what RECIPE.json records."""
+    """Train one of the two models and save it in Hugging Face form under ``output/name``.
+
+    Returns what its RECIPE.json records.
+    """
     started = time.monotonic()
-    training_documents = corpus.training_text()
+    training_documents = corpus.documents("train")
     tokenizer = train_tokenizer(
         training_documents[:12000], vocab_size=VOCAB_SIZE, model_max_length=CONTEXT_TOKENS, add_bos=name == "tiny-llama"
     )

@@ -1,6 +1,4 @@
-"""Word lists of the tiny world: the raw material from which `world.py` draws entities and facts."""
-
-from __future__ import annotations
+"""Word lists of the tiny world: the raw material from which ``world.py`` draws entities and facts."""
 
 WOMEN = [
     "Ada",
@@ -357,8 +355,13 @@ ACTIVITIES = (
 )
 
 
+def wordings(text: str) -> tuple[str, ...]:
+    """The wordings that ``text`` lists between bars: ``a | b``."""
+    return tuple(part.strip() for part in text.split("|"))
+
+
 def with_article(noun: str) -> str:
-    """The noun phrase with its indefinite article: `an apple`, `a pear`."""
+    """The noun phrase with its indefinite article: ``an apple``, ``a pear``."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
@@ -368,6 +371,6 @@ def capitalised(text: str) -> str:
 
 
 def pronouns(name: str) -> dict[str, str]:
-    """Subject, object and possessive pronouns of a person: keys `he`, `him`, `his`, and `He`, `His`."""
+    """Subject, object and possessive pronouns of a person: keys ``he``, ``him``, ``his``, and ``He``, ``His``."""
     he, him, his = ("she", "her", "her") if name in WOMEN else ("he", "him", "his")
     return {"he": he, "him": him, "his": his, "He": capitalised(he), "His": capitalised(his)}

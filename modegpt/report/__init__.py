@@ -1,1 +1,0 @@
-"""One record for the eye: a table for the terminal, two pictures."""
