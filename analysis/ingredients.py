@@ -1,21 +1,19 @@
-"""The combinations of modegpt_plus's ingredients that ``experiments/ingredients/`` holds: one small file each."""
+"""The combinations of modegpt_plus's ingredients that ``experiments/ingredients.yaml`` holds."""
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-DIRECTORY = CHECKOUT / "experiments" / "ingredients"
-DEFAULTS = CHECKOUT / "conf" / "method" / "modegpt_plus.yaml"
+from modegpt.cli.schema import ingredients
+from modegpt.config import defaults
+from modegpt.methods.plus.switches import Switches
 
 
 @cache
 def combinations() -> dict[str, dict[str, Any]]:
-    """For each file the whole method that it makes of the defaults."""
-    return {path.stem: _merged(path) for path in sorted(DIRECTORY.glob("*.yaml"))}
+    """For each name the whole method that it makes of the defaults."""
+    everything = {"name": "modegpt_plus", **defaults(Switches)}
+    return {name: everything | combination["switches"] for name, combination in ingredients().items()}
 
 
 def combination(method: Mapping[str, Any]) -> str | None:
@@ -28,12 +26,5 @@ def combination(method: Mapping[str, Any]) -> str | None:
 
 @cache
 def title(name: str) -> str:
-    """What its file says it is, in the line below the package."""
-    return (DIRECTORY / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
-
-
-def _merged(path: Path) -> dict[str, Any]:
-    content = OmegaConf.load(path)
-    bases = [DIRECTORY / f"{name}.yaml" for name in content.pop("defaults", []) if name != "_self_"]
-    merged = OmegaConf.merge(OmegaConf.load(DEFAULTS), *map(OmegaConf.load, bases), content)
-    return OmegaConf.to_container(merged)
+    """What the file says the combination is."""
+    return ingredients()[name]["title"]

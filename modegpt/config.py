@@ -1,17 +1,21 @@
 """The main job's configuration as plain dataclasses: one place for keys, types, defaults and ranges.
 
-``conf/`` holds the values, ``cli/`` reads them into these classes, the rest of the package is called with their
-fields. Ranges are checked when an object is made, so an instance is a valid configuration; the options of a
-method, decomposition or allocation belong to the class that implements it and are checked by ``build``.
+``conf/`` names the choices, ``cli/`` reads them into these classes, the rest of the package is called with their
+fields. Ranges are checked when an object is made, so an instance is a valid configuration. The options of a method,
+decomposition, allocation or recovery, with their defaults, are the fields of the class that implements it; ``build``
+checks them.
 """
 
 import difflib
+import inspect
+import json
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
@@ -44,58 +48,85 @@ def _unknown(subject: str, given: str, choices: Iterable[str]) -> UserError:
     return UserError(f"{subject} is not known; choose from {', '.join(choices)}{hint}")
 
 
-def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where: str) -> Built:
+def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where: str, **given: Any) -> Built:
     """Make ``choices[options["name"]]`` from the remaining options, its dataclass fields.
+
+    Args:
+        choices: the classes to choose from, by name.
+        options: what ``where`` of the configuration holds.
+        where: dotted key, for messages.
+        given: fields that are set elsewhere in the configuration (``metadata={"key": ...}``).
 
     Raises:
         UserError: unknown name or option (the valid ones are named), a missing option, or a value of the wrong type.
     """
-    options = dict(options)
-    name = options.pop("name", None)
+    chosen = dict(options)
+    name = chosen.pop("name", None)
     if name not in choices:
         raise unknown(f"{where}.name", name, choices)
     cls = choices[name]
-    known = {option.name: option for option in fields(cls) if option.init}
-    hints = typing.get_type_hints(cls)
-    for key, value in options.items():
+    known, hints = options_of(cls), typing.get_type_hints(cls)
+    for key, value in chosen.items():
         if key not in known:
-            raise (
-                unknown_key(f"{where}.{key}", known)
-                if known
-                else UserError(f"{where}.{key} is not known: {name} has no options")
-            )
-        if not _fits(value, hints[key]):
-            raise UserError(f"{where}.{key}={value} has the wrong type: expected {_type_name(hints[key])}")
-    for key, option in known.items():
-        if key not in options and option.default is MISSING and option.default_factory is MISSING:
+            raise _no_option(cls, name, key, where)
+        try:  # as strict JSON: a list is a tuple and an integer a float, but a bool is no number
+            TypeAdapter(hints[key]).validate_json(json.dumps(value, default=repr), strict=True)
+        except ValidationError:
+            raise UserError(
+                f"{where}.{key}={value} has the wrong type: expected {inspect.formatannotation(hints[key])}"
+            ) from None
+    for key in known:
+        if key not in chosen and key not in defaults(cls):
             raise UserError(f"{where}.{key} is missing: {name} needs it")
-    return cls(**options)
+    return cls(**chosen, **given)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is one of the type ``hint`` (an integer is a float, a list is a tuple, a bool no number)."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(_fits(member, arguments[0]) for member in value)
-    if origin is not None:
-        return isinstance(value, origin)
-    if isinstance(value, bool) and hint is not bool:
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
+def _no_option(cls: type, name: str, key: str, where: str) -> UserError:
+    known, elsewhere = options_of(cls), {field.name: field.metadata.get("key") for field in _fields(cls)}
+    if elsewhere.get(key) is not None:
+        return UserError(f"{where}.{key} is not known: set {elsewhere[key]}")
+    return unknown_key(f"{where}.{key}", known) if known else UserError(f"{where}.{key}: {name} has no options")
 
 
-def _type_name(hint: Any) -> str:
-    return (
-        getattr(hint, "__name__", None)
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+def options_of(cls: type) -> dict[str, Field]:
+    """The options of a method, decomposition, allocation or recovery: the fields that are not set elsewhere."""
+    return {field.name: field for field in _fields(cls) if field.init and "key" not in field.metadata}
+
+
+def _fields(cls: type) -> tuple[Field, ...]:
+    return fields(cls) if is_dataclass(cls) else ()
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The options of ``cls`` at their defaults, as YAML holds them; one that must be given is left out."""
+    found = {key: field.default for key, field in options_of(cls).items() if field.default is not MISSING}
+    made = {key: field.default_factory for key, field in options_of(cls).items()}
+    return _plain(found | {key: make() for key, make in made.items() if make is not MISSING})
+
+
+def spelled(choices: Mapping[str, type], built: object) -> dict[str, Any]:
+    """The inverse of ``build``: the name of ``built`` among ``choices`` and its options, as YAML holds them."""
+    [name] = [name for name, cls in choices.items() if type(built) is cls]
+    return {"name": name} | {key: _plain(getattr(built, key)) for key in options_of(type(built))}
+
+
+def decisive(choices: Mapping[str, type], built: object) -> dict[str, Any]:
+    """``spelled`` for the identity of a run.
+
+    An option that is younger than the first records says with ``metadata={"before": value}`` what runs did before it.
+    At that value it is left out: such a run does what the old one did, and keeps its identity.
+    """
+    options = options_of(type(built)).items()
+    before = {key: _plain(option.metadata["before"]) for key, option in options if "before" in option.metadata}
+    chosen = spelled(choices, built).items()
+    return {key: value for key, value in chosen if key not in before or value != before[key]}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    return [_plain(member) for member in value] if isinstance(value, list | tuple) else value
 
 
 def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
@@ -163,7 +194,7 @@ class CacheConfig:
 
 @dataclass
 class ModelConfig:
-    """The dense model. ``path``: a hub name, a local directory, or ``embedded:NAME`` for one that ships with the package."""
+    """The dense model. ``path``: a hub name, a directory, or ``embedded:NAME`` for one that ships with the package."""
 
     name: str | None = None
     """What records call it."""
@@ -174,7 +205,10 @@ class ModelConfig:
     device: str = "auto"
     """``auto``: the first GPU if there is one, else the CPU."""
     device_map: str | None = None
-    """How accelerate spreads a model to be scored over all GPUs, memory and disk (``method=dense``); null: ``device`` holds it whole."""
+    """How accelerate spreads a model to be scored over all GPUs, memory and disk (``method=dense``).
+
+    Null: ``device`` holds it whole.
+    """
     max_memory: list[str] = field(default_factory=list)
     """What the map may use of each place: ``[0:70GiB,1:70GiB,cpu:100GiB]``; empty: what is free."""
 
@@ -191,7 +225,8 @@ class ModelConfig:
         for limit in self.max_memory:
             if not re.fullmatch(r"(cpu|\d+):\d+(\.\d+)?[KMGT]i?B", limit):
                 raise UserError(
-                    f"model.max_memory=[{limit}] is not understood: give the number of a GPU, or cpu, and a size, for example 0:70GiB"
+                    f"model.max_memory=[{limit}] is not understood: give the number of a GPU, or cpu, and a size, "
+                    "for example 0:70GiB"
                 )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(
@@ -260,7 +295,7 @@ class ModuleSparsity:
 
 @dataclass
 class RankMultiple:
-    """Kept ranks are multiples of this; null: what the model's device likes (``compression/multiples.py``)."""
+    """Kept ranks are multiples of this; null: what the model's device likes (``methods/multiples.py``)."""
 
     mlp: int | None = None
     query_key: int | None = None
@@ -333,7 +368,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.path is None or self.model.name is None:
             raise UserError(
-                "model.path is missing: a local directory (model=local model.path=DIR) or a hub name (model=hub model.path=OWNER/NAME)"
+                "model.path is missing: a local directory (model=local model.path=DIR) "
+                "or a hub name (model=hub model.path=OWNER/NAME)"
             )
         _at_least("seed", self.seed, 0)
         _at_least("threads", self.threads, 1)

@@ -20,7 +20,7 @@ from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
 from modegpt.methods.base import CompressionTask, Method
-from modegpt.methods.registry import SHARED, decides, make_method, settled
+from modegpt.methods.registry import decides, make_method, settled
 from modegpt.models.checkpoints import check_destination, load_tokenizer
 from modegpt.progress import Progress
 from modegpt.records.recording import model_name, run_name, speed_decides
@@ -83,7 +83,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     world = join_world(
         device_of(config.model.device),
         what=f"method={config.method['name']}",
-        shared=config.method["name"] in SHARED and not config.out_of_core.enabled,
+        shared=method is not None and method.shared and not config.out_of_core.enabled,
     )
     device = world.device(device_of(config.model.device))
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()

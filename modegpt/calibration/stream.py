@@ -72,7 +72,10 @@ def embed(model: PreTrainedModel, tokens: Tensor, *, batch_size: int) -> HiddenS
 
 @torch.no_grad()
 def advance(
-    hidden: HiddenStates, index: int, layer: nn.Module, observe: Callable[[Tensor, Tensor], None] | None = None
+    hidden: HiddenStates,
+    index: int,
+    layer: Callable[..., Any],
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> None:
     """Run ``layer`` (number ``index``) on every batch, replacing each hidden state by its output.
 

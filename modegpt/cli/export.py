@@ -13,8 +13,9 @@ from modegpt.models.export import ExportReport, stock_model
 
 README = """# {name}, exported
 
-The function of a model compressed by MoDeGPT in the form of its family ({model_type}), so that any engine for that family runs it.
-{report}. Layers narrower than the widest, and heads smaller than the dense ones, are filled up with zeros.
+The function of a model compressed by MoDeGPT in the form of its family ({model_type}), so that any engine for
+that family runs it. {report}. Layers narrower than the widest, and heads smaller than the dense ones, are filled up
+with zeros.
 """
 
 
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="round the MLP width up to a multiple of this (default: 1)",
     )
     arguments = parser.parse_args(argv)
-    return exit_status(
-        lambda: print(
-            f"{export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)}: {arguments.destination}"
-        ),
-        program="modegpt-export",
-    )
+
+    def run() -> None:
+        report = export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)
+        print(f"{report}: {arguments.destination}")
+
+    return exit_status(run, program="modegpt-export")
 
 
 def export(checkpoint: str, destination: Path, *, width_multiple: int) -> ExportReport:

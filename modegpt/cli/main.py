@@ -10,7 +10,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from modegpt.cli.messages import explain, is_defect
 from modegpt.cli.schema import config_directory, register, run_config
@@ -66,8 +66,8 @@ def _swept(sweep: Sweep, error: BaseException | None) -> list[str]:
     return [
         *trace,
         *(f"failed: {failure}" for failure in failures),
-        f"error: {len(failures)} of {len(sweep.jobs)} jobs of the sweep failed{cause}; tracebacks are in {sweep.directory}; "
-        "the same command again runs those that have no record",
+        f"error: {len(failures)} of {len(sweep.jobs)} jobs of the sweep failed{cause}; "
+        f"tracebacks are in {sweep.directory}; the same command again runs those that have no record",
     ]
 
 
@@ -77,7 +77,7 @@ def _traceback_wanted() -> bool:
 
 def _run_hydra(arguments: list[str]) -> None:
     parser = get_args_parser()
-    parser.error = _refuse  # argparse's own prints a page of usage
+    parser.error = _refuse  # type: ignore[method-assign, assignment]  # argparse's own prints a page of usage
     overrides = parser.parse_intermixed_args(arguments).overrides
     flags = [
         argument for argument in arguments if argument not in overrides
@@ -99,7 +99,7 @@ def _refuse(message: str) -> None:
 def run_job(cfg: DictConfig) -> None:
     """Hydra's task: one run, alone or as a job of a sweep (then in any process)."""
     settings = HydraConfig.get()
-    overrides = OmegaConf.to_container(settings.overrides.task)
+    overrides = [str(override) for override in settings.overrides.task]
     if settings.mode is RunMode.MULTIRUN:
         directory = Path(settings.runtime.output_dir)
         # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is
@@ -116,7 +116,7 @@ def run_job(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, overrides: list[str], quiet: bool = False) -> None:
     config = run_config(cfg)
     config.quiet |= quiet
-    # here and not above: --help and a refused configuration should not wait for PyTorch
+    # here and not above: --help and a refused configuration should not wait for all of the main job
     if config.threads is not None:
         import torch
 

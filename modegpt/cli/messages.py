@@ -12,13 +12,13 @@ from modegpt.errors import UserError
 
 
 def is_defect(error: BaseException) -> bool:
-    """Whether ``error`` is this program's fault: neither bad input, nor the file system, the machine's size or the user's Ctrl-C."""
+    """Whether ``error`` is this program's fault: no bad input, nor the file system, too little memory or a Ctrl-C."""
     users = (UserError, HydraException, OmegaConfBaseException, OSError, MemoryError, KeyboardInterrupt)
     return not isinstance(error, users) and not _out_of_memory(error)
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    # by name: importing torch for torch.OutOfMemoryError would make --help wait for seconds
+    # by name: a composition may fail before torch is imported
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
@@ -36,7 +36,8 @@ def explain(error: BaseException) -> str:
             return _one_line(_composition(error, cause))
         case _ if _out_of_memory(error):
             return _one_line(
-                f"out of memory: lower calibration.batch_size, evaluation batch sizes or model.dtype ({_first_line(error)})"
+                "out of memory: lower calibration.batch_size, evaluation batch sizes or model.dtype "
+                f"({_first_line(error)})"
             )
         case UserError() | HydraException() | OSError():
             return _one_line(str(error))
@@ -55,7 +56,7 @@ def _composition(error: Exception, cause: BaseException | None) -> str:
 
 
 def _unknown_key(cause: OmegaConfBaseException) -> str:
-    key = cause.full_key
+    key = cause.full_key or ""
     if "/" in key:
         return str(unknown_key(key, config_groups()))
     keys = cause.parent_node.keys() if OmegaConf.is_dict(cause.parent_node) else ()

@@ -58,7 +58,7 @@ class Sweep:
     _watcher: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin: forget outcomes of an earlier sweep in the same directory, and show progress of other processes' jobs."""
+        """Forget outcomes of an earlier sweep in the same directory, and show progress of other processes' jobs."""
         for number in range(len(self.jobs)):
             self._outcome(number).unlink(missing_ok=True)
         if not self.in_process:

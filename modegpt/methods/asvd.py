@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def channel_scale(C: Tensor, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class ASVD(Method):
-    """Activation-aware SVD (Yuan et al. 2023, arXiv 2312.05821, section 3.2): SVD of ``diag(s) W``, ``s_i = scale(x_i)^alpha``.
+    """Activation-aware SVD (Yuan et al. 2023, arXiv 2312.05821, section 3.2).
+
+    The SVD of ``diag(s) W`` with ``s_i = scale(x_i)^alpha`` is truncated.
 
     Differs from the paper: the scale of channel i is its root mean square, from the diagonal of the Gram
     matrix that every method here shares, where the paper takes the mean of ``|x_i|``; and every matrix has one
@@ -44,6 +47,8 @@ class ASVD(Method):
         alpha: how much the activations weigh, 0 (plain SVD) to 1; 0.5 in the paper.
     """
 
+    name: ClassVar[str] = "asvd"
+
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -51,6 +56,7 @@ class ASVD(Method):
             raise UserError(f"method.alpha={self.alpha} is outside [0, 1]")
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Truncate every block-linear weight, scaled by its inputs."""
         if task.sparsity == 0:
             return dense_layers(task)
         ranks = layer_ranks(task)

@@ -1,14 +1,24 @@
 """The protocol between the main job and every compression method, ours and the baselines."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedModel
 
 from modegpt.calibration.calibration import Calibration
+from modegpt.config import (
+    CompressionConfig,
+    DecompositionConfig,
+    ModuleSparsity,
+    RankMultiple,
+    build,
+    decisive,
+    spelled,
+)
+from modegpt.errors import UserError
 from modegpt.models import Family
 
 
@@ -29,10 +39,12 @@ class CompressionTask:
 
     @property
     def model(self) -> PreTrainedModel:
+        """The dense model."""
         return self.calibration.model
 
     @property
     def family(self) -> Family:
+        """Its family."""
         return self.calibration.family
 
     def generator(self) -> torch.Generator:
@@ -46,11 +58,13 @@ class Compressed:
 
     Args:
         model: the smaller model; shares tensors it did not change with the dense one.
-        layers: one JSON-able report a dense layer: ``index``, ``ranks``, ``relative_error``, ``numerics``, as far as they apply.
+        layers: one JSON-able report a dense layer: ``index``, ``ranks``, ``relative_error``, ``numerics``, as far as
+            they apply.
         influence: block influence of every layer where it was measured.
         details: JSON-able facts of the method's own (e.g. which layers were dropped, slicing fraction).
         files: what a checkpoint of the model carries beside it, by file name: a function that writes it to a path.
-        recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); not the method's to fill.
+        recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); not the method's to
+            fill.
     """
 
     model: PreTrainedModel
@@ -62,7 +76,63 @@ class Compressed:
 
 
 class Method:
-    """A compression method: a dataclass whose fields are its hyper-parameters."""
+    """A compression method: a dataclass whose fields are its hyper-parameters, which says itself what a run of it is.
+
+    A field that ``method.FIELD`` does not set says with ``metadata={"key": ...}`` where the configuration sets it. One
+    that is younger than the first records says with ``metadata={"before": value}`` what runs did before it
+    (``config.decisive``).
+    """
+
+    name: ClassVar[str]
+    """Of the method in the configuration: ``method=NAME``."""
+    reads: ClassVar[frozenset[str]] = frozenset({"sparsity"})
+    """The options of ``compression`` that it reads; it refuses the others."""
+    shared: ClassVar[bool] = False
+    """Several processes can share it: all it asks of the data is statistics that are sums."""
+    streamed: ClassVar[bool] = False
+    """It can go layer by layer from disk to disk."""
+
+    @classmethod
+    def configured(
+        cls,
+        options: Mapping[str, Any],
+        *,
+        compression: CompressionConfig,
+        decomposition: DecompositionConfig,
+        allocation: Mapping[str, Any],
+    ) -> Self:
+        """The method that a run's configuration describes.
+
+        Each argument is the part of the configuration of that name; ``options`` is ``method``.
+
+        Raises UserError for unknown options, values of the wrong type, and what would have no effect.
+        """
+        default = CompressionConfig()
+        for option in fields(CompressionConfig):
+            ignored = option.name not in cls.reads
+            if ignored and getattr(compression, option.name) != getattr(default, option.name):
+                raise UserError(f"compression.{option.name} has no effect with method={cls.name}; leave it out")
+        elsewhere = cls.elsewhere(compression=compression, decomposition=decomposition, allocation=allocation)
+        return build({cls.name: cls}, options, "method", **elsewhere)
+
+    @classmethod
+    def elsewhere(
+        cls, *, compression: CompressionConfig, decomposition: DecompositionConfig, allocation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The fields that ``method.FIELD`` does not set, by name. Raises UserError as ``configured`` does."""
+        return {}
+
+    def choices(self) -> dict[str, Any]:
+        """The parts of a run's configuration that choose an implementation, with every option."""
+        return {"method": spelled({self.name: type(self)}, self)}
+
+    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
+        """What of a run's configuration decides what the method does at ``sparsity`` with ``seed``, ready for JSON."""
+        return {
+            "method": decisive({self.name: type(self)}, self),
+            "seed": seed,
+            "compression": {"sparsity": sparsity},
+        }
 
     def applicable(self, family: Family) -> str | None:
         """Why this method cannot compress ``family``, or None."""
@@ -74,3 +144,49 @@ class Method:
     def compress(self, task: CompressionTask) -> Compressed:
         """Compress ``task.model`` to ``task.sparsity``."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMethod(Method):
+    """A method that reduces modules to integer ranks, which ``compression`` rules.
+
+    Args:
+        module_sparsity: a module's own sparsity instead of its layer's.
+        rank_multiple: kept ranks are multiples of this, by module.
+        budget: ``"exact"`` or ``"nearest"``, see ``allocation.ranks.integer_ranks``.
+        skip_layers: layers left dense.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset(
+        {"sparsity", "module_sparsity", "rank_multiple", "budget", "skip_layers"}
+    )
+
+    module_sparsity: dict[str, float | None] = field(
+        default_factory=dict, metadata={"key": "compression.module_sparsity"}
+    )
+    rank_multiple: dict[str, int] = field(default_factory=dict, metadata={"key": "compression.rank_multiple"})
+    budget: str = field(default="exact", metadata={"key": "compression.budget"})
+    skip_layers: tuple[int, ...] = field(default=(), metadata={"key": "compression.skip_layers"})
+
+    @classmethod
+    def elsewhere(
+        cls, *, compression: CompressionConfig, decomposition: DecompositionConfig, allocation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What ``compression`` says about ranks."""
+        return {
+            "module_sparsity": asdict(compression.module_sparsity),
+            "rank_multiple": asdict(compression.rank_multiple),
+            "budget": compression.budget,
+            "skip_layers": tuple(compression.skip_layers),
+        }
+
+    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
+        """With all that rules the ranks."""
+        ranks = {
+            "module_sparsity": asdict(ModuleSparsity()) | self.module_sparsity,
+            "rank_multiple": asdict(RankMultiple(1, 1, 1)) | self.rank_multiple,
+            "budget": self.budget,
+            "skip_layers": list(self.skip_layers),
+            "layer_sparsity": None,
+        }
+        return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}

@@ -1,6 +1,7 @@
 """FLAP: remove what fluctuates least and put its mean into a bias."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,12 +61,12 @@ def _bias_with(bias: Tensor | None, mean: Tensor, W: Tensor) -> Tensor:
 class FLAP(Method):
     """Fluctuation-based adaptive structured pruning (An et al., AAAI 2024, arXiv 2312.11983).
 
-    Fluctuation metric: a structure's score is the variance of its input channels to the output (down) projection times the squared
-    norm of the weights they meet, summed over a head's channels and, under grouped-query attention, over the
-    group's heads. Adaptive structure search: scores are standardised within each layer's attention and each layer's MLP, then
-    the lowest of the whole model go until the weights removed reach the budget. Bias compensation: the removed
-    channels' mean contribution becomes a bias, so that the projection's mean output is exact on the dense model's
-    inputs.
+    Fluctuation metric: a structure's score is the variance of its input channels to the output (down) projection times
+    the squared norm of the weights they meet, summed over a head's channels and, under grouped-query attention, over
+    the group's heads. Adaptive structure search: scores are standardised within each layer's attention and each layer's
+    MLP, then the lowest of the whole model go until the weights removed reach the budget. Bias compensation: the
+    removed channels' mean contribution becomes a bias, so that the projection's mean output is exact on the dense
+    model's inputs.
 
     Differs from the paper: whole key/value groups where the paper has no grouped-query attention. Variances come
     from the diagonal of the Gram matrices all methods here share, which cost more FLOPs than variances alone.
@@ -74,9 +75,12 @@ class FLAP(Method):
         compensate: add the bias.
     """
 
+    name: ClassVar[str] = "flap"
+
     compensate: bool = True
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Score on one pass over the calibration tokens, remove the lowest, add the bias."""
         shape = dense_shape(task.model.config)
         if task.sparsity == 0:
             return pruned_model(task, [Kept.everything(shape)] * task.calibration.num_layers)

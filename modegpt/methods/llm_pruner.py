@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modegpt.calibration.gradients import weight_gradients
 from modegpt.errors import UserError
@@ -25,7 +25,7 @@ AGGREGATIONS = {
     "max": lambda scores: scores.amax(dim=0),
     "last": lambda scores: scores[-1],
 }
-"""Section 3.2's ways to join the scores (num_linears, num_structures) of a structure's linears; only their order counts."""
+"""Section 3.2's ways to join the scores (num_linears, num_structures) of a structure's linears; their order counts."""
 
 
 def by_structure(matrix: Tensor, role: str, num_structures: int) -> Tensor:
@@ -86,6 +86,8 @@ class LLMPruner(Method):
         batch_size: windows per backward pass.
     """
 
+    name: ClassVar[str] = "llm_pruner"
+
     importance: Literal["element", "vector"] = "element"
     aggregation: Literal["sum", "product", "max", "last"] = "sum"
     protect_first: float = 3 / 32
@@ -102,6 +104,7 @@ class LLMPruner(Method):
             raise UserError(f"method.batch_size={self.batch_size} is too small: at least 1")
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Take gradients once, then prune layer by layer until the budget is met."""
         shape = dense_shape(task.model.config)
         everything = Kept.everything(shape)
         if task.sparsity == 0:
@@ -109,14 +112,14 @@ class LLMPruner(Method):
         chosen = self.pruned_layers(task.calibration.num_layers, task.sparsity)
         layers = decoder_layers(task.model)
         linears = {index: block_linears(task.family, layers[index]) for index in chosen}
-        flat = [linear.weight for of_layer in linears.values() for linear in of_layer.values()]
+        flat = [cast(nn.Parameter, linear.weight) for of_layer in linears.values() for linear in of_layer.values()]
         remaining = iter(weight_gradients(task.calibration, flat, batch_size=self.batch_size))
         sizes = StructureSizes.of(task.family, layers[0], shape)
         kept = [everything] * len(layers)
         left = task.sparsity * block_linear_parameters(task.model)
         for done, (index, of_layer) in enumerate(linears.items()):
             weights = {role: linear.weight.detach() for role, linear in of_layer.items()}
-            gradients = dict(zip(of_layer, remaining))
+            gradients = dict(zip(of_layer, remaining, strict=False))  # the other layers' follow
             groups = structure_scores(
                 weights, gradients, ATTENTION, shape.num_kv_heads, self.importance, self.aggregation
             )
@@ -132,8 +135,8 @@ class LLMPruner(Method):
         chosen = range(int(self.protect_first * num_layers), num_layers - int(self.protect_last * num_layers))
         if sparsity * num_layers >= len(chosen):
             raise UserError(
-                f"llm_pruner prunes {len(chosen)} of {num_layers} layers, too few to remove {sparsity:.0%} of the weights; "
-                "lower method.protect_first and method.protect_last"
+                f"llm_pruner prunes {len(chosen)} of {num_layers} layers, too few to remove {sparsity:.0%} of the "
+                "weights; lower method.protect_first and method.protect_last"
             )
         return chosen
 

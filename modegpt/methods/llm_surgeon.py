@@ -1,21 +1,128 @@
-"""LLM Surgeon: multi-shot structured pruning by Kronecker-factored curvature, with correlated weight updates."""
+"""LLM Surgeon: multi-shot structured pruning by Kronecker-factored curvature, with correlated weight updates.
+
+For ``y = x W`` the curvature of the loss in W (in, out) is approximated by ``A (x) G`` with ``A = E[x^T x]`` (in, in)
+and ``G = E[g^T g]`` (out, out), g the gradient of the loss in y: a change D of W costs ``1/2 tr(D^T A D G)``. The maths
+here is for rows of W (inputs); for columns (outputs) pass ``W.T`` with A and G exchanged.
+
+Source: van der Ouderaa et al., ICLR 2024, sections 3.1 to 3.4.
+"""
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modegpt.calibration.gradients import differentiable, in_micro_batches, summed_loss
+from modegpt.calibration.moments import SecondMoment
+from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.kronecker import Curvature, damped, inverse, observed_curvature, removal_costs, without_rows
 from modegpt.methods.low_rank import INPUT_GRAM, block_linears
 from modegpt.methods.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget
 from modegpt.models import LayerShape, decoder_layers, dense_shape
+
+
+@dataclass
+class Curvature:
+    """Factors while they are collected: ``inputs[name]`` and ``outputs[name]`` are sums over tokens."""
+
+    precision: torch.dtype = torch.float64
+    inputs: dict[str, SecondMoment] = field(default_factory=dict)
+    outputs: dict[str, SecondMoment] = field(default_factory=dict)
+
+    def add(self, moments: dict[str, SecondMoment], name: str, rows: Tensor) -> None:
+        """Add ``rows`` (..., n) to the second moment ``name`` of ``moments``."""
+        rows = rows.detach().reshape(-1, 1, rows.shape[-1])
+        if name not in moments:
+            moments[name] = SecondMoment.zeros(1, rows.shape[-1], device=rows.device, precision=self.precision)
+        moments[name].update(rows)
+
+    def A(self, name: str, num_tokens: int) -> Tensor:
+        """(in, in): mean of x^T x over tokens."""
+        return self.inputs[name].value[0] / num_tokens
+
+    def G(self, name: str, num_tokens: int) -> Tensor:
+        """(out, out): mean of g^T g over tokens, where the loss is summed over tokens."""
+        return self.outputs[name].value[0] / num_tokens
+
+
+@contextmanager
+def observed_curvature(
+    linears: Mapping[str, nn.Linear], input_names: Mapping[str, str], precision: torch.dtype
+) -> Iterator[Curvature]:
+    """Collect curvature while the model runs forward and backward inside.
+
+    Args:
+        linears: the linear maps by name; their outputs must require gradients.
+        input_names: under which name each linear's input is kept; linears that read the same tensor share one.
+    """
+    curvature = Curvature(precision)
+    readers = {input_name: name for name, input_name in input_names.items()}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if readers[input_names[name]] == name:
+                curvature.add(curvature.inputs, input_names[name], args[0])
+            out.register_hook(lambda gradient: curvature.add(curvature.outputs, name, gradient))
+
+        return hook
+
+    handles = [linear.register_forward_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        yield curvature
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def damped(factor: Tensor, damping: float) -> Tensor:
+    """``M + damping mean(diag M) I`` of a factor M (n, n), float64."""
+    factor = factor.double()
+    return factor + damping * factor.diagonal().mean() * torch.eye(
+        len(factor), dtype=factor.dtype, device=factor.device
+    )
+
+
+def inverse(factor: Tensor) -> Tensor:
+    """Inverse of a positive definite factor (n, n), float64."""
+    return psd_cholesky(factor).solve(torch.eye(len(factor), dtype=torch.float64, device=factor.device))
+
+
+def removal_costs(W: Tensor, A_inverse: Tensor, G: Tensor, rows_each: int) -> Tensor:
+    """Least cost of setting each block of ``rows_each`` consecutive rows of W to zero while all other rows adapt.
+
+    ``min_D 1/2 tr(D^T A D G)`` s.t. ``D_S = -W_S`` is ``1/2 tr((A^-1_SS)^-1 W_S G W_S^T)``, for every block S.
+
+    Args:
+        W: (in, out). A_inverse: (in, in). G: (out, out).
+
+    Returns:
+        (in / rows_each,) float64.
+    """
+    num_blocks = len(W) // rows_each
+    blocks = torch.arange(len(W), device=W.device).view(num_blocks, rows_each)
+    W_S = W.double().unflatten(0, (num_blocks, rows_each))
+    inner = torch.einsum("bio,oj,bkj->bik", W_S, G, W_S)
+    A_SS = A_inverse[blocks.unsqueeze(2), blocks.unsqueeze(1)]
+    return torch.linalg.solve(A_SS, inner).diagonal(dim1=-2, dim2=-1).sum(dim=-1) / 2
+
+
+def without_rows(W: Tensor, A_inverse: Tensor, removed: Tensor) -> Tensor:
+    """W (in, out) after the rows ``removed`` ((in,) bool) became zero and the others made up for all of them jointly.
+
+    The minimiser of ``removal_costs``' problem for all removed rows S at once: ``D = -A^-1_:S (A^-1_SS)^-1 W_S``
+    (G drops out). Float64.
+    """
+    W = W.double()
+    updated = W - A_inverse[:, removed] @ torch.linalg.solve(A_inverse[removed][:, removed], W[removed])
+    updated[removed] = 0.0
+    return updated
+
 
 READERS = {"groups": ("output",), "channels": ("down",)}
 """The linears that read a structure of each population: its inputs go."""
@@ -67,6 +174,8 @@ class LLMSurgeon(Method):
         batch_size: windows per backward pass.
     """
 
+    name: ClassVar[str] = "llm_surgeon"
+
     shots: int = 5
     damping: float = 0.01
     coupling: Literal["inputs", "both"] = "inputs"
@@ -81,6 +190,7 @@ class LLMSurgeon(Method):
             raise UserError(f"method.batch_size={self.batch_size} is too small: at least 1")
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Remove structures shot by shot, each on the curvature of what is left."""
         shape = dense_shape(task.model.config)
         kept = [Kept.everything(shape)] * task.calibration.num_layers
         if task.sparsity == 0:
@@ -95,7 +205,7 @@ class LLMSurgeon(Method):
         return READERS[population] + (WRITERS[population] if self.coupling == "both" else ())
 
     def _curvature(self, task: CompressionTask, model: PreTrainedModel) -> Curvature:
-        """Curvature of the linears that matter, from one forward and backward pass of ``model`` over the calibration windows."""
+        """Curvature of the linears that matter, from one pass forth and back over the calibration windows."""
         roles = self._roles("groups") + self._roles("channels")
         linears, input_names = {}, {}
         for index, layer in enumerate(decoder_layers(model)):
@@ -137,10 +247,10 @@ class LLMSurgeon(Method):
             for _, population, alive, parts in self._populations(task, model, curvature, kept):
                 num_alive = int(alive.sum())
                 cost = torch.full(alive.shape, torch.inf, dtype=torch.float64)
-                least = sum(
+                least = [
                     removal_costs(part.W, part.own_inverse, part.other, len(part.W) // num_alive) for part in parts
-                )
-                cost[alive] = least.cpu() / size_of[population]
+                ]
+                cost[alive] = sum(least[1:], least[0]).cpu() / size_of[population]
                 costs.append(cost)
                 populations.append(population)
                 removable.append(alive)
@@ -159,7 +269,7 @@ class LLMSurgeon(Method):
     def _populations(
         self, task: CompressionTask, model: PreTrainedModel, curvature: Curvature, kept: list[Kept]
     ) -> Iterator[tuple[int, str, Tensor, list[Part]]]:
-        """Layer, population, which of its structures are left, and the linears they span; populations without any are skipped."""
+        """Layer, population, which of its structures are left, and their linears; empty populations are skipped."""
         for index, layer in enumerate(decoder_layers(model)):
             linears = block_linears(task.family, layer)
             for population, alive in (("groups", kept[index].groups), ("channels", kept[index].channels)):

@@ -1,4 +1,4 @@
-"""Every block-linear weight stored as two factors: ranks from a budget, weighted truncation, and the model made of the factors.
+"""Every block-linear weight stored as two factors: ranks from a budget, weighted truncation, the model of the factors.
 
 Shared by the per-matrix low-rank baselines. Row vectors, ``y = x W`` with W (in, out).
 """
@@ -62,9 +62,10 @@ def factor_ranks(sizes: Iterable[tuple[int, int]], sparsity: float) -> list[int]
 
 
 def truncated(W: Tensor, rank: int, *, weigh: Tensor | None = None, unweigh: Tensor | None = None) -> Truncation:
-    """The rank-``rank`` A B that minimises ``||T (W - A B)||_F``: A = T^-1 U_r sqrt(S_r), B = sqrt(S_r) V_r^T of T W = U S V^T.
+    """The rank-``rank`` A B that minimises ``||T (W - A B)||_F``.
 
-    Eckart-Young: the squared error is the sum of the dropped squared singular values of T W. Float64; factors in W's dtype.
+    ``A = T^-1 U_r sqrt(S_r)`` and ``B = sqrt(S_r) V_r^T`` of ``T W = U S V^T``. Eckart-Young: the squared error is the
+    sum of the dropped squared singular values of T W. Float64; factors in W's dtype.
 
     Args:
         W: (in, out).
@@ -83,7 +84,10 @@ def layer_ranks(task: CompressionTask) -> list[dict[str, int]]:
     """The rank of every linear of every layer, by role: one sparsity for all of them."""
     layers = [block_linears(task.family, layer) for layer in decoder_layers(task.model)]
     ranks = iter(
-        factor_ranks([tuple(linear.weight.shape) for linears in layers for linear in linears.values()], task.sparsity)
+        factor_ranks(
+            [(linear.out_features, linear.in_features) for linears in layers for linear in linears.values()],
+            task.sparsity,
+        )
     )
     return [{role: next(ranks) for role in linears} for linears in layers]
 

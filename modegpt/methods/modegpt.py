@@ -4,20 +4,22 @@ Source: MoDeGPT (arXiv 2408.09632): Type I (MLP), Type II (query-key), Type III 
 global sparsity allocation. Any module's decomposition can be swapped for another variant.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.allocation.policies import Policy
+from modegpt.allocation.policies import POLICIES, Explicit, Policy
 from modegpt.allocation.ranks import ModuleBudget, RankPlan, free_sparsity, integer_ranks, is_free
 from modegpt.calibration.statistics import Statistics
+from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
+from modegpt.decompositions import VARIANTS
 from modegpt.decompositions.modules import LowRank, Reduction, Variant
 from modegpt.errors import UserError
-from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.models import (
     Family,
     LayerShape,
@@ -38,6 +40,27 @@ READ: dict[str, Callable[[Family, nn.Module], Any]] = {
     "value_output": read_value_output,
 }
 """How each module of a dense layer is read."""
+
+
+def _variant(module: str, options: Mapping[str, Any]) -> Variant | None:
+    if options.get("name") == "none":
+        return None
+    choices = VARIANTS[module]
+    if options.get("name") not in choices:
+        raise unknown(f"decomposition/{module}", options.get("name"), [*choices, "none"])
+    return build(choices, options, f"decomposition.{module}")
+
+
+def _policy(options: Mapping[str, Any], layer_sparsity: Sequence[float] | None) -> Policy:
+    if options.get("name") == "explicit":
+        if layer_sparsity is None:
+            raise UserError("allocation=explicit needs compression.layer_sparsity=[...], one sparsity a layer")
+        options = {**options, "values": layer_sparsity}
+    elif layer_sparsity is not None:
+        raise UserError(
+            f"compression.layer_sparsity has no effect with allocation={options.get('name')}; use allocation=explicit"
+        )
+    return build(POLICIES, options, "allocation")
 
 
 def module_budgets(
@@ -75,29 +98,58 @@ def _common_multiple(unit: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class MoDeGPT(Method):
-    """The paper's method, each choice a field.
+class MoDeGPT(RankMethod):
+    """The paper's method, each choice a field; those that rule the ranks are ``RankMethod``'s.
 
     Args:
         mlp, query_key, value_output: the decomposition of each module; None leaves it dense.
         allocation: sparsity over layers.
-        module_sparsity: a module's own sparsity instead of its layer's.
-        rank_multiple: kept ranks are multiples of this, by module.
-        budget: ``"exact"`` or ``"nearest"``, see ``allocation.ranks.integer_ranks``.
-        skip_layers: layers left dense.
 
     The target is the share of all block-linear weights: what a frozen module or a skipped layer keeps,
     the others remove. Where every module has a sparsity of its own, these alone decide.
     """
 
-    mlp: Variant | None
-    query_key: Variant | None
-    value_output: Variant | None
-    allocation: Policy
-    module_sparsity: dict[str, float | None] = field(default_factory=dict)
-    rank_multiple: dict[str, int] = field(default_factory=dict)
-    budget: str = "exact"
-    skip_layers: tuple[int, ...] = ()
+    name: ClassVar[str] = "modegpt"
+    reads: ClassVar[frozenset[str]] = RankMethod.reads | {"layer_sparsity"}
+    shared: ClassVar[bool] = True
+    streamed: ClassVar[bool] = True
+
+    mlp: Variant | None = field(metadata={"key": "decomposition/mlp"})
+    query_key: Variant | None = field(metadata={"key": "decomposition/query_key"})
+    value_output: Variant | None = field(metadata={"key": "decomposition/value_output"})
+    allocation: Policy = field(metadata={"key": "allocation"})
+
+    @classmethod
+    def elsewhere(
+        cls, *, compression: CompressionConfig, decomposition: DecompositionConfig, allocation: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The decompositions, the allocation, and what ``compression`` says about ranks."""
+        variants = {module: _variant(module, getattr(decomposition, module)) for module in MODULES}
+        policy = {"allocation": _policy(allocation, compression.layer_sparsity)}
+        ranks = super().elsewhere(compression=compression, decomposition=decomposition, allocation=allocation)
+        return variants | policy | ranks
+
+    def choices(self) -> dict[str, Any]:
+        """With the decompositions and the allocation."""
+        decomposition, allocation = self._chosen(spelled)
+        return super().choices() | {"decomposition": DecompositionConfig(**decomposition), "allocation": allocation}
+
+    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
+        """With the decompositions, the allocation and all that rules the ranks."""
+        identity = super().identity(sparsity=sparsity, seed=seed)
+        if isinstance(self.allocation, Explicit):
+            identity["compression"]["layer_sparsity"] = list(self.allocation.values)
+        decomposition, allocation = self._chosen(decisive)
+        return identity | {"decomposition": decomposition, "allocation": allocation}
+
+    def _chosen(self, write: Callable[[Mapping[str, type], object], dict[str, Any]]) -> tuple[dict, dict]:
+        """The decomposition of each module and the allocation, each as ``write`` puts it."""
+        variants = {module: getattr(self, module) for module in MODULES}
+        decomposition = {
+            module: {"name": "none"} if variant is None else write(VARIANTS[module], variant)
+            for module, variant in variants.items()
+        }
+        return decomposition, write(POLICIES, self.allocation)
 
     def variants(self, family: Family) -> dict[str, Variant | None]:
         """The decomposition of each module for ``family``, which may insist on dense queries and keys."""

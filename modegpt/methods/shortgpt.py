@@ -1,9 +1,11 @@
 """ShortGPT: drop the layers that change the residual stream least.
 
-Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv 2403.03853, section 3.
+Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, arXiv 2403.03853,
+section 3.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,8 +20,11 @@ class ShortGPT(Method):
     As many as come nearest to the task's sparsity. Layers of equal influence go from the front.
     """
 
+    name: ClassVar[str] = "shortgpt"
+
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:
+        """Measure block influence and drop the layers of lowest."""
         influence = task.calibration.block_influence()
         order = influence.argsort(stable=True).tolist()
         dropped = order[: num_dropped_layers(task.sparsity, len(order))]

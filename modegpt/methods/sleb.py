@@ -7,6 +7,7 @@ Blocks", ICML 2024, section 3.2 (the third metric) and algorithm 1.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class SLEB(Method):
     precedes the missing layer is computed once a step, so a step costs about half of its candidates' passes.
     """
 
+    name: ClassVar[str] = "sleb"
+
     num_first_kept: int = 0
     num_last_kept: int = 0
 
@@ -43,19 +46,21 @@ class SLEB(Method):
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:
+        """Drop one layer a step until the share nearest to the task's sparsity is gone."""
         calibration, model = task.calibration, task.model
         alive = list(range(calibration.num_layers))
         num_dropped = num_dropped_layers(task.sparsity, len(alive))
         if len(alive) - num_dropped < self.num_first_kept + self.num_last_kept:
             raise UserError(
-                f"sleb cannot drop {num_dropped} of {len(alive)} layers and keep the first {self.num_first_kept} and the last {self.num_last_kept}; "
-                "lower the sparsity or keep fewer"
+                f"sleb cannot drop {num_dropped} of {len(alive)} layers and keep the first {self.num_first_kept} "
+                f"and the last {self.num_last_kept}; lower the sparsity or keep fewer"
             )
         dropped, perplexities = [], []
         bar = calibration.progress.bar(num_candidates(self, len(alive), num_dropped), "layer elimination", "candidate")
         with calibration.meter.stage("elimination", counted=True), bar:
             start = calibration.embed() if num_dropped else None
             for _ in range(num_dropped):
+                assert start is not None
                 candidates = alive[self.num_first_kept : len(alive) - self.num_last_kept]
                 losses, layers_run = losses_without(
                     model, calibration.tokens.ids, start, alive, candidates, on_candidate=bar.update
@@ -84,7 +89,7 @@ def losses_without(
     *,
     on_candidate: Callable[[], object],
 ) -> tuple[dict[int, float], int]:
-    """For each of the ``candidates`` the mean loss of the layers ``alive`` without it, and how many layers ran for that.
+    """For each of the ``candidates`` the mean loss of the layers ``alive`` without it, and how many layers ran.
 
     Args:
         ids: (num_samples, sequence_length) tokens, those that ``start`` (in front of layer 0, untouched) embeds.
@@ -106,16 +111,21 @@ def losses_without(
     return losses, layers_run
 
 
+def yielding(x: Tensor) -> Callable[[int], Callable[..., Tensor]]:
+    """What makes every layer give ``x``, for ``layers_replaced``."""
+    return lambda _: lambda *_args, **_kwargs: x
+
+
 def next_token_loss(model: PreTrainedModel, ids: Tensor, hidden: HiddenStates) -> float:
     """Mean negative log-likelihood (nats a token) of ``ids`` given the ``hidden`` states that leave the last layer.
 
-    The model's own forward runs with its layers standing in for ``hidden``, so the norm and the head are the family's own.
+    The model's own forward runs with ``hidden`` in its layers' place, so the norm and the head are the family's own.
     """
     total, count, first = 0.0, 0, 0
     for x in hidden.batches:
         batch = ids[first : first + x.shape[0]].to(model.device)
         first += x.shape[0]
-        with layers_replaced(decoder_layers(model), lambda _, x=x: lambda *_args, **_kwargs: x), forward():
+        with layers_replaced(decoder_layers(model), yielding(x)), forward():
             logits = model(batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"

@@ -1,41 +1,35 @@
 """SliceGPT: rotate the residual stream to its principal axes, block by block, and delete the last of them.
 
-Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, section 3.
+Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, section 3. First
+the method, then the maths on tensors, then the way from a dense model's tensors to a sliced model's.
+
+Weights in the maths are as ``nn.Linear`` stores them, (out, in) for ``y = x weight^T + bias``. A *reader* takes the
+residual stream (in = d_h) after a norm, a *writer* adds to it (out = d_h). ``Q`` (d_h, k) holds the orthonormal axes,
+as columns, in which a block's input is kept.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.slicegpt_folding import (
-    SLICED_MODELS,
-    Tensors,
-    assemble,
-    cast,
-    check_sliceable,
-    folded_embeddings,
-    folded_head,
-    folded_layer,
-    layer_class,
-    runnable_layer,
-    sliced_layer,
-    subtracts_mean,
-)
-from modegpt.methods.slicegpt_rotation import (
-    centred,
-    layer_parameters,
-    lost_energy,
-    principal_axes,
-    projected,
-    rotated_reader,
-)
-from modegpt.models import Family, block_linear_parameters, decoder_layers
+from modegpt.models import Family, block_linear_parameters, decoder_layers, family_of
+from modegpt.models.families import SLICED
+from modegpt.models.modeling_sliced import MODELS, SlicedLayer
+
+SLICED_MODELS = {model.config_class.model_type.removeprefix(SLICED): model for model in MODELS}
+"""The sliced model class of each family."""
+
+Tensors = dict[str, Tensor]
 
 CHOICES = {
     "budget": ("parameters", "slicing"),
@@ -62,6 +56,8 @@ class SliceGPT(Method):
     Differs from the authors' code in that no damping is added to the Gram matrices: it moves no eigenvector.
     """
 
+    name: ClassVar[str] = "slicegpt"
+
     budget: str = "parameters"
     calibrate_on: str = "sliced"
     signal: str = "residual"
@@ -76,12 +72,14 @@ class SliceGPT(Method):
             raise UserError(f"slicegpt multiple={self.multiple} must be at least 1")
 
     def applicable(self, family: Family) -> str | None:
+        """Only families that have a sliced model."""
         if family.model_type not in SLICED_MODELS:
             return f"slicegpt has a sliced model for {', '.join(SLICED_MODELS)}, not for {family.model_type}"
         return None
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:
+        """Rotate and slice the stream block by block."""
         model = task.model
         check_sliceable(model)
         num_layers, full_size = len(decoder_layers(model)), model.config.hidden_size
@@ -96,7 +94,7 @@ class SliceGPT(Method):
             "slicing_fraction": 1.0 - size / full_size,
             "kept_size": size,
             "stream_sizes": sizes,
-            "shortcut_parameters": sum(a * b for a, b in zip(sizes, sizes[1:])),
+            "shortcut_parameters": sum(a * b for a, b in pairwise(sizes)),
             "removed_share": 1.0 - sliced_parameters(model, sizes) / block_linear_parameters(model),
         }
         return Compressed(sliced, layers, details=details)
@@ -144,7 +142,7 @@ class SliceGPT(Method):
                 runnable = runnable_layer(model, index, folded)
                 advance(stream.hidden, index, runnable.attention_block)
                 Q_mlp, lost_mlp = stream.slice(sizes[2 * index + 1])
-                advance(stream.hidden, index, lambda x, **_: runnable.mlp_block(x))
+                advance(stream.hidden, index, lambda x, block=runnable.mlp_block, **_: block(x))
                 if index + 1 < len(layers) or self.slice_head:
                     Q_out, lost_out = stream.slice(sizes[2 * index + 2])
                 else:
@@ -177,6 +175,7 @@ class Stream:
     follow: bool
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put ``function`` of every batch in its place."""
         self.hidden.batches[:] = [function(x) for x in self.hidden.batches]
 
     def slice(self, size: int) -> tuple[Tensor, float]:
@@ -198,11 +197,11 @@ class Stream:
         return Q, lost_energy(energies, size)
 
 
-def sliced_parameters(model: nn.Module, sizes: list[int]) -> int:
+def sliced_parameters(model: PreTrainedModel, sizes: list[int]) -> int:
     """Block-linear weights of ``model`` once sliced to the stream widths ``sizes``, shortcuts included."""
     sliced_class, total = layer_class(model.config), 0
     for index, layer in enumerate(decoder_layers(model)):
-        linear = layer.get_submodule
+        linear: Any = layer.get_submodule
         attention = (
             sum(linear(path).out_features for path in sliced_class.attention_readers),
             linear(sliced_class.attention_writer).in_features,
@@ -213,3 +212,219 @@ def sliced_parameters(model: nn.Module, sizes: list[int]) -> int:
         )
         total += layer_parameters(attention, mlp, sizes[2 * index : 2 * index + 3])
     return total
+
+
+def centred(W: Tensor) -> Tensor:
+    """``W M`` with ``M = I - 1 1^T / d``: the last dimension's mean taken off (section 3.2)."""
+    return W - W.mean(dim=-1, keepdim=True)
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A reader that takes its norm's ``scale`` and ``shift`` (d_h,) in (section 3.2); what is None is 1 or 0."""
+    if shift is not None:
+        folded = weight @ shift
+        bias = folded if bias is None else bias + folded
+    return (weight if scale is None else weight * scale), bias
+
+
+def principal_axes(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies (d_h,), decreasing, and principal axes (d_h, d_h), in columns, of a Gram matrix ``C`` (section 3.3).
+
+    Float64. Energies that rounding made negative are 0.
+    """
+    energies, Q = torch.linalg.eigh(C.to(torch.float64))
+    return energies.flip(0).clamp_min(0.0), Q.flip(1)
+
+
+def lost_energy(energies: Tensor, size: int) -> float:
+    """Share of the energy outside the first ``size`` axes, in [0, 1]: the relative squared error of slicing."""
+    return (energies[size:].sum() / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)).item()
+
+
+def projected(x: Tensor, Q: Tensor) -> Tensor:
+    """``x Q Q^T``: what slicing leaves of the stream ``x`` (..., d_h), in the basis it came in."""
+    return x @ Q @ Q.T
+
+
+def rotated_reader(weight: Tensor, Q: Tensor) -> Tensor:
+    """A reader (out, d_h) of the stream in the axes ``Q``: (out, k)."""
+    return weight @ Q
+
+
+def rotated_writer(weight: Tensor, bias: Tensor | None, Q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A writer (d_h, in) and its bias (d_h,) to the stream in the axes ``Q``: (k, in) and (k,)."""
+    return Q.T @ weight, None if bias is None else bias @ Q
+
+
+def shortcut(Q_in: Tensor, Q_out: Tensor) -> Tensor:
+    """What carries a residual connection from the axes ``Q_in`` (d_h, k) to ``Q_out`` (d_h, k'), as a weight (k', k).
+
+    Section 3.3.
+    """
+    return Q_out.T @ Q_in
+
+
+def layer_parameters(attention: tuple[int, int], mlp: tuple[int, int], sizes: Sequence[int]) -> int:
+    """Weights of one sliced layer, its two shortcuts included.
+
+    Args:
+        attention, mlp: of each block, rows of all its readers together and columns of its writer.
+        sizes: stream width entering the attention, entering the MLP, leaving the layer.
+    """
+    blocks = ((*attention, sizes[0], sizes[1]), (*mlp, sizes[1], sizes[2]))
+    return sum(rows * size_in + columns * size_out + size_in * size_out for rows, columns, size_in, size_out in blocks)
+
+
+def check_sliceable(model: PreTrainedModel) -> None:
+    """Raise UserError when a norm of ``model`` does not read the residual stream itself, or it is no stock model."""
+    config = model.config
+    if config.model_type not in SLICED_MODELS:
+        raise UserError(
+            f"slicegpt starts from a dense model of {', '.join(SLICED_MODELS)}; this one is {config.model_type!r}"
+        )
+    if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
+        raise UserError(
+            "slicegpt needs a norm in front of every block and the head; this OPT normalises after its blocks "
+            "(do_layer_norm_before=false)"
+        )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise UserError(
+            f"slicegpt needs embeddings as wide as hidden_size={config.hidden_size}; "
+            f"word_embed_proj_dim is {config.word_embed_proj_dim}"
+        )
+
+
+def sliced_config(config: PreTrainedConfig, stream_sizes: list[int] | None = None) -> PreTrainedConfig:
+    """The configuration of a dense ``config`` sliced to ``stream_sizes`` (None: full width everywhere)."""
+    model_class = SLICED_MODELS[config.model_type]
+    fields = config.to_dict()
+    for stale in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(stale, None)
+    fields |= {"stream_sizes": stream_sizes, "tie_word_embeddings": False}
+    sliced = model_class.config_class(**fields, architectures=[model_class.__name__])
+    sliced._attn_implementation = config._attn_implementation
+    return sliced
+
+
+def layer_class(config: PreTrainedConfig) -> Any:
+    """The sliced decoder layer class for a dense ``config``."""
+    return SLICED_MODELS[config.model_type].layer_class
+
+
+def folded_layer(sliced_class: type[SlicedLayer], layer: nn.Module) -> Tensors:
+    """The tensors of a dense ``layer`` with its norms folded into its linears, float64, shortcuts left out.
+
+    LayerNorm's mean subtraction goes into the writers, so the stream has mean zero (section 3.2).
+    """
+    tensors = {
+        name: tensor.to(torch.float64)
+        for name, tensor in layer.state_dict().items()
+        if name.partition(".")[0] not in sliced_class.norms
+    }
+    for name, readers in zip(
+        sliced_class.norms, (sliced_class.attention_readers, sliced_class.mlp_readers), strict=True
+    ):
+        reader = layer.get_submodule(readers[0])
+        scale, shift = norm_tensors(getattr(layer, name), next(reader.parameters()).device)
+        for path in readers:
+            _put(tensors, path, *fold_norm(*_get(tensors, path), scale, shift))
+    if subtracts_mean(layer):
+        for path in (sliced_class.attention_writer, sliced_class.mlp_writer):
+            weight, bias = _get(tensors, path)
+            _put(tensors, path, centred(weight.T).T, None if bias is None else centred(bias))
+    return tensors
+
+
+def folded_embeddings(model: PreTrainedModel) -> Tensors:
+    """Every embedding table that is added up to the first layer's input, float64, by its name in the model."""
+    decoder: Any = model.get_decoder()
+    prefix = family_of(model.config).layers.rpartition(".")[0]
+    embeddings = {name: module for name, module in decoder.named_children() if isinstance(module, nn.Embedding)}
+    tables = {f"{prefix}.{name}.weight": module.weight.to(torch.float64) for name, module in embeddings.items()}
+    return {name: centred(table) for name, table in tables.items()} if subtracts_mean(decoder.layers[0]) else tables
+
+
+def folded_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The head's weight (vocabulary, d_h) and bias with the final norm folded in, float64."""
+    norm = getattr(model.get_decoder(), SLICED_MODELS[model.config.model_type].final_norm)
+    head = model.get_output_embeddings()
+    return fold_norm(head.weight.to(torch.float64), None, *norm_tensors(norm, model.device))
+
+
+def norm_tensors(norm: nn.Module, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift (d_h,) of a norm, float64; None where it has none. A LayerNorm has a shift, if of zeros."""
+    scale, shift = (
+        None if tensor is None else tensor.detach().to(torch.float64)
+        for tensor in (norm.weight, getattr(norm, "bias", None))
+    )
+    if isinstance(norm, nn.LayerNorm) and shift is None:
+        shift = torch.zeros(norm.normalized_shape, dtype=torch.float64, device=device)
+    return scale, shift
+
+
+def subtracts_mean(layer: nn.Module) -> bool:
+    """Whether the norms of a dense ``layer`` are LayerNorm rather than RMSNorm."""
+    return any(isinstance(module, nn.LayerNorm) for module in layer.children())
+
+
+def sliced_layer(
+    sliced_class: type[SlicedLayer], folded: Mapping[str, Tensor], Q_attention: Tensor, Q_mlp: Tensor, Q_out: Tensor
+) -> Tensors:
+    """A folded layer in the axes of its attention's input, its MLP's input and the next layer's, (d_h, k) each."""
+    tensors = dict(folded)
+    blocks = (
+        (sliced_class.attention_readers, sliced_class.attention_writer, "attention_shortcut", Q_attention, Q_mlp),
+        (sliced_class.mlp_readers, sliced_class.mlp_writer, "mlp_shortcut", Q_mlp, Q_out),
+    )
+    for readers, writer, name, Q_in, Q_next in blocks:
+        for path in readers:
+            tensors[f"{path}.weight"] = rotated_reader(folded[f"{path}.weight"], Q_in)
+        _put(tensors, writer, *rotated_writer(*_get(folded, writer), Q_next))
+        tensors[f"{name}.weight"] = shortcut(Q_in, Q_next)
+    return tensors
+
+
+def runnable_layer(model: PreTrainedModel, index: int, folded: Mapping[str, Tensor]) -> Any:
+    """A folded layer at full width, in the dense model's basis, dtype and attention implementation."""
+    config = sliced_config(model.config)
+    with torch.device("meta"):
+        layer = layer_class(model.config)(config, index)
+    eye = torch.eye(config.hidden_size, device=model.device)
+    tensors = dict(folded) | {"attention_shortcut.weight": eye, "mlp_shortcut.weight": eye}
+    layer.load_state_dict(cast(tensors, model.dtype), strict=True, assign=True)
+    return layer.requires_grad_(False).eval()
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
+    """The tensors in ``dtype``, contiguous."""
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def assemble(model: PreTrainedModel, stream_sizes: list[int], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The sliced model made of ``tensors`` (all of them, by name), with the settings of the dense ``model``.
+
+    Raises:
+        RuntimeError: tensors that do not fit ``stream_sizes`` exactly.
+    """
+    config = sliced_config(model.config, stream_sizes)
+    with torch.device("meta"):
+        sliced = SLICED_MODELS[model.config.model_type](config)
+    sliced.load_state_dict(tensors, strict=True, assign=True)
+    rotary = getattr(sliced.get_decoder(), "rotary_emb", None)
+    if rotary is not None:
+        # No state dict holds its frequencies, and a cast model's are rounded.
+        sliced.get_decoder().rotary_emb = type(rotary)(config=config).to(model.device)
+    sliced.generation_config = copy.deepcopy(model.generation_config)
+    return sliced.train(model.training)
+
+
+def _get(tensors: Mapping[str, Tensor], path: str) -> tuple[Tensor, Tensor | None]:
+    return tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
+
+
+def _put(tensors: Tensors, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    tensors[f"{path}.weight"] = weight
+    if bias is not None:
+        tensors[f"{path}.bias"] = bias

@@ -36,6 +36,7 @@ class Kept:
 
     @classmethod
     def everything(cls, shape: LayerShape) -> "Kept":
+        """All structures of a layer of ``shape``."""
         return cls(
             torch.ones(shape.num_kv_heads, dtype=torch.bool), torch.ones(shape.intermediate_size, dtype=torch.bool)
         )
@@ -50,6 +51,7 @@ class StructureSizes:
 
     @classmethod
     def of(cls, family: Family, layer: nn.Module, shape: LayerShape) -> "StructureSizes":
+        """Those of a dense ``layer`` of ``shape``."""
         attention = sum(role(layer).weight.numel() for role in (family.query, family.key, family.value, family.output))
         mlp = sum(
             linear.weight.numel()
@@ -73,6 +75,7 @@ class LayerWeights:
 
     @classmethod
     def read(cls, family: Family, layer: nn.Module) -> "LayerWeights":
+        """Those of a dense ``layer``."""
         return cls(read_mlp(family, layer), read_query_key(family, layer), read_value_output(family, layer))
 
     def without_removed(self, kept: Kept) -> "LayerWeights":
@@ -118,7 +121,8 @@ def cheapest_within(
     A structure that would overshoot is passed over, so small ones fill what large ones leave.
 
     Args:
-        costs: one (num_structures,) tensor a population (the groups or the channels of one layer); ties go to the earlier.
+        costs: one (num_structures,) tensor a population (the groups or the channels of one layer); of equal costs the
+            earlier goes first.
         sizes: weights of one structure of each population.
         budget: weights to remove at most.
         removable: masks of the structures that may go; None: all.
@@ -172,9 +176,8 @@ def pruned_model(
         extra = tuple(path for path, bias, linear in biases if changed and bias is not None and linear.bias is None)
         shape = replace(dense, num_kv_heads=num_groups, intermediate_size=width, extra_biases=extra)
         small = of_layer.without_removed(kept[index])
-        parts = {"mlp": small.mlp, "query_key": small.query_key, "value_output": small.value_output}
         shapes.append(shape)
-        tensors.append(layer_tensors(family, config, shape, **parts) if changed else {})
+        tensors.append(layer_tensors(family, config, shape, **vars(small)) if changed else {})
         reports.append(
             {"index": index, "ranks": {"mlp": width, "num_kv_heads": num_groups}, "relative_error": {}, "numerics": {}}
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.low_rank import (
@@ -23,7 +24,10 @@ class SVD(Method):
     matrix has before anything is saved. Needs no calibration tokens.
     """
 
+    name: ClassVar[str] = "svd"
+
     def compress(self, task: CompressionTask) -> Compressed:
+        """Truncate every block-linear weight."""
         if task.sparsity == 0:
             return dense_layers(task)
         ranks = layer_ranks(task)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ from modegpt.models import Family, build_layer, compressed_config, decoder_layer
 
 
 def whitened_truncation(W: Tensor, factor: PSDFactor, rank: int) -> Truncation:
-    """Truncation of ``L^T W`` where C = L L^T is the input's Gram matrix: squared loss = sum of dropped squared singular values.
+    """Truncation of ``L^T W`` where C = L L^T is the input's Gram matrix.
 
-    ``||X (W - A B)||_F = ||L^T (W - A B)||_F`` for every X with X^T X = C. W (in, out).
+    The squared loss is the sum of the dropped squared singular values: ``||X (W - A B)||_F = ||L^T (W - A B)||_F`` for
+    every X with X^T X = C. W (in, out).
     """
     L = factor.root()
     identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
@@ -68,9 +70,12 @@ class SVDLLM(Method):
             Costs two more passes over the calibration tokens. ``relative_error`` is then the error on those inputs.
     """
 
+    name: ClassVar[str] = "svd_llm"
+
     update: bool = False
 
     def compress(self, task: CompressionTask) -> Compressed:
+        """Truncate every block-linear weight, whitened by its inputs."""
         if task.sparsity == 0:
             return dense_layers(task)
         ranks = layer_ranks(task)

@@ -146,7 +146,7 @@ class OutOfCore:
 
 def check_streams(method: Method | None, *, name: str, save_model: str | None, evaluation: EvaluationSpec) -> None:
     """Raises UserError unless a run of ``method`` can be done out of core."""
-    if type(method) is not MoDeGPT:
+    if method is None or not method.streamed:
         raise UserError(
             f"method={name} needs the whole model in memory; "
             "out_of_core.enabled=true goes with method=modegpt, random or magnitude"

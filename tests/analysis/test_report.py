@@ -38,7 +38,7 @@ def test_layers_are_drawn_as_recorded(store, tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    assert set(LOOKS) == set(METHODS) - {"dense"}
+    assert set(LOOKS) == set(METHODS)
     assert len(set(LOOKS.values())) == len(LOOKS) and len({look[:2] for look in LOOKS.values()}) == len(LOOKS)
     assert len({look[1] for look in CYCLE}) == len(CYCLE), "markers tell them apart in grey"
 

@@ -1,7 +1,7 @@
 """Every option of every group composes, passes the schema and fits the class that implements it."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 
 from modegpt.allocation.policies import POLICIES
 from modegpt.cli.schema import config_directory, config_groups
-from modegpt.config import TEXT_SOURCES, RunConfig, build
+from modegpt.config import TEXT_SOURCES, RunConfig, build, defaults, options_of
 from modegpt.data.texts import SOURCES
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
-from modegpt.methods.registry import METHODS, make_method
+from modegpt.methods.registry import DENSE, METHODS, make_method
 from modegpt.recovery.job import RECOVERIES
 
 REGISTRIES: dict[str, Mapping[str, type]] = {
@@ -21,6 +21,7 @@ REGISTRIES: dict[str, Mapping[str, type]] = {
     "decomposition/value_output": VALUE_OUTPUT_VARIANTS,
     "allocation": POLICIES,
     "recovery": RECOVERIES,
+    "method": METHODS,
 }
 FILES = {
     "local": ["model.path=x"],
@@ -50,17 +51,17 @@ OPTIONS = {group: options(group) for group in config_groups()}
 def test_every_option_composes(job: Callable, number: int) -> None:
     """The first option of every group together, the second of every group, and so on."""
     chosen = {group: names[number % len(names)] for group, names in OPTIONS.items()}
-    if chosen["method"] not in ("modegpt", "random", "magnitude", "dense"):
-        chosen["allocation"] = "uniform"  # a baseline refuses what it would ignore, such as compression.layer_sparsity
+    if chosen["method"] not in ("modegpt", "dense"):
+        chosen["allocation"] = "uniform"  # the others refuse what they would ignore, such as compression.layer_sparsity
     needed = [argument for name in chosen.values() for argument in FILES.get(name, [])]
     config = composed(job, *(f"{group}={name}" for group, name in chosen.items()), *dict.fromkeys(needed))
     for group, name in chosen.items():
         node = config
         for part in group.split("/"):
             node = getattr(node, part)
-        if group in REGISTRIES or group == "method":
+        if group in REGISTRIES:
             assert node["name"] == name
-        if name in REGISTRIES.get(group, {}):
+        if name in REGISTRIES.get(group, {}) and group != "method":
             built = build(REGISTRIES[group], node, group.replace("/", "."))
             assert {"name": name} | vars(built) == node
         if group == "calibration":
@@ -71,25 +72,53 @@ def test_every_option_composes(job: Callable, number: int) -> None:
 
 @pytest.mark.parametrize("group", REGISTRIES)
 def test_every_implementation_has_its_option(group: str) -> None:
-    dense = {"none"} if group.startswith("decomposition/") or group == "recovery" else set()
+    dense = {"method": {DENSE}, "allocation": set()}.get(group, {"none"})
     assert set(options(group)) == set(REGISTRIES[group]) | dense
 
 
-def test_every_method_has_its_option() -> None:
-    assert set(options("method")) == set(METHODS)
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_made(job: Callable, name: str) -> None:
-    assert make_method(composed(job, f"method={name}")) is not None
+    config = composed(job, f"method={name}")
+    assert {"name": name} | defaults(METHODS[name]) == config.method, "with every option of its class"
+    method = make_method(config)
+    assert type(method) is METHODS[name] and method.choices()["method"] == config.method
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [(group, name) for group in REGISTRIES for name in options(group) if name != "none"]
+    ("group", "name"), [(group, name) for group in REGISTRIES for name in options(group) if name not in ("none", DENSE)]
 )
-def test_options_name_every_hyper_parameter(group: str, name: str) -> None:
-    written = OmegaConf.load(config_directory() / group / f"{name}.yaml")
-    assert set(written) - {"name"} == {option.name for option in fields(REGISTRIES[group][name])}
+def test_a_file_explains_every_option_and_repeats_no_default(group: str, name: str) -> None:
+    path = config_directory() / group / f"{name}.yaml"
+    cls, written = REGISTRIES[group][name], OmegaConf.load(path)
+    explained = re.findall(r"^# ([a-z_]+): ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert explained == list(options_of(cls))
+    assert set(written) - {"name"} == set(options_of(cls)) - set(defaults(cls)), "what the class leaves open"
+
+
+def test_an_option_is_set_on_the_command_line_and_swept(job: Callable, tmp_path: Path) -> None:
+    code, calls = job(
+        "--multirun",
+        "decomposition.mlp.ridge=0.5,1",
+        "allocation.cap=0.9",
+        "recovery=lora",
+        "recovery.rank=2",
+        f"output.root={tmp_path}",
+    )
+    assert code == 0
+    assert [config.decomposition.mlp for config, _ in calls] == [{"name": "nystrom", "ridge": r} for r in (0.5, 1)]
+    assert [type(config.decomposition.mlp["ridge"]) for config, _ in calls] == [float, int], "as given: it is identity"
+    assert all(config.allocation == {"name": "entropic", "epsilon": 0.1, "cap": 0.9} for config, _ in calls)
+    assert all(config.recovery == {"name": "lora"} | defaults(RECOVERIES["lora"]) | {"rank": 2} for config, _ in calls)
+
+
+def test_a_file_of_the_users_own_is_completed(job: Callable, tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("name: sleb\nnum_last_kept: 2\n", encoding="utf-8")
+    assert composed(job, "--config-dir", str(tmp_path), "method=mine", "method.num_first_kept=1").method == {
+        "name": "sleb",
+        "num_first_kept": 1,
+        "num_last_kept": 2,
+    }
 
 
 def test_sources_are_the_readers() -> None:

@@ -6,14 +6,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 import modegpt.cli.main as cli
 from analysis.expected import DIRECTORY, experiment
-from analysis.ingredients import DIRECTORY as INGREDIENTS
 from analysis.ingredients import combination, combinations, title
 from analysis.runs import annotated, hashable, setting
-from modegpt.cli.schema import config_directory
+from modegpt.cli.schema import config_directory, ingredients
 from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
 from modegpt.methods.plus.method import MoDeGPTPlus
@@ -21,7 +19,7 @@ from modegpt.methods.plus.switches import CHOICES, Switches
 from modegpt.methods.registry import METHODS, make_method
 from tests.scripts import load_script
 
-FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+FILES = sorted(path.stem for path in DIRECTORY.glob("*.yaml") if path.stem != "ingredients")
 
 
 def jobs(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> list[RunConfig]:
@@ -111,7 +109,7 @@ def test_a_combination_can_be_run_and_recognised(name: str) -> None:
 def test_every_ingredient_is_ablated() -> None:
     """Each switch that the paper's form turns off stands alone on top of it, and is turned off in all but one."""
     paper, everything = combinations()["paper"], combinations()["all"]
-    ingredients = {key for key in paper if paper[key] != everything[key]}
+    turned = {key for key in paper if paper[key] != everything[key]}
     alone = {
         key
         for name, switches in combinations().items()
@@ -126,17 +124,15 @@ def test_every_ingredient_is_ablated() -> None:
         for key in switches
         if switches[key] != everything[key]
     }
-    assert alone == ingredients | {"fisher"}, "off by default: it needs a gradient"
-    assert missing == ingredients | {"fisher", "nested"}, "nested is no ingredient, but what it costs is measured"
+    assert alone == turned | {"fisher"}, "off by default: it needs a gradient"
+    assert missing == turned | {"fisher", "nested"}, "nested is no ingredient, but what it costs is measured"
     assert set(combinations()) == {
         settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings
     }
     switches = {
         option.name for option in fields(Switches) if option.name in CHOICES or isinstance(option.default, bool)
     }
-    assert switches <= set(OmegaConf.load(INGREDIENTS / "paper.yaml")), (
-        "what a new switch is in the paper is said there"
-    )
+    assert switches <= set(ingredients()["paper"]["switches"]), "what a new switch is in the paper is said there"
     for key, choices in CHOICES.items():
         assert {combined[key] for combined in combinations().values()} == set(choices)
 
@@ -156,7 +152,7 @@ def test_nothing_is_forgotten() -> None:
         key: {settings[key] for name in FILES for settings in experiment(name).settings if key in settings}
         for key in ("method", "decomposition/mlp", "decomposition/query_key", "decomposition/value_output")
     }
-    assert swept["method"] == set(METHODS) - {"dense"}
+    assert swept["method"] == set(METHODS)
     assert swept["decomposition/mlp"] == set(MLP_VARIANTS)
     assert swept["decomposition/query_key"] == set(QUERY_KEY_VARIANTS)
     assert swept["decomposition/value_output"] == set(VALUE_OUTPUT_VARIANTS)

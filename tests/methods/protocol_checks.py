@@ -29,7 +29,7 @@ def check_zero_sparsity(method: Method, form: str) -> None:
 
 
 def check_compression(method: Method, form: str, sparsity: float, *, tolerance: float) -> Compressed:
-    """The budget is met to ``tolerance`` (a share of the weights), the dense model is as before, the report is complete."""
+    """The budget is met to ``tolerance`` (share of the weights), the dense model is as before, the report complete."""
     model = dense_model(form)
     before = copy.deepcopy(model.state_dict())
     flags = [parameter.requires_grad for parameter in model.parameters()]

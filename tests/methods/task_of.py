@@ -12,7 +12,7 @@ from modegpt.progress import Progress
 def task_of(
     model: PreTrainedModel, sparsity: float, *, num_samples: int = 8, sequence_length: int = 20
 ) -> CompressionTask:
-    """``num_samples`` random windows in batches of 3, so that the last batch is smaller; every number is drawn from seed 0."""
+    """``num_samples`` random windows in batches of 3, so that the last batch is smaller; all is drawn from seed 0."""
     stream = torch.randint(
         3, model.config.vocab_size, (num_samples * sequence_length,), generator=torch.Generator().manual_seed(0)
     )

@@ -57,7 +57,7 @@ def test_a_dead_channel_is_survived():
 
 
 def test_alpha_is_checked():
-    with pytest.raises(UserError, match="alpha=1.5"):
+    with pytest.raises(UserError, match=r"alpha=1\.5"):
         ASVD(alpha=1.5)
 
 

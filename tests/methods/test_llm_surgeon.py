@@ -6,8 +6,14 @@ from torch import Tensor, nn
 
 from modegpt.calibration.gradients import summed_loss
 from modegpt.errors import UserError
-from modegpt.methods.kronecker import damped, inverse, observed_curvature, removal_costs, without_rows
-from modegpt.methods.llm_surgeon import LLMSurgeon
+from modegpt.methods.llm_surgeon import (
+    LLMSurgeon,
+    damped,
+    inverse,
+    observed_curvature,
+    removal_costs,
+    without_rows,
+)
 from modegpt.models import decoder_layers
 from tests.methods.protocol_checks import (
     FORMS,
@@ -26,7 +32,7 @@ def positive_definite(size: int) -> Tensor:
 
 
 def constrained_minimum(W: Tensor, A: Tensor, G: Tensor, rows: Tensor) -> tuple[Tensor, float]:
-    """The D that minimises 1/2 vec(D)^T (A (x) G) vec(D) with D_S = -W_S, and its cost, from the KKT system of the whole matrix."""
+    """The D that minimises 1/2 vec(D)^T (A (x) G) vec(D) with D_S = -W_S, and its cost, from the whole KKT system."""
     F = torch.kron(A, G)  # row-major vec(D): entry (i, o) at i * out + o
     pinned = rows.repeat_interleave(W.shape[1]).nonzero().squeeze(1)
     E = torch.zeros(len(pinned), W.numel(), dtype=W.dtype)
@@ -80,7 +86,7 @@ def test_one_token_gives_the_exact_fisher():
 
 
 def test_many_tokens_give_the_fisher_of_independent_factors():
-    """Over a grid of inputs and output gradients (independent) the mean outer product of weight gradients is the Kronecker product."""
+    """Over a grid of inputs and gradients (independent) the mean outer product of weight gradients is Kronecker's."""
     x, g = torch.randn(6, 5, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
     fisher = torch.stack([torch.outer(v := torch.outer(a, b).flatten(), v) for a in x for b in g]).mean(dim=0)
     torch.testing.assert_close(fisher, torch.kron(x.T @ x / 6, g.T @ g / 8))

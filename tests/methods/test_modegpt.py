@@ -8,10 +8,17 @@ import torch
 
 from modegpt.allocation.policies import POLICIES, Entropic, Explicit, Policy, Uniform
 from modegpt.calibration.cache import StatisticsCache
-from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, QueryKeyRandom, ValueOutputRandom, ValueOutputSVD
+from modegpt.decompositions import (
+    VARIANTS,
+    MLPNystrom,
+    MLPRandom,
+    QueryKeyCR,
+    QueryKeyRandom,
+    ValueOutputRandom,
+    ValueOutputSVD,
+)
 from modegpt.errors import UserError
 from modegpt.methods.modegpt import MODULES, MoDeGPT
-from modegpt.methods.registry import VARIANTS
 from modegpt.models import block_linear_parameters, layer_shapes
 from tests.methods.protocol_checks import (
     achieved_sparsity,
@@ -22,8 +29,10 @@ from tests.methods.protocol_checks import (
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model, tokens
 
+UNIFORM = Uniform()
 
-def paper(allocation: Policy = Uniform(), **changes) -> MoDeGPT:
+
+def paper(allocation: Policy = UNIFORM, **changes) -> MoDeGPT:
     return MoDeGPT(
         **{
             "mlp": MLPNystrom(),
@@ -112,7 +121,7 @@ def test_rank_multiples_are_kept() -> None:
 
 
 def test_a_rank_of_zero_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="layer 0, (query_key|value_output|mlp)"):
+    with pytest.raises(UserError, match=r"layer 0, (query_key|value_output|mlp)"):
         paper().compress(task_of(dense_model("llama"), 0.97))
 
 

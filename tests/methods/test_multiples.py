@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
-from modegpt.config import CompressionConfig, ModelConfig, RankMultiple, RunConfig
+from modegpt.config import CompressionConfig, DecompositionConfig, ModelConfig, RankMultiple, RunConfig, defaults
 from modegpt.methods.multiples import preferred_multiples
 from modegpt.methods.registry import decides, make_method, settled
+from modegpt.methods.slicegpt import SliceGPT
 from tests.models.family_table import CONFIGS
 
 LLAMA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 EVEN = {"mlp": 1, "query_key": 1, "value_output": 1}
+PAPER = DecompositionConfig(mlp={"name": "nystrom"}, query_key={"name": "none"}, value_output={"name": "svd"})
 
 
 def config(method: str = "random", **multiples: int) -> RunConfig:
@@ -52,4 +54,15 @@ def test_the_default_on_a_cpu_is_the_run_with_ones() -> None:
 @pytest.mark.parametrize("method", ["dense", "slicegpt"])
 def test_methods_without_ranks_are_left_alone(method: str) -> None:
     asked = config(method)
-    assert settled(asked, device="cuda", model_config=LLAMA_7B) == replace(asked)
+    assert settled(asked, device="cuda", model_config=LLAMA_7B).compression == asked.compression
+
+
+def test_a_settled_configuration_says_every_option() -> None:
+    done = settled(config("slicegpt"), device="cpu", model_config=LLAMA_7B)
+    assert done.method == {"name": "slicegpt", **defaults(SliceGPT)}
+    asked = replace(config("modegpt"), allocation={"name": "entropic"}, decomposition=PAPER)
+    done = settled(asked, device="cpu", model_config=LLAMA_7B)
+    assert done.allocation == {"name": "entropic", "epsilon": 0.1, "cap": 0.8}
+    assert done.decomposition.mlp == {"name": "nystrom", "ridge": 0.01}
+    assert done.decomposition.query_key == {"name": "none"}
+    assert decides(done) == decides(asked) | {"compression": decides(done)["compression"]}

@@ -9,8 +9,15 @@ from transformers import PreTrainedModel
 
 from modegpt.calibration.stream import HiddenStates
 from modegpt.errors import UserError
-from modegpt.methods.slicegpt import SliceGPT, Stream, sliced_parameters
-from modegpt.methods.slicegpt_rotation import centred, lost_energy, principal_axes, projected
+from modegpt.methods.slicegpt import (
+    SliceGPT,
+    Stream,
+    centred,
+    lost_energy,
+    principal_axes,
+    projected,
+    sliced_parameters,
+)
 from modegpt.models import FAMILIES, block_linear_parameters, decoder_layers
 from tests.methods.task_of import task_of
 from tests.models.family_table import native_model, tokens
@@ -92,7 +99,7 @@ def test_dense_order_slices_the_rotated_model(form: str):
 
 @pytest.mark.parametrize("form", ["llama", "llama-multihead-biased", "opt"])
 def test_sliced_network_runs_on_its_own_principal_axes(form: str):
-    """On the calibration tokens, the stream of the sliced network has a diagonal, decreasing Gram matrix before every layer."""
+    """On the calibration tokens, the sliced network's stream has a diagonal, decreasing Gram matrix at every layer."""
     model = model_of(form).double()
     task = task_of(model, 0.3)
     compressed = SliceGPT().compress(task)

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from modegpt.allocation.policies import Entropic, Policy, Uniform
-from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, QueryKeyRandom, ValueOutputRandom, ValueOutputSVD
+from modegpt.decompositions import (
+    VARIANTS,
+    MLPNystrom,
+    MLPRandom,
+    QueryKeyCR,
+    QueryKeyRandom,
+    ValueOutputRandom,
+    ValueOutputSVD,
+)
 from modegpt.methods.modegpt import MODULES, MoDeGPT
-from modegpt.methods.registry import VARIANTS
 from modegpt.models import block_linear_parameters
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.streaming.shards import Shards

@@ -1,7 +1,8 @@
 """MoDeGPT improved without a gradient, at the same budget and on the same calibration tokens."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
@@ -9,7 +10,7 @@ from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.gradients import output_sensitivity
 from modegpt.cost.work import forward_cost
 from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, ValueOutputSVD, ValueOutputSVDAttention
-from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.methods.modegpt import MODULES, MoDeGPT, assemble_layer, module_budgets, report
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
@@ -22,7 +23,7 @@ from modegpt.models import build_compressed, decoder_layers
 
 
 @dataclass(frozen=True)
-class MoDeGPTPlus(Switches, Method):
+class MoDeGPTPlus(Switches, RankMethod):
     """Sequential, error-correcting MoDeGPT: the ingredients are the fields of ``Switches``, the steps in ``LayerPass``.
 
     Two streams walk the layers: dense X and compressed X~. In each layer the input maps are aligned, the query-key dims
@@ -44,15 +45,9 @@ class MoDeGPTPlus(Switches, Method):
     tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
     Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of
     ``MoDeGPT``.
-
-    Args:
-        module_sparsity, rank_multiple, budget, skip_layers: as for ``MoDeGPT``.
     """
 
-    module_sparsity: dict[str, float | None] = field(default_factory=dict)
-    rank_multiple: dict[str, int] = field(default_factory=dict)
-    budget: str = "exact"
-    skip_layers: tuple[int, ...] = ()
+    name: ClassVar[str] = "modegpt_plus"
 
     def faithful(self) -> MoDeGPT:
         """The paper's method with this one's selections, as far as it has them: for ranks and closed-form errors."""

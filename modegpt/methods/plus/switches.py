@@ -1,6 +1,6 @@
 """What MoDeGPTPlus can be told, apart from ranks: each ingredient a switch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modegpt.errors import UserError
 
@@ -59,8 +59,8 @@ class Switches:
     allocation: str = "loss"
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
-    fisher: tuple[float, ...] = ()
-    temperature: bool = True
+    fisher: tuple[float, ...] = field(default=(), metadata={"before": ()})
+    temperature: bool = field(default=True, metadata={"before": False})
     nested: bool = False
     queries_per_window: int = 32
     query_key_windows: int = 32
