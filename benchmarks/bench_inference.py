@@ -51,7 +51,8 @@ def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, s
     """The model of ``config``, the family's own class where that is dense, with normal weights made in place."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
-        model = (compressed_class(config) if is_ours(config) else LlamaForCausalLM)(config).to(dtype)
+        model_class: Any = compressed_class(config) if is_ours(config) else LlamaForCausalLM
+        model = model_class(config).to(dtype)
     model = model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     with torch.no_grad():

@@ -42,28 +42,28 @@ class OnGpu(Tensor):
         return Tensor._make_wrapper_subclass(cls, values.shape, device=GPU, **like)
 
     def __init__(self, values: Tensor):
-        self.values = values
+        self.held = values
 
     def __repr__(self):
-        return f"OnGpu({self.values})"
+        return f"OnGpu({self.held})"
 
     def untyped_storage(self):
-        return self.values.untyped_storage()
+        return self.held.untyped_storage()
 
     def tolist(self):
-        return self.values.tolist()
+        return self.held.tolist()
 
     def numpy(self):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     @property
     def data(self):
-        return OnGpu(self.values.detach())
+        return OnGpu(self.held.detach())
 
     @data.setter
     def data(self, other):
         Tensor.data.__set__(self, other)
-        self.values = other.values
+        self.held = other.values
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, arguments=(), keywords=None):
@@ -117,7 +117,7 @@ def computed(operation: Any, arguments: tuple, keywords: dict) -> Any:
 
 def _on_cpu(each: Any) -> Any:
     if isinstance(each, OnGpu):
-        return each.values
+        return each.held
     return torch.device("cpu") if isinstance(each, torch.device) and each.type == "cuda" else each
 
 

@@ -132,10 +132,10 @@ def test_saved_by_transformers_it_loads_in_a_fresh_process(
 
 def test_scores_in_the_report_go_into_the_card(smaller: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
     scores = modegpt.evaluate(smaller, tokenizer, TEXTS[:4], windows=[128], quiet=True)
-    report = dict(smaller.modegpt_report)
-    smaller.modegpt_report = report | {"metrics": {"compressed": scores}}
-    smaller.save_pretrained(tmp_path)
-    smaller.modegpt_report = report
+    report = dict(vars(smaller)["modegpt_report"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smaller, "modegpt_report", report | {"metrics": {"compressed": scores}})
+        smaller.save_pretrained(tmp_path)
     value, card = scores["perplexity"]["ppl_texts_128"]["value"], (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"| ppl_texts_128 |  | {value:.4f} |" in card and "base_model" not in card
 

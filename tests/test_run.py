@@ -132,13 +132,14 @@ def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch
 
 def test_dense_scores_are_computed_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(small(results), command="modegpt")
-    labels = []
+    labels: list[str] = []
     evaluate = modegpt.backend.evaluate
-    monkeypatch.setattr(
-        modegpt.backend,
-        "evaluate",
-        lambda *args, label, **kwargs: labels.append(label) or evaluate(*args, label=label, **kwargs),
-    )
+
+    def noted(*args: Any, label: str, **kwargs: Any) -> Any:
+        labels.append(label)
+        return evaluate(*args, label=label, **kwargs)
+
+    monkeypatch.setattr(modegpt.backend, "evaluate", noted)
     run(small(results, compression=CompressionConfig(sparsity=0.1)), command="modegpt")
     assert labels == ["compressed"]
 

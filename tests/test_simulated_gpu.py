@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     reason="PyTorch's table of devices is elsewhere, or there is a real GPU",
 )
 
-SMALL = (
+SMALL: tuple[str, ...] = (
     "model=tiny-llama",
     "calibration.num_samples=4",
     "tracking=disabled",

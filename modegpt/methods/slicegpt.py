@@ -355,10 +355,8 @@ def folded_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 
 def norm_tensors(norm: nn.Module, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift (d_h,) of a norm, float64; None where it has none. A LayerNorm has a shift, if of zeros."""
-    scale, shift = (
-        None if tensor is None else tensor.detach().to(torch.float64)
-        for tensor in (norm.weight, getattr(norm, "bias", None))
-    )
+    own: tuple[Any, Any] = (norm.weight, getattr(norm, "bias", None))
+    scale, shift = (None if tensor is None else tensor.detach().to(torch.float64) for tensor in own)
     if isinstance(norm, nn.LayerNorm) and shift is None:
         shift = torch.zeros(norm.normalized_shape, dtype=torch.float64, device=device)
     return scale, shift

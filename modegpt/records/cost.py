@@ -35,7 +35,7 @@ def ceiling_share(stage: Mapping[str, Any], ceiling: Ceiling) -> float | None:
     """The least time for what the stage did over its seconds; None without counted work."""
     if not stage.get("work") or not stage["seconds"]:
         return None
-    return ceiling.least_seconds(stage["work"], stage["bytes"]) / stage["seconds"]
+    return ceiling.least_seconds(stage["work"], stage["bytes"]) / float(stage["seconds"])
 
 
 def cost_rows(cost: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -58,8 +58,8 @@ def make_record(
     model: PreTrainedModel,
     tokens: CalibrationTokens | None,
     compressed: Compressed | None,
-    dense_scores: dict[str, dict],
-    compressed_scores: dict[str, dict] | None,
+    dense_scores: dict[str, dict[str, Any]],
+    compressed_scores: dict[str, dict[str, Any]] | None,
     speeds: dict[str, Any] | None,
     cost: dict[str, Any],
 ) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def make_record(
         cost: ``CostMeter.summary``.
     """
     zeroshot = config.evaluation.zeroshot
-    kept: dict[str, dict] = {"zeroshot": {}, "perplexity_increase": {}}
+    kept: dict[str, dict[str, Any]] = {"zeroshot": {}, "perplexity_increase": {}}
     if compressed_scores is not None:
         kept = retention(dense_scores, compressed_scores)
     return {

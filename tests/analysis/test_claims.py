@@ -66,8 +66,8 @@ def test_a_claim_quotes_no_figure_that_is_not_in_the_list(tmp_path: Path) -> Non
         ).split()
         quoted = re.findall(r"\d+h\d+m|\d+(?:\.\d+)?", text)
         assert quoted and set(quoted) <= set(listed), each.title
-    quoted = {source.value for each in found for source in each.sources}
-    assert quoted >= {"90-95", "98", "46", "7.51", "9.06", "60.78", "53.47", "4h09m", "8h26m", "23.33", "128"}
+    values = {source.value for each in found for source in each.sources}
+    assert values >= {"90-95", "98", "46", "7.51", "9.06", "60.78", "53.47", "4h09m", "8h26m", "23.33", "128"}
 
 
 def test_orders_and_savings_are_measured(store, tmp_path: Path) -> None:

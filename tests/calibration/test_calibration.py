@@ -26,7 +26,8 @@ def calibration_of(name: str, cache: StatisticsCache | None = None) -> Calibrati
 
 def inputs_and_outputs(calibration: Calibration) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
     """Every linear's (input, output) over all tokens, float64, from one ordinary forward; and the residual stream."""
-    model, seen = calibration.model, {}
+    model = calibration.model
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
     family = family_of(model.config)
 
     def keep(key: str):
@@ -79,8 +80,8 @@ def test_statistics_equal_brute_force(name: str) -> None:
             role: seen[f"{index}.{role}"][1].unflatten(-1, (-1, d)).transpose(0, 1)
             for role in ("query", "key", "value")
         }
-        bias = calibration.family.value(layer).bias
-        bias = torch.zeros(len(heads["value"]), d) if bias is None else bias.detach().view(-1, d)
+        b_V = calibration.family.value(layer).bias
+        bias = torch.zeros(len(heads["value"]), d) if b_V is None else b_V.detach().view(-1, d)
         group = len(heads["query"]) // len(heads["value"])
         attended = seen[f"{index}.output"][0]
         mixed = attended.unflatten(-1, (-1, d)).transpose(0, 1) - bias.double().repeat_interleave(group, 0).unsqueeze(1)
@@ -103,8 +104,8 @@ def test_statistics_equal_brute_force(name: str) -> None:
 
 
 def pair_energy(C: Tensor) -> Tensor:
-    diagonal = C.diagonal(dim1=-2, dim2=-1)
-    return sum(diagonal.chunk(2, dim=-1))
+    first, second = C.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)
+    return first + second
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3-rope-tied", "qwen3", "mistral-window", "opt"])

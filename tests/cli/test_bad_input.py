@@ -8,6 +8,7 @@ import pytest
 
 from modegpt.config import build
 from modegpt.decompositions import MLP_VARIANTS
+from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.errors import UserError
 from modegpt.methods.registry import make_method
 
@@ -166,4 +167,4 @@ def test_build_refuses(options: dict, message: str) -> None:
 
 
 def test_build_takes_an_integer_for_a_float() -> None:
-    assert build(MLP_VARIANTS, {"name": "nystrom", "ridge": 1}, "decomposition.mlp") == MLP_VARIANTS["nystrom"](ridge=1)
+    assert build(MLP_VARIANTS, {"name": "nystrom", "ridge": 1}, "decomposition.mlp") == MLPNystrom(ridge=1)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -62,7 +63,7 @@ def test_every_option_composes(job: Callable, number: int) -> None:
         if group in REGISTRIES:
             assert node["name"] == name
         if name in REGISTRIES.get(group, {}) and group != "method":
-            built = build(REGISTRIES[group], node, group.replace("/", "."))
+            built: Any = build(REGISTRIES[group], node, group.replace("/", "."))
             assert {"name": name} | vars(built) == node
         if group == "calibration":
             assert node.source == name

@@ -20,9 +20,8 @@ def gram(*shape: int) -> torch.Tensor:
 
 
 def test_mlp() -> None:
-    weights = MLPWeights(
-        *(torch.randn(6, 10, dtype=torch.float64) for _ in range(2)), torch.randn(10, 6, dtype=torch.float64)
-    )
+    W_U, W_G, W_Dt = (torch.randn(6, 10, dtype=torch.float64) for _ in range(3))
+    weights = MLPWeights(W_U, W_G, W_Dt.T)
     C = gram(10)
     (curve, order), total = mlp_curve(C, weights.W_D, ridge=0.0), float((weights.W_D * (C @ weights.W_D)).sum())
     for rank in range(1, 10):

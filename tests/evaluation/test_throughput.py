@@ -44,7 +44,8 @@ def test_work_of_a_sliced_model_by_hand() -> None:
 
 
 def test_a_record_holds_both_models_and_the_machine() -> None:
-    dense, lines = dense_model("llama"), []
+    dense = dense_model("llama")
+    lines: list[str] = []
     smaller = sliced_model(dense)[0]
     found = beside_dense(
         dense, smaller, ThroughputSpec(prefill=["1x4"], decode=["2x4"], repeats=1, decode_tokens=1), say=lines.append

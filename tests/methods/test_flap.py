@@ -64,11 +64,11 @@ def test_bias_makes_the_mean_output_exact(form: str):
         groups = torch.arange(len(value_output.W_V)) % 2 == 0
         heads = groups.repeat_interleave(len(value_output.W_O) // len(groups))
         x = inputs_of(model, family.output(layer), ids)
-        biased = compensate_attention(value_output, statistics["value_output.mean"], groups)
+        attended = compensate_attention(value_output, statistics["value_output.mean"], groups)
         dense_mean = family.output(layer)(x).mean(dim=0)
         kept_x = x.unflatten(1, (len(heads), -1))[:, heads].flatten(1)
         torch.testing.assert_close(
-            (kept_x @ value_output.W_O[heads].flatten(0, 1) + biased.b_O).mean(dim=0), dense_mean
+            (kept_x @ value_output.W_O[heads].flatten(0, 1) + attended.b_O).mean(dim=0), dense_mean
         )
         without = 0 if value_output.b_O is None else value_output.b_O
         assert not torch.allclose((kept_x @ value_output.W_O[heads].flatten(0, 1) + without).mean(dim=0), dense_mean)

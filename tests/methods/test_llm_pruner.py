@@ -1,5 +1,7 @@
 """LLM-Pruner: the Taylor score is a derivative of the loss, and what scores lowest goes."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,8 @@ def loss_of(model, ids: torch.Tensor) -> float:
 
 def gradients_of(task, layer) -> tuple[dict, dict]:
     linears = block_linears(task.family, layer)
-    gradients = weight_gradients(task.calibration, [linear.weight for linear in linears.values()], batch_size=3)
+    weights: list[Any] = [linear.weight for linear in linears.values()]
+    gradients = weight_gradients(task.calibration, weights, batch_size=3)
     return {role: linear.weight.detach() for role, linear in linears.items()}, dict(
         zip(linears, gradients, strict=True)
     )
@@ -142,7 +145,8 @@ def test_what_is_removed_scores_lowest():
 def test_pruned_model_equals_the_dense_one_with_structures_silenced(form: str):
     model = dense_model(form)
     task = task_of(model, 0.3)
-    family, kept = task.family, []
+    family = task.family
+    kept: list[Any] = []
     for layer in decoder_layers(model):
         num_groups = family.key(layer).out_features // family.attention(layer).head_dim
         kept.append(Kept(torch.arange(num_groups) % 2 == len(kept) % 2, torch.rand(40) > 0.4))

@@ -156,8 +156,8 @@ def test_aligned_inputs_are_least_squares_on_explicit_activations(name: str, mon
         for hook in hooks:
             hook.remove()
         (_, target), (x, out) = seen
-        bias = linear(last[0]).bias
-        bias = 0.0 if bias is None else bias.detach().double()
+        bias_of_layer = linear(last[0]).bias
+        bias = 0.0 if bias_of_layer is None else bias_of_layer.detach().double()
         best = (x @ torch.linalg.lstsq(x, target - bias).solution + bias - target).square().sum()
         assert (out - target).square().sum() <= best * (1 + 1e-5) + 1e-9
         assert not torch.equal(linear(last[0]).weight, linear(last[1]).weight)

@@ -4,6 +4,7 @@ asked for.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The shares of every measurement."""
     calls: list[tuple] = []
     rank_costs = plus.rank_costs
-    monkeypatch.setattr(plus, "rank_costs", lambda *arguments: calls.append(arguments[2]) or rank_costs(*arguments))
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments[2])
+        return rank_costs(*arguments)
+
+    monkeypatch.setattr(plus, "rank_costs", noted)
     return calls
 
 

@@ -5,6 +5,7 @@ float32 copies.
 import copy
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     model = load_model("embedded:tiny-llama")
     calibration = task_of(model, 0.3, num_samples=48).calibration
     monkeypatch.setattr(sensitivity, "MOST_ENTRIES", 1)  # 128 predictions
-    seen = {}
+    seen: dict[int, Any] = {}
     monkeypatch.setattr(sensitivity, "expected", lambda curve, points: seen.setdefault(len(seen), points))
     costs = rank_costs(calibration, {"mlp": STATISTICS["mlp"]}, (0.5,), ())
     assert len(costs) == 6

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_one_layer_runs_alone(name: str) -> None:
     config = compressed_config(dense.config, [shape] * 3)
     source = decoder_layers(dense)[1]
     layer = build_layer(config, 1, merged_tensors(family, source, sliced_layer(dense, 1, shape, selections[1])))
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def keep(_, args, kwargs, out) -> None:
         seen.update(x=args[0], kwargs=kwargs, out=out)

@@ -155,8 +155,10 @@ def test_weights_are_read_in_the_orientation_of_the_paper(name: str) -> None:
     mlp, qk, vo = read_mlp(family, layer), read_query_key(family, layer), read_value_output(family, layer)
     with torch.no_grad():
         torch.testing.assert_close(times(mlp.W_U, mlp.b_U), family.up(layer)(x))
-        if mlp.W_G is not None:
-            torch.testing.assert_close(times(mlp.W_G, mlp.b_G), family.gate(layer)(x))
+        gate = family.gate(layer)
+        assert (mlp.W_G is None) == (gate is None)
+        if gate is not None:
+            torch.testing.assert_close(times(mlp.W_G, mlp.b_G), gate(x))
         h = torch.randn(5, dense_shape(dense.config).intermediate_size)
         torch.testing.assert_close(times(mlp.W_D, mlp.b_D, h), family.down(layer)(h))
         projections = [

@@ -66,11 +66,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen:
+def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     """A Python process that cannot see this checkout by itself."""
     command = [sys.executable, "-I", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), **pipes)
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def output(process: subprocess.Popen) -> str:

@@ -4,6 +4,7 @@ And what its cache weighs.
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_the_cache_shrinks_as_the_formula_says(name: str) -> None:
     for label, model in (("dense", dense), ("compressed", sliced_model(dense)[0])):
         cache = DynamicCache(config=model.config)
         model(tokens(batch=2, length=12), past_key_values=cache)
-        sizes[label] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        layers: list[Any] = cache.layers
+        sizes[label] = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         assert sizes[label] == 2 * 12 * cache_bytes_per_token(model.config, model.dtype)
     head, qk = dense.config.head_dim if hasattr(dense.config, "head_dim") else 8, model.config.qk_head_dims[0]
     assert sizes["compressed"] / sizes["dense"] == (qk + model.config.v_head_dims[0]) / (2 * head) < 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_saves_and_loads_by_auto_class(form: str, tmp_path):
     model = sliced_model(form)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_sliced.py").is_file()
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = found
     assert type(loaded) is type(model) and not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)

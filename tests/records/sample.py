@@ -62,7 +62,7 @@ def sample_record(
         "sparsity": sparsity,
         "seed": seed,
     }
-    record = {
+    record: dict[str, Any] = {
         "identity": {"decides": decides},
         "name": "tiny-llama dense" if dense else f"tiny-llama {method} {sparsity:g}",
         "experiment": "demo",
@@ -133,7 +133,7 @@ def sample_record(
         },
     }
     if dense:
-        record |= {"compression": None, "calibration": None}
+        record.update(compression=None, calibration=None)
         record["metrics"] |= {"compressed": None, "retention": {}}
     return copy.deepcopy(record | changes)
 
@@ -154,7 +154,7 @@ def _scores(perplexity: float, column: int) -> dict:
         task: {"metric": entry[0], "value": entry[column], "stderr": 0.02, "num_items": 200}
         for task, entry in TASKS.items()
     }
-    mean = sum(entry[column] for entry in TASKS.values()) / len(TASKS)
+    mean = sum(float(entry[column]) for entry in TASKS.values()) / len(TASKS)
     return {
         "perplexity": {
             f"ppl_tiny_{window}": {

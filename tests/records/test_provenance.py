@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def test_git_state_sees_code_and_not_results(tmp_path: Path) -> None:
 
 def test_portable_paths(tmp_path: Path) -> None:
     inside = str(tmp_path / "data" / "a b.txt")
-    config = {"path": ELSEWHERE, "inside": inside}
+    config: dict[str, Any] = {"path": ELSEWHERE, "inside": inside}
     config |= {"typed": "../shared/models", "list": [ELSEWHERE, 3, None], "url": "https://example.org/a/b"}
     assert portable(config, tmp_path) == {
         "path": ".../babyllama-105",

@@ -31,7 +31,7 @@ def test_offline_writes_a_run_beside_the_record_and_nowhere_else(
     monkeypatch.setenv("HOME", str(home))
     before = dict(os.environ)
     record, path = saved
-    warnings = []
+    warnings: list[str] = []
     tracker = make_tracker(mode="offline", warn=warnings.append)
     tracker.mirror(record, record_path=path, pictures=save_pictures(record, path.parent))
     assert warnings == [] and capfd.readouterr() == ("", "")
@@ -94,7 +94,7 @@ def test_online_without_a_key_warns_at_once(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    warnings = []
+    warnings: list[str] = []
     make_tracker(mode="online", warn=warnings.append).mirror(saved[0], record_path=saved[1])
     assert len(warnings) == 1 and "wandb login" in warnings[0] and "\n" not in warnings[0]
 

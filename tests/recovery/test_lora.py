@@ -113,9 +113,9 @@ def test_micro_batches_change_rounding_only() -> None:
         for size in (None, 1)
     )
     assert parts[1]["losses"] == pytest.approx(whole[1]["losses"], rel=1e-5)
-    parts = parts[0].state_dict()
+    trained = parts[0].state_dict()
     for name, tensor in whole[0].state_dict().items():
-        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_losses_are_means_of_what_was_seen() -> None:

@@ -56,9 +56,16 @@ class Launcher:
         }
         self.folder, self.store = folder, RecordStore(folder / "results")
 
-    def launch(self) -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.command, cwd=self.folder, env=self.environment, start_new_session=True, **pipes)
+    def launch(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=self.environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def records(self) -> dict[Path, bytes]:
         """Every record there is, whole and where it belongs."""

@@ -1,6 +1,7 @@
 """Cutting a saved checkpoint with nested ranks: slices and one triangular solve a module, no text, no activations."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,9 +31,10 @@ def cut_checkpoint(checkpoint: Path, sparsity: float, destination: Path) -> floa
     model = load_model(str(checkpoint), device="cpu")
     layers, costs, options = read_orders(checkpoint / FILE)
     options = {"temperature": False} | options  # older checkpoints do not name it
-    method = MoDeGPTPlus(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    method = MoDeGPTPlus(**fields)
     no_tokens = CalibrationTokens(ids=torch.empty(0, 0, dtype=torch.long), sha256="", stream_tokens=0)
     task = CompressionTask(Calibration(model, no_tokens, progress=Progress(quiet=True)), sparsity)
     compressed: Compressed = method.cut(task, method.plan(task, costs=costs), layers)

@@ -9,7 +9,10 @@ from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.gradients import output_sensitivity
 from modegpt.cost.work import forward_cost
-from modegpt.decompositions import MLPElimination, MLPNystrom, QueryKeyCR, ValueOutputSVD, ValueOutputSVDAttention
+from modegpt.decompositions.cr import QueryKeyCR
+from modegpt.decompositions.elimination import MLPElimination
+from modegpt.decompositions.nystrom import MLPNystrom
+from modegpt.decompositions.svd import ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.methods.modegpt import MODULES, MoDeGPT, assemble_layer, module_budgets, report
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders

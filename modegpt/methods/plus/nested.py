@@ -91,15 +91,17 @@ def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[st
     Value-output: ``W_V <- W_V L^-T U_k``, ``W_O <- U_k^T L^T W_O``. Query-key: the first pairs. k^2 d_h + n^2 d_h
     FLOPs; no activations.
     """
-    reductions = {}
+    reductions: dict[str, Reduction[Any]] = {}
     mlp = read_mlp(family, layer)
     if (k := ranks["mlp"]) < mlp.inner_size:
+        assert nested.root is not None and nested.channels is not None
         L, kept = nested.root.double(), nested.channels[:k]
         innovations = L.mT @ mlp.W_D.double()[nested.channels]
         W_D = torch.linalg.solve_triangular(L[:k, :k].mT, innovations[:k], upper=True)
         reductions["mlp"] = Reduction(keep_mlp(mlp, kept, W_D=W_D), relative_error=_lost(innovations, k), kept=kept)
     query_key = read_query_key(family, layer)
     if (k := ranks["query_key"]) < query_key.inner_size:
+        assert nested.blocks is not None and nested.block_errors is not None
         num_blocks = k // query_key.rank_unit
         blocks = nested.blocks[:, :num_blocks]
         dims = torch.cat([blocks, blocks + query_key.inner_size // 2], dim=1) if query_key.rope else blocks
@@ -108,6 +110,7 @@ def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[st
         )
     value_output = read_value_output(family, layer)
     if (k := ranks["value_output"]) < value_output.inner_size:
+        assert nested.value_root is not None and nested.vectors is not None
         L, U = nested.value_root.double(), nested.vectors.double()
         P = torch.linalg.solve_triangular(L.mT, U[..., :k], upper=True)
         B = (L @ U).mT.unsqueeze(1) @ group_heads(value_output.W_O.double(), len(L))
