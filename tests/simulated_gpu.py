@@ -63,7 +63,7 @@ class OnGpu(Tensor):
     @data.setter
     def data(self, other):
         Tensor.data.__set__(self, other)
-        self.held = other.values
+        self.held = other.held
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, arguments=(), keywords=None):
