@@ -9,6 +9,7 @@ for the nominal rates of given GPUs. Writes ``results/gpu_cost/measured.json``, 
 
 import argparse
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,14 +233,16 @@ def markdown(
     lines = [
         "# PREDICTED compression seconds (nothing here was measured on a GPU)",
         "",
-        f"128 x 2048 tokens, {100 * arguments.sparsity:g} % removed, {arguments.allocation} allocation "
-        f"({PASSES[arguments.allocation]} forward passes), without reading the checkpoint.",
-        f"Predicted = floor at the GPU's nominal rates x {slowdown:.2f}, the worst ratio of measured seconds to floor "
-        f"over one layer of each model with sizes / {arguments.scale} on a CPU.",
-        f"Cholesky is taken to run at {triangular:.2f} of the float64 product rate, as it does there. "
-        "Of each Gram matrix the part that is computed counts; the rest is known by symmetry.",
-        "Nominal rates are seldom reached, and memory traffic and launches weigh more on a GPU than on a CPU: "
-        "treat these as lower bounds.",
+        *textwrap.wrap(
+            f"128 x 2048 tokens, {100 * arguments.sparsity:g} % removed, {arguments.allocation} allocation "
+            f"({PASSES[arguments.allocation]} forward passes), without reading the checkpoint. Predicted = floor at "
+            f"the GPU's nominal rates x {slowdown:.2f}, the worst ratio of measured seconds to floor over one layer "
+            f"of each model with sizes / {arguments.scale} on a CPU. Cholesky is taken to run at {triangular:.2f} of "
+            "the float64 product rate, as it does there. Of each Gram matrix the part that is computed counts; the "
+            "rest is known by symmetry. Nominal rates are seldom reached, and memory traffic and launches weigh more "
+            "on a GPU than on a CPU: treat these as lower bounds.",
+            width=120,
+        ),
         "",
         "| GPU | Gram products | model | forward s | Gram s | factorisation s | predicted s | goal s |",
         "|---|---|---|---|---|---|---|---|",

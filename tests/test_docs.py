@@ -16,7 +16,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
-COLUMNS = 120
 FOLDERS = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith("."))
 RESULTS = {"stories260K": "methods", "babyllama-105": "methods", "smollm2-135m": "plus_released"}
 """The models of the README's table, and the experiment that holds their runs."""
@@ -43,18 +42,6 @@ def tracked(*patterns: str) -> list[Path]:
     if listing.returncode != 0:
         pytest.skip("not a git checkout: nothing says which files belong to the project")
     return [REPOSITORY / name for name in listing.stdout.split("\0") if name and (REPOSITORY / name).is_file()]
-
-
-def test_no_line_is_wide() -> None:
-    sources = [path for path in tracked("*.md", "*.py") if not short(path).startswith("results/")]
-    assert len(sources) > 100
-    wide = [
-        f"{short(path)}:{number}: {len(line)} columns"
-        for path in sources
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
-        if len(line) > COLUMNS
-    ]
-    assert not wide
 
 
 def test_the_readme_is_a_screen_and_a_half() -> None:

@@ -83,7 +83,8 @@ def test_a_younger_option_is_named_where_it_changes_something() -> None:
     assert decisive(choices, Grown(new=False)) == {"name": "grown", "old": [1.0]}
     assert decisive(choices, Grown()) == {"name": "grown", "old": [1.0], "new": True}
     assert spelled(choices, Grown(new=False)) == {"name": "grown", "old": [1.0], "new": False}
-    assert build(choices, spelled(choices, Grown(new=False)), "method") == Grown(old=[1.0], new=False)  # type: ignore[arg-type]
+    again: Any = build(choices, spelled(choices, Grown(new=False)), "method")  # type: ignore[arg-type]
+    assert again == Grown(old=[1.0], new=False)
 
 
 @pytest.mark.parametrize(
