@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -29,13 +29,14 @@ def register() -> None:
     for name, combination in ingredients().items():
         store.store(group=INGREDIENTS, name=name, node=combination["switches"], package="method")
     Plugins.instance()  # which registers Hydra's own sources, once
-    SourcesRegistry.instance().types["file"] = CompletedSource
+    SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
-class CompletedSource(FileConfigSource):
+class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of YAML files. To a file that names a choice it adds the options of the class behind the name.
 
-    So the file need not repeat them, and yet ``--cfg job`` shows them and the command line can set them.
+    So the file need not repeat them, and yet ``--cfg job`` shows them and the command line can set them. It has the
+    name of Hydra's own reader: by the name Hydra tells, in the workers of a launcher, that files have a reader already.
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
