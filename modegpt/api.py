@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from modegpt.backend import InMemory, Scores
-from modegpt.compression import draw_tokens, make_task
 from modegpt.config import (
     PAPER,
     CalibrationConfig,
@@ -37,12 +36,13 @@ from modegpt.config import (
 )
 from modegpt.cost.metering import CostMeter
 from modegpt.data.texts import SOURCES, Documents, load_documents
+from modegpt.data.tokens import draw_tokens
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import evaluate as score
 from modegpt.evaluation.evaluate import prepare_evaluation
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
 from modegpt.files import read_json
-from modegpt.methods.base import Compressed
+from modegpt.methods.base import Compressed, make_task
 from modegpt.methods.registry import make_method, settled
 from modegpt.models import is_compressed, unfused
 from modegpt.models.checkpoints import load_model, load_tokenizer
@@ -334,7 +334,8 @@ def _compressed(
     tokens = draw_tokens(
         documents,
         tokenizer,
-        model,
+        context=int(model.config.max_position_embeddings),
+        vocab_size=model.config.vocab_size,
         num_samples=wanted.num_samples,
         sequence_length=wanted.sequence_length,
         seed=wanted.seed,

@@ -10,16 +10,15 @@ from modegpt.backend import Backend, InMemory, Target
 from modegpt.cache import cache_directory
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.world import World, device_of, join_world
-from modegpt.compression import draw_tokens, make_task
 from modegpt.config import RunConfig, build
 from modegpt.cost.metering import CostMeter
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.data.texts import load_documents
-from modegpt.data.tokens import CalibrationTokens
+from modegpt.data.tokens import CalibrationTokens, draw_tokens
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
-from modegpt.methods.base import CompressionTask, Method
+from modegpt.methods.base import CompressionTask, Method, make_task
 from modegpt.methods.registry import decides, make_method, settled
 from modegpt.models.checkpoints import check_destination, load_tokenizer
 from modegpt.progress import Progress
@@ -177,7 +176,8 @@ def calibration_tokens(
     return draw_tokens(
         load_documents(wanted.source, path=wanted.path, split="calibration"),
         tokenizer,
-        model,
+        context=int(model.config.max_position_embeddings),
+        vocab_size=model.config.vocab_size,
         num_samples=wanted.num_samples,
         sequence_length=wanted.sequence_length,
         seed=wanted.seed,

@@ -23,7 +23,6 @@ ROOMS = (
     "modegpt.config",
     "modegpt.methods",
     "modegpt.recovery",
-    "modegpt.compression",
     "modegpt.backend",
     "modegpt.streaming",
     "modegpt.records",

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from modegpt.data.texts import Documents, tokenize_stream
 from modegpt.errors import UserError
 
 
@@ -70,3 +72,30 @@ def draw_windows(
     ids = stream[: available * sequence_length].view(available, sequence_length)[order].contiguous()
     digest = hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
     return CalibrationTokens(ids=ids, sha256=digest, stream_tokens=stream.numel())
+
+
+def draw_tokens(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    vocab_size: int,
+    num_samples: int,
+    sequence_length: int | str,
+    seed: int,
+) -> CalibrationTokens:
+    """Draw ``num_samples`` windows from ``documents`` for a model of this ``context`` and vocabulary.
+
+    Args:
+        sequence_length: tokens a window; ``"auto"`` is 2048, or the context where that is shorter.
+
+    Raises UserError for too little text, a window longer than the context, and a tokenizer of another model.
+    """
+    length = resolve_sequence_length(sequence_length, context)
+    stream = tokenize_stream(documents, tokenizer)
+    if (largest := int(stream.max())) >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} but the model's vocabulary has {vocab_size} entries; "
+            "they do not belong together"
+        )
+    return draw_windows(stream, num_samples=num_samples, sequence_length=length, seed=seed)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
+from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.world import World
 from modegpt.config import (
     CompressionConfig,
     DecompositionConfig,
@@ -18,8 +20,11 @@ from modegpt.config import (
     decisive,
     spelled,
 )
+from modegpt.cost.metering import CostMeter
+from modegpt.data.tokens import CalibrationTokens
 from modegpt.errors import UserError
-from modegpt.models import Family
+from modegpt.models import Family, family_of, is_compressed
+from modegpt.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -190,3 +195,50 @@ class RankMethod(Method):
             "layer_sparsity": None,
         }
         return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}
+
+
+def make_task(
+    method: Method,
+    model: PreTrainedModel,
+    tokens: CalibrationTokens,
+    *,
+    method_name: str,
+    sparsity: float,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    cache: StatisticsCache | None = None,
+    progress: Progress,
+    meter: CostMeter,
+    world: World | None = None,
+) -> CompressionTask:
+    """The task of compressing ``model`` by ``method``.
+
+    Args:
+        sparsity: share of the block-linear weights to remove, in [0, 1).
+        seed: of what is random in the method.
+        batch_size: calibration windows in one forward pass.
+        precision: ``"float64"`` or ``"float32"``, of the products inside the Gram matrices.
+
+    Raises UserError when the model is compressed already, or ``method`` cannot compress it.
+    """
+    family = family_of(model.config)
+    if is_compressed(model.config):
+        raise UserError(
+            "the model is compressed already; score it with method=dense, or compress the dense model it was made of"
+        )
+    if (reason := method.applicable(family)) is not None:
+        raise UserError(f"method={method_name} cannot compress {family.model_type} models: {reason}")
+    calibration = Calibration(
+        model=model,
+        tokens=tokens,
+        batch_size=batch_size,
+        precision=getattr(torch, precision),
+        cache=cache,
+        progress=progress,
+        meter=meter,
+        world=world or World(),
+    )
+    task = CompressionTask(calibration=calibration, sparsity=sparsity, seed=seed)
+    method.check(task)
+    return task
