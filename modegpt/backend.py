@@ -89,9 +89,13 @@ class InMemory:
         return fingerprint_weights(self.model)
 
     def check(self, method: Method | None, task: CompressionTask | None, evaluation: PreparedEvaluation) -> None:
-        """Run one calibration window. Raises UserError naming the first layer whose output is not finite."""
-        if task is not None:
-            task.calibration.check_activations()
+        """Run one calibration window, and say what it warns of.
+
+        Raises UserError naming the first layer whose output is not finite.
+        """
+        if method is not None and task is not None:
+            for warning in method.foresee(task, task.calibration.check_activations()):
+                task.calibration.progress.say(f"warning, by the first calibration window: {warning}")
 
     def score(self, evaluation: PreparedEvaluation, *, progress: Progress) -> Scores:
         """Score the dense model."""

@@ -12,7 +12,7 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +27,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKING_MODES = ("offline", "online", "disabled")
 BUDGETS = ("exact", "nearest")
+LARGEST = 2**63 - 1
+"""The largest integer that PyTorch takes, for a seed or a size."""
+MOST_THREADS = 1024
+"""More than any machine's cores; a system has room for some ten thousand."""
 PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
 """The paper's decomposition of each module."""
 
@@ -75,6 +79,8 @@ def build(choices: Mapping[str, type[Built]], options: Mapping[str, Any], where:
             raise UserError(
                 f"{where}.{key}={value} has the wrong type: expected {inspect.formatannotation(hints[key])}"
             ) from None
+        if not _finite(value):
+            raise UserError(f"{where}.{key}={value} is out of range: it must be finite")
     for key in known:
         if key not in chosen and key not in defaults(cls):
             raise UserError(f"{where}.{key} is missing: {name} needs it")
@@ -134,9 +140,35 @@ def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
         raise unknown(where, value, choices)
 
 
-def _at_least(where: str, value: int | None, minimum: int) -> None:
+def _at_least(where: str, value: int | None, minimum: int, maximum: int = LARGEST) -> None:
     if value is not None and value < minimum:
         raise UserError(f"{where}={value} is too small: at least {minimum}")
+    if value is not None and value > maximum:
+        raise UserError(f"{where}={value} is too large: at most {maximum}")
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in ``value`` is NaN, infinite or an integer that PyTorch does not take."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) <= LARGEST
+
+
+def _check_text(value: Any, where: str = "") -> None:
+    """Refuse strings that no file system or no record can hold, wherever in ``value`` they are."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            _check_text(member, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for member in value:
+            _check_text(member, where)
+    elif isinstance(value, str) and not _writable(value):
+        shown = value.encode("utf-8", "backslashreplace").decode().replace(chr(0), "\\0")
+        raise UserError(f"{where}={shown} holds a character that cannot be written (NUL, or no valid UTF-8)")
+
+
+def _writable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _sparsity(where: str, value: float | None) -> None:
@@ -372,4 +404,5 @@ class RunConfig:
                 "or a hub name (model=hub model.path=OWNER/NAME)"
             )
         _at_least("seed", self.seed, 0)
-        _at_least("threads", self.threads, 1)
+        _at_least("threads", self.threads, 1, MOST_THREADS)
+        _check_text(asdict(self))

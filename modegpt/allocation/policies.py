@@ -6,11 +6,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
 from modegpt.errors import UserError
+
+DEFAULT_CAP = 0.8
+ROUNDING = 1e-9
+"""A mean sparsity that exceeds the cap by no more than this is the cap: it was divided and multiplied on the way."""
 
 
 def entropic(
@@ -26,17 +30,15 @@ def entropic(
         influence: s, one finite number a layer.
         sparsity: the mean to meet, in [0, 1).
         epsilon: the temperature; the larger, the more uniform.
-        cap: the largest share a layer may lose, in [sparsity, 1).
+        cap: the largest share a layer may lose, in [sparsity, 1), but for rounding.
         weights: the layers' parameter counts, by which the mean is weighted; equal by default.
 
     Raises:
         UserError: an input out of range.
     """
-    check_sparsity(sparsity)
-    if not epsilon > 0:
-        raise UserError(f"allocation: epsilon must be positive, got {epsilon}")
-    if not sparsity <= cap < 1:
-        raise UserError(f"allocation: cap must be at least the sparsity {sparsity} and below 1, got {cap}")
+    check_epsilon(epsilon)
+    check_reach(sparsity, cap)
+    sparsity = min(sparsity, cap)
     weights = check_layers(influence, weights)
     phi = [0.0] * len(influence)
     free = list(range(len(influence)))
@@ -65,9 +67,9 @@ def epsilon_for_cap(
     Found by bisection; the arguments are those of ``entropic``. Raises UserError where no epsilon does: the whole
     budget in the least influential layers stays under the cap.
     """
-    check_sparsity(sparsity)
-    if not sparsity < cap < 1:
-        raise UserError(f"allocation: cap must lie between the sparsity {sparsity} and 1, got {cap}")
+    check_reach(sparsity, cap)
+    if sparsity >= cap - ROUNDING:
+        raise UserError(f"allocation.cap={cap} is the mean sparsity itself: no epsilon meets it; raise it")
     weights = check_layers(influence, weights)
     lowest = min(influence)
 
@@ -79,8 +81,8 @@ def epsilon_for_cap(
     limit = sparsity * math.fsum(weights) / math.fsum(w for w, s in zip(weights, influence, strict=True) if s == lowest)
     if limit <= cap:
         raise UserError(
-            f"allocation: no epsilon brings a layer to the cap {cap} at sparsity {sparsity} (at most {limit:.4g}); "
-            "lower the cap or give epsilon"
+            f"allocation: no epsilon brings a layer to allocation.cap={cap} at a mean sparsity of {sparsity:.6g} "
+            f"(at most {limit:.4g}); lower allocation.cap, or use allocation=entropic"
         )
     low = high = max(max(influence) - lowest, 1e-12)
     while most_compressed(high) > cap:
@@ -99,6 +101,27 @@ def entropic_cap(
     """Entropic allocation whose most compressed layer just meets ``cap``; see ``epsilon_for_cap``."""
     epsilon = epsilon_for_cap(influence, sparsity, cap=cap, weights=weights)
     return entropic(influence, sparsity, epsilon=epsilon, cap=cap, weights=weights)
+
+
+def most_taken(influence: Sequence[float], sparsity: float, *, epsilon: float) -> tuple[float, int]:
+    """The largest share of one layer that the paper's formula takes, without a cap, and that layer. Above 1: more than
+    the layer has.
+    """
+    lowest = min(influence)
+    shares = [math.exp((lowest - s) / epsilon) for s in influence]
+    return sparsity * len(influence) / math.fsum(shares), influence.index(lowest)
+
+
+def check_reach(sparsity: float, cap: float) -> None:
+    """UserError unless layers that lose no more than ``cap`` can lose ``sparsity`` on average."""
+    check_cap(cap)
+    check_sparsity(sparsity)
+    if sparsity > cap + ROUNDING:
+        default = ", its default," if cap == DEFAULT_CAP else ""
+        raise UserError(
+            f"a mean sparsity of {sparsity:.6g} over the layers is out of reach: allocation.cap={cap}{default} "
+            "lets none lose more; lower compression.sparsity or raise allocation.cap"
+        )
 
 
 def check_sparsity(sparsity: float, where: str = "allocation") -> None:
@@ -120,26 +143,32 @@ def check_layers(influence: Sequence[float], weights: Sequence[float] | None) ->
     return weights
 
 
-class Policy(Protocol):
+class Policy:
     """From block influence (L,) to one sparsity a layer whose mean is ``sparsity``.
 
     ``influence`` is None where ``needs_influence`` is False.
     """
 
-    needs_influence: ClassVar[bool]
+    needs_influence: ClassVar[bool] = False
 
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
     ) -> list[float]:
         """Allocate ``sparsity``; ``generator`` decides what is random."""
-        ...
+        raise NotImplementedError
+
+    def check(self, sparsity: float) -> None:
+        """Raise UserError for a mean that no influence could make possible."""
+        check_sparsity(sparsity)
+
+    def warning(self, influence: Sequence[float], sparsity: float) -> str | None:
+        """What a user should know of such an influence, or None."""
+        return None
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Policy):
     """Every layer alike."""
-
-    needs_influence: ClassVar[bool] = False
 
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
@@ -150,11 +179,10 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Explicit:
+class Explicit(Policy):
     """One sparsity a layer as given; the wanted mean is not consulted."""
 
     values: list[float]
-    needs_influence: ClassVar[bool] = False
 
     def __call__(
         self, influence: Sequence[float] | None, *, num_layers: int, sparsity: float, generator: torch.Generator
@@ -168,18 +196,15 @@ class Explicit:
 
 
 @dataclass(frozen=True)
-class Entropic:
+class Entropic(Policy):
     """The paper's: ``L phi softmax(-s / epsilon)``, capped, the rest redistributed."""
 
     epsilon: float = 0.1
-    cap: float = 0.8
+    cap: float = DEFAULT_CAP
     needs_influence: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < float("inf"):
-            raise UserError(
-                f"allocation.epsilon={self.epsilon} must be positive: it is the temperature of the allocation"
-            )
+        check_epsilon(self.epsilon)
         check_cap(self.cap)
 
     def __call__(
@@ -193,12 +218,29 @@ class Entropic:
         """The influence that is allocated by; controls change it."""
         return influence
 
+    def check(self, sparsity: float) -> None:
+        """See ``Policy``."""
+        check_reach(sparsity, self.cap)
+
+    def warning(self, influence: Sequence[float], sparsity: float) -> str | None:
+        """Say so where the paper's formula takes more of a layer than it has: few layers then bear nearly everything."""
+        if type(self) is not Entropic:
+            return None  # a control is not meant to do well
+        share, layer = most_taken(influence, sparsity, epsilon=self.epsilon)
+        if share <= 1:
+            return None
+        return (
+            f"allocation=entropic at epsilon={self.epsilon:g} wants {share:.0%} of layer {layer} (the cap holds it to "
+            f"{self.cap:.0%}): the influences spread so far that few layers bear nearly everything, which was far worse "
+            "than allocation=uniform on small models; raise allocation.epsilon or use allocation=uniform"
+        )
+
 
 @dataclass(frozen=True)
-class EntropicCap:
+class EntropicCap(Policy):
     """Entropic with epsilon chosen so that the most compressed layer just meets the cap."""
 
-    cap: float = 0.8
+    cap: float = DEFAULT_CAP
     needs_influence: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -210,6 +252,10 @@ class EntropicCap:
         """See ``Policy``."""
         assert influence is not None
         return entropic_cap(influence, sparsity, cap=self.cap)
+
+    def check(self, sparsity: float) -> None:
+        """See ``Policy``."""
+        check_reach(sparsity, self.cap)
 
 
 @dataclass(frozen=True)
@@ -229,6 +275,14 @@ class Random(Entropic):
         """Shuffled."""
         order = torch.randperm(len(influence), generator=generator, device=generator.device).tolist()
         return [influence[layer] for layer in order]
+
+
+def check_epsilon(epsilon: float) -> None:
+    """UserError unless epsilon is positive and finite."""
+    if not 0 < epsilon < math.inf:
+        raise UserError(
+            f"allocation.epsilon={epsilon} must be positive and finite: it is the temperature of the allocation"
+        )
 
 
 def check_cap(cap: float) -> None:

@@ -4,10 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modegpt.allocation.policies import check_sparsity
+from modegpt.allocation.policies import ROUNDING, check_sparsity
 from modegpt.errors import UserError
 
 BUDGETS = ("exact", "nearest")
+TARGET_TOLERANCE = 1e-3
+"""A target is met where the share of the weights that is removed differs from it by no more."""
+
+
+def missed_target(achieved: float, target: float) -> str | None:
+    """What to say where the share removed, ``achieved``, is not the ``target``; None where it is."""
+    if abs(achieved - target) <= TARGET_TOLERANCE:
+        return None
+    return f"the target is missed: {achieved:.2%} of the block-linear weights removed, {100 * target:g} % asked"
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ def free_sparsity(sparsity: float, layers: Sequence[Mapping[str, ModuleBudget]])
     fixed = math.fsum(module.parameters * own_sparsity(module) for module in modules if not is_free(module))
     wanted = sparsity * sum(module.parameters for module in modules) - fixed
     needed = wanted / free if free else math.inf if wanted > 0 else 0.0
+    if -ROUNDING < needed < 0:
+        needed = 0.0
     if not 0 <= needed < 1:
         raise UserError(
             f"sparsity {sparsity} is out of reach: the modules that are neither frozen nor given their own sparsity "
@@ -173,7 +184,8 @@ def nonzero(index: int, name: str, module: ModuleBudget, removed: float) -> int:
     if rank == 0:
         raise UserError(
             f"layer {index}, {name}: removing {removed / module.parameters:.1%} of {module.size} dimensions leaves a "
-            f"rank of zero (granularity {module.unit}); lower the sparsity, the cap or the rank multiple"
+            f"rank of zero (ranks are multiples of {module.unit}); lower what this module loses (compression.sparsity"
+            f"{'' if module.sparsity is None else f', compression.module_sparsity.{name}'}) or its rank multiple"
         )
     return rank
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed
@@ -50,11 +51,16 @@ class Calibration:
         """Decoder layers of the model."""
         return len(decoder_layers(self.model))
 
-    def check_activations(self) -> None:
-        """Run one window through the layers. Raises UserError naming the first whose output is not finite."""
+    def check_activations(self) -> list[float]:
+        """Run one window through the layers and return each one's block influence on it.
+
+        Raises UserError naming the first layer whose output is not finite.
+        """
         hidden = embed(self.model, self.tokens.ids[:1], batch_size=1)
+        influence = [BlockInfluence() for _ in range(self.num_layers)]
         for index, layer in enumerate(decoder_layers(self.model)):
-            advance(hidden, index, layer)
+            advance(hidden, index, layer, observe=influence[index].update)
+        return [of_layer.value() for of_layer in influence]
 
     def embed(self) -> HiddenStates:
         """The calibration batches in front of layer 0."""

@@ -16,10 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sparsity", type=float, help="share of the block-linear weights to remove, in [0, 1)")
     parser.add_argument("destination", type=Path, help="directory for the smaller checkpoint")
     arguments = parser.parse_args(argv)
-    from modegpt.methods.plus.cutting import cut_checkpoint  # imports PyTorch, which --help should not wait for
+    # here and not above: --help should not wait for PyTorch
+    from modegpt.allocation.ranks import missed_target
+    from modegpt.methods.plus.cutting import cut_checkpoint
 
     def cut() -> None:
         achieved = cut_checkpoint(arguments.checkpoint, arguments.sparsity, arguments.destination)
         print(f"{arguments.destination}: {100 * achieved:.2f} % of the block-linear weights removed")
+        if missed := missed_target(achieved, arguments.sparsity):
+            print(f"warning: {missed}")
 
     return exit_status(cut, program="modegpt-cut")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from modegpt.errors import UserError
 
 SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}  # our names -> the hub's
 SEPARATOR = "\n\n"
+ALPACA_FIELDS = ("instruction", "input", "output")
 REMEMBERED_STREAMS, REMEMBERED_TOKENS = 4, 2**24  # a sweep's jobs share a process, its calibration and its test text
 
 _streams: dict[tuple[str, str], Tensor] = {}  # by text and tokenizer, the oldest first
@@ -106,11 +108,14 @@ def tokenize_stream(documents: Documents, tokenizer: Any) -> Tensor:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, unpacked when its name ends in ``.gz``; every line ends in a line feed alone.
 
-    Raises UserError when it cannot be read.
+    A byte order mark at its start is no part of the text. Raises UserError when it cannot be read.
     """
     opener: Callable[..., Any] = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise UserError(f"cannot read {path}: it is a pipe or a device, not a file")  # it could wait for ever
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
@@ -155,9 +160,17 @@ def field(row: dict, name: str, place: str, kind: type = str, *others: type) -> 
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{place} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{place} is not a row of text: it is nested too deeply") from None
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{place} holds half of a character (a lone surrogate, \\ud800 to \\udfff)") from None
+    return value
 
 
 def _hub_rows(repository: str, split: str, source: str, max_documents: int | None, **kwargs: Any) -> Sequence[dict]:
@@ -203,7 +216,8 @@ def _alpaca(path: str | None, split: str, max_documents: int | None) -> list[str
     else:
         rows = read_rows(path, max_rows=max_documents)
     parts = (
-        (field(row, "instruction", place), row.get("input") or "", field(row, "output", place)) for place, row in rows
+        (field(row, name, place) if row.get(name) or name != "input" else "" for name in ALPACA_FIELDS)
+        for place, row in rows
     )
     return ["\n".join(part for part in row if part) for row in parts]
 

@@ -3,6 +3,7 @@
 Plain mutable dataclasses, so that they serve as a configuration schema too; ranges are checked on construction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,8 @@ class PerplexitySpec:
             if (
                 isinstance(self.windows, str)
                 or not self.windows
-                or not all(isinstance(window, int) for window in self.windows)
+                or not isinstance(self.windows, Sequence)
+                or not all(type(window) is int for window in self.windows)
             ):
                 raise UserError(
                     f"evaluation.perplexity.windows={self.windows} should be auto or a list of lengths, such as [2048]"
@@ -160,5 +162,5 @@ class EvaluationSpec:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name}={value} should be at least {least}")
+    if not least <= value < 2**63:
+        raise UserError(f"{name}={value} should be at least {least}" + " and below 2^63" * (value >= 2**63))

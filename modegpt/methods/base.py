@@ -1,6 +1,6 @@
 """The protocol between the main job and every compression method, ours and the baselines."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -67,6 +67,7 @@ class Compressed:
             they apply.
         influence: block influence of every layer where it was measured.
         details: JSON-able facts of the method's own (e.g. which layers were dropped, slicing fraction).
+        warnings: what a reader of the result should know, one line each.
         files: what a checkpoint of the model carries beside it, by file name: a function that writes it to a path.
         recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); not the method's to
             fill.
@@ -76,6 +77,7 @@ class Compressed:
     layers: list[dict[str, Any]]
     influence: list[float] | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
     recovery: dict[str, Any] | None = None
 
@@ -145,6 +147,10 @@ class Method:
 
     def check(self, task: CompressionTask) -> None:
         """Raise UserError, before any expensive work, for a task that cannot be done."""
+
+    def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
+        """What a user should be warned of where the layers have this block influence, measured or estimated."""
+        return []
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Compress ``task.model`` to ``task.sparsity``."""

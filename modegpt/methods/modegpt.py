@@ -5,15 +5,22 @@ global sparsity allocation. Any module's decomposition can be swapped for anothe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.allocation.policies import POLICIES, Explicit, Policy
-from modegpt.allocation.ranks import ModuleBudget, RankPlan, free_sparsity, integer_ranks, is_free
+from modegpt.allocation.policies import POLICIES, Explicit, Policy, Uniform
+from modegpt.allocation.ranks import (
+    ModuleBudget,
+    RankPlan,
+    free_sparsity,
+    integer_ranks,
+    is_free,
+    missed_target,
+)
 from modegpt.calibration.statistics import Statistics
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
 from modegpt.decompositions import VARIANTS
@@ -158,34 +165,39 @@ class MoDeGPT(RankMethod):
             variants["query_key"] = None
         return variants
 
-    def plan(self, task: CompressionTask, influence: Sequence[float] | None) -> RankPlan:
-        """Integer ranks for every layer and module. Raises UserError for a target that cannot be met."""
+    def budgets(self, task: CompressionTask) -> list[dict[str, ModuleBudget]]:
+        """What every layer offers to remove. Raises UserError for a skipped layer that the model has not."""
         num_layers = task.calibration.num_layers
         outside = [index for index in self.skip_layers if index >= num_layers]
         if outside:
             raise UserError(
                 f"compression.skip_layers names layer {outside[0]}, but the model has layers 0 to {num_layers - 1}"
             )
-        variants = self.variants(task.family)
+        config, variants = task.model.config, self.variants(task.family)
         frozen = [module for module, variant in variants.items() if variant is None]
         compressible = module_budgets(
-            task.model.config,
-            task.family,
-            rank_multiple=self.rank_multiple,
-            targets=self.module_sparsity,
-            frozen=frozen,
+            config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen
         )
-        skipped = module_budgets(task.model.config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
-        layers = [skipped if index in self.skip_layers else compressible for index in range(num_layers)]
-        active = [index for index in range(num_layers) if index not in self.skip_layers]
-        sparsities = [0.0] * num_layers
-        if any(is_free(budget) for budget in compressible.values()) and active:
-            seen = None if influence is None else [influence[index] for index in active]
+        skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
+        return [skipped if index in self.skip_layers else compressible for index in range(num_layers)]
+
+    def plan(self, task: CompressionTask, influence: Sequence[float] | None) -> RankPlan:
+        """Integer ranks for every layer and module. Raises UserError for a target that cannot be met."""
+        layers = self.budgets(task)
+        free = self._free_layers(layers)
+        sparsities = [0.0] * len(layers)
+        if free:
+            seen = None if influence is None else [influence[index] for index in free]
             mean = free_sparsity(task.sparsity, layers)
-            allocated = self.allocation(seen, num_layers=len(active), sparsity=mean, generator=task.generator())
-            for index, sparsity in zip(active, allocated, strict=True):
+            allocated = self.allocation(seen, num_layers=len(free), sparsity=mean, generator=task.generator())
+            for index, sparsity in zip(free, allocated, strict=True):
                 sparsities[index] = sparsity
         return integer_ranks(sparsities, layers, budget=self.budget)
+
+    @staticmethod
+    def _free_layers(layers: Sequence[dict[str, ModuleBudget]]) -> list[int]:
+        """The layers over which the allocation spreads the target."""
+        return [index for index, layer in enumerate(layers) if any(map(is_free, layer.values()))]
 
     def check(self, task: CompressionTask) -> None:
         """Refuse a decomposition that does not apply, and ranks that cannot be met where they are known beforehand."""
@@ -194,8 +206,21 @@ class MoDeGPT(RankMethod):
             reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
             if reason is not None:
                 raise UserError(f"decomposition/{module} does not apply to {task.family.model_type}: {reason}")
-        if not self.allocation.needs_influence:
-            self.plan(task, None)
+        layers = self.budgets(task)
+        if self._free_layers(layers):
+            self.allocation.check(free_sparsity(task.sparsity, layers))
+        # of all allocations the uniform one takes least of the layer that it takes most of
+        even = replace(self, allocation=Uniform()) if self.allocation.needs_influence else self
+        if missed := missed_target(even.plan(task, None).achieved, task.sparsity):
+            task.calibration.progress.say(f"warning, by the ranks planned so far: {missed}")
+
+    def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
+        """Warn of an influence that the allocation makes too much of."""
+        layers = self.budgets(task)
+        if not (free := self._free_layers(layers)):
+            return []
+        warning = self.allocation.warning([influence[index] for index in free], free_sparsity(task.sparsity, layers))
+        return [warning] if warning else []
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Names of the statistics of a layer that its decompositions read."""
@@ -247,7 +272,8 @@ class MoDeGPT(RankMethod):
         details: dict[str, Any] = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
         if task.family.query_key_dense is not None and self.query_key is not None:
             details["query_key_dense"] = task.family.query_key_dense
-        return Compressed(model=model, layers=reports, influence=influence, details=details)
+        warnings = [] if influence is None else self.foresee(task, influence)
+        return Compressed(model=model, layers=reports, influence=influence, details=details, warnings=warnings)
 
     def _reduce(
         self,

@@ -29,10 +29,20 @@ from modegpt.files import read_json, sync
 from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
-from modegpt.models.integrity import MANIFEST, check_files, check_finite, describe_files
+from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files
 
 EMBEDDED = "embedded:"
-CONTENT_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+CONTENT_ERRORS = (
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What Transformers raises for a damaged or foreign checkpoint; none of it names the way out."""
 LOADING_ERRORS = (*CONTENT_ERRORS, OSError)
 
@@ -155,7 +165,9 @@ def load_model(
             tensor is named; nothing is ever initialised at random), or NaN or inf in a weight.
     """
     with located(path) as source:
-        check_supported(str(PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")))
+        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        check_supported(str(written.get("model_type")))
+        check_config(written, path)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if family_of(config).fused and device_map is not None and not is_compressed(config):
             raise UserError(
@@ -192,7 +204,10 @@ def load_model(
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, by the same names as ``load_model``. Raises UserError when there is none."""
     with located(path) as source:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise UserError(f"the tokenizer of {path} is empty: it has no token but special ones")
+    return tokenizer
 
 
 @contextmanager
@@ -240,7 +255,10 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"cannot load {path}: {' '.join(str(error).split())[:300]}") from None
+        told = " ".join(str(error).split())[:300]
+        bare = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)
+        kind = f"{type(error).__name__}: " if bare and not isinstance(error, StrictDataclassError) else ""
+        raise UserError(f"cannot load {path}: {kind}{told}") from None
 
 
 @contextmanager

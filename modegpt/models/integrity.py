@@ -3,19 +3,36 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 from modegpt.files import read_json
 
 MANIFEST = "modegpt_manifest.json"
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files that hold one JSON object."""
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Fields of a configuration that count something."""
 UNSEALED = frozenset({MANIFEST, "README.md"})
 """Files outside the manifest: itself, and the model card, which people edit."""
 DECISIVE = frozenset({".safetensors", ".bin", ".json", ".py"})
@@ -42,16 +59,46 @@ def check_files(directory: Path) -> None:
     Raises:
         UserError: a file that is missing, truncated, changed, or does not belong; the file is named.
     """
+    for name in OBJECTS:
+        if (directory / name).is_file() and not isinstance(read_json(directory / name), dict):
+            raise UserError(f"{directory / name} is damaged: it is no JSON object")
     if (directory / MANIFEST).is_file():
         _check_manifest(directory)
     else:
         _check_shards(directory)
 
 
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a configuration that Transformers would stumble over. Raises UserError naming the field."""
+
+    def refuse(field: str, wanted: str) -> UserError:
+        return UserError(f"{where}: config.json has {field}={config[field]!r:.80}; {wanted}")
+
+    for field in SIZES:
+        size = config.get(field)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise refuse(field, "it must be a whole number, 1 or more")
+    for field in ("dtype", "torch_dtype"):
+        dtype = config.get(field)
+        if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+            raise refuse(field, "it must be a type of PyTorch, such as float32")
+    for field in ("hidden_act", "hidden_activation", "activation_function"):
+        if config.get(field) is not None and str(config[field]) not in ACT2FN:
+            raise refuse(field, "Transformers knows no such activation function")
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field)
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if rope is not None and kind not in ("default", *ROPE_INIT_FUNCTIONS, "su"):  # what longrope was called once
+            raise refuse(field, f"its rope_type must be one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+
+
 def _check_manifest(directory: Path) -> None:
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{directory / MANIFEST} is damaged: it has no list of files; save the checkpoint again")
+    for name, described in manifest["files"].items():
+        if not isinstance(described, dict) or not described.keys() >= {"size", "sha256"}:
+            raise UserError(f"{directory / MANIFEST} is damaged: {name} has no size and sha256; save the checkpoint again")
     for name, described in manifest["files"].items():
         path = directory / name
         if not path.is_file():
@@ -74,7 +121,10 @@ def _check_manifest(directory: Path) -> None:
 def _check_shards(directory: Path) -> None:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = read_json(index).get("weight_map", {})
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise UserError(f"{index} is damaged: weight_map must name the file of each tensor")
         missing = sorted(set(shards.values()) - {path.name for path in directory.iterdir()})
         if missing:
             raise UserError(f"{directory / missing[0]} is missing: {index.name} lists it")
@@ -92,9 +142,12 @@ def _check_length(path: Path) -> None:
             raise UserError(f"{path} is truncated: {size} bytes do not hold its header")
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path} is damaged: its header is not JSON") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (AttributeError, TypeError, ValueError, LookupError):
+        raise UserError(f"{path} is damaged: its header does not say where each tensor is") from None
     expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
         raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modegpt.allocation.ranks import missed_target
 from modegpt.config import PAPER, RunConfig, TrackingConfig
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
@@ -146,10 +147,12 @@ def compression_facts(
         | reports.get(index, {})
         for index, sparsity in enumerate(sparsities)
     ]
+    achieved = 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model)
+    warnings = [*compressed.warnings, *filter(None, [missed_target(achieved, target_sparsity)])]
     return {
         "method": method,
         "target_sparsity": target_sparsity,
-        "achieved_sparsity": 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model),
+        "achieved_sparsity": achieved,
         "whole_model_sparsity": 1 - compressed.model.num_parameters() / model.num_parameters(),
         "num_parameters": compressed.model.num_parameters(),
         "full_ranks": {
@@ -160,6 +163,7 @@ def compression_facts(
         "influence": compressed.influence,
         "layers": layers,
         "details": compressed.details,
+        "warnings": warnings,
     } | ({} if compressed.recovery is None else {"recovery": compressed.recovery})
 
 

@@ -85,7 +85,8 @@ def _title(record: Mapping[str, Any], compression: Mapping[str, Any] | None) -> 
     limited = (
         "\nLIMITED: scored on a part of the test sets only, not comparable" if record["metrics"]["limited"] else ""
     )
-    return what + limited
+    warnings = (compression or {}).get("warnings", [])  # older records have none
+    return what + limited + "".join(f"\nWARNING: {warning}" for warning in warnings)
 
 
 def _label(score: Score) -> str:

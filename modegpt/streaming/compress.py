@@ -95,6 +95,9 @@ class StreamedCompression:
 
     def _begin(self) -> Position:
         position = Position(influence=self._block_influence() if self.method.allocation.needs_influence else None)
+        if position.influence is not None:
+            for warning in self.method.foresee(self.task, position.influence):
+                self.task.calibration.progress.say(f"warning: {warning}")
         position.remember(self.task.generator())
         self.workspace.save(position, None)
         return position

@@ -4,7 +4,19 @@ import random as standard_random
 import pytest
 import torch
 
-from modegpt.allocation.policies import Explicit, Inverse, Random, Uniform, entropic, entropic_cap, epsilon_for_cap
+from modegpt.allocation.policies import (
+    Entropic,
+    EntropicCap,
+    Explicit,
+    Inverse,
+    Random,
+    Uniform,
+    entropic,
+    entropic_cap,
+    epsilon_for_cap,
+    most_taken,
+)
+from modegpt.allocation.ranks import ModuleBudget, free_sparsity
 from modegpt.errors import UserError
 
 SEEDS = range(30)
@@ -130,10 +142,11 @@ GOOD = dict(influence=[0.1, 0.2], sparsity=0.3, epsilon=0.1, cap=0.8)
         (dict(sparsity=1.0), r"sparsity must be in \[0, 1\)"),
         (dict(sparsity=-0.1), r"sparsity must be in \[0, 1\)"),
         (dict(sparsity=math.nan), r"sparsity must be in \[0, 1\)"),
-        (dict(epsilon=0.0), "epsilon must be positive"),
-        (dict(epsilon=math.nan), "epsilon must be positive"),
-        (dict(cap=0.2), "cap must be at least the sparsity"),
-        (dict(cap=1.0), "cap must be at least the sparsity"),
+        (dict(epsilon=0.0), "allocation.epsilon=0.0 must be positive"),
+        (dict(epsilon=math.nan), "allocation.epsilon=nan must be positive"),
+        (dict(epsilon=math.inf), "allocation.epsilon=inf must be positive and finite"),
+        (dict(cap=0.2), "a mean sparsity of 0.3 .* out of reach: allocation.cap=0.2 lets none lose more"),
+        (dict(cap=1.0), "allocation.cap=1.0 must lie between 0 and 1"),
         (dict(influence=[0.1, math.nan]), "finite"),
         (dict(influence=[]), "finite"),
         (dict(weights=[1.0]), "1 layer weights given for 2 layers"),
@@ -147,7 +160,52 @@ def test_refusals(wrong, message):
 
 
 def test_equal_influences_meet_no_cap():
-    with pytest.raises(UserError, match="lower the cap or give epsilon"):
+    with pytest.raises(UserError, match="lower allocation.cap, or use allocation=entropic"):
         epsilon_for_cap([0.2] * 4, 0.3, cap=0.8)
-    with pytest.raises(UserError, match="cap must lie between"):
-        epsilon_for_cap([0.1, 0.2], 0.3, cap=0.3)
+    for sparsity in (0.3, 0.3 + 1e-16, 0.3 - 1e-16):
+        with pytest.raises(UserError, match="allocation.cap=0.3 is the mean sparsity itself"):
+            epsilon_for_cap([0.1, 0.2], sparsity, cap=0.3)
+
+
+def test_a_mean_that_rounding_lifts_above_the_cap_is_the_cap():
+    """The share that free modules lose is a quotient: at many rates and shapes it comes out an ulp above the cap."""
+    shapes = [(172, 64), (688, 192), (1536, 576), (11008, 4096), (14336, 4096)]
+    lifted = 0
+    for width, hidden in shapes:
+        layer = {
+            "mlp": ModuleBudget(size=width, unit=1, parameters_per_dimension=3 * hidden),
+            "query_key": ModuleBudget(size=64, unit=2, parameters_per_dimension=2 * hidden),
+        }
+        for percent in range(3, 97):
+            cap = percent / 100
+            mean = free_sparsity(cap, [layer] * 6)
+            lifted += mean > cap
+            for policy in (Entropic(cap=cap), Inverse(cap=cap), Random(cap=cap)):
+                policy.check(mean)
+                phi = allocated(policy, mean, influence=[0.1 * k for k in range(6)], num_layers=6)
+                assert phi == pytest.approx([cap] * 6, rel=1e-12) and max(phi) <= cap
+            EntropicCap(cap=cap).check(mean)
+    assert lifted > 10, "these rates and shapes no longer show the rounding"
+    for excess in (1e-6, 0.1):
+        with pytest.raises(UserError, match="out of reach"):
+            Entropic(cap=0.8).check(0.8 + excess)
+
+
+def test_a_cap_that_nobody_set_is_called_the_default():
+    for policy in (Entropic(), EntropicCap(), Inverse(), Random()):
+        with pytest.raises(UserError, match="sparsity of 0.999 .* allocation.cap=0.8, its default, lets none"):
+            policy.check(0.999)
+    with pytest.raises(UserError, match="allocation.cap=0.7 lets none"):
+        Entropic(cap=0.7).check(0.999)
+    Uniform().check(0.999)
+
+
+def test_influences_too_far_apart_for_epsilon_are_warned_of():
+    """Where the formula wants a whole layer and more, however the cap spreads it, and there alone."""
+    far, near = [0.0, 0.5, 0.6, 0.7], [0.20, 0.22, 0.25, 0.21]
+    share, layer = most_taken(far, 0.3, epsilon=0.1)
+    assert (share, layer) == (pytest.approx(entropic(far, 0.05, epsilon=0.1, cap=0.8)[0] * 6), 0) and share > 1
+    assert "wants 119% of layer 0 (the cap holds it to 80%)" in Entropic().warning(far, 0.3)
+    assert "allocation=uniform" in Entropic().warning(far, 0.3)
+    assert Entropic().warning(near, 0.3) is None and Entropic(epsilon=1.0).warning(far, 0.3) is None
+    assert Uniform().warning(far, 0.3) is None and Inverse().warning(far, 0.3) is None

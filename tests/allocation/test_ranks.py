@@ -4,7 +4,7 @@ import random
 import pytest
 
 from modegpt.allocation.policies import entropic
-from modegpt.allocation.ranks import ModuleBudget, free_sparsity, integer_ranks
+from modegpt.allocation.ranks import ModuleBudget, free_sparsity, integer_ranks, missed_target
 from modegpt.errors import UserError
 
 SEEDS = range(30)
@@ -206,6 +206,28 @@ def test_rank_of_zero_names_layer_and_module():
         integer_ranks(
             [0.7], [layer(128, query_key=dict(frozen=True), value_output=dict(frozen=True))], budget="nearest"
         )
+
+
+def test_a_rank_of_zero_blames_no_cap_that_nobody_set():
+    with pytest.raises(UserError, match="compression.sparsity") as refused:
+        integer_ranks([0.999], [layer()])
+    assert "cap" not in str(refused.value)
+
+
+def test_sparsities_of_modules_that_are_the_whole_target_leave_nothing_to_the_others():
+    """To rounding: 0.1 + 0.2 may be a little more than what was asked."""
+    for percent in range(1, 90):
+        layers = [layer(value_output=dict(sparsity=percent / 100))] * 3
+        fixed = layers[0]["value_output"].parameters * 3
+        assert free_sparsity(percent / 100 * fixed / total(layers), layers) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_target_is_met_to_a_tenth_of_a_percent():
+    assert missed_target(0.3004, 0.3) is None and missed_target(0.2991, 0.3) is None
+    assert missed_target(0.8926, 0.9) == (
+        "the target is missed: 89.26% of the block-linear weights removed, 90 % asked"
+    )
+    assert "33.33% of" in missed_target(1 / 3, 0.3)
 
 
 def test_a_small_absorbing_module_is_never_emptied():

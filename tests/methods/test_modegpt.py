@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modegpt.allocation.policies import POLICIES, Entropic, Explicit, Policy, Uniform
+from modegpt.allocation.policies import POLICIES, Entropic, EntropicCap, Explicit, Policy, Uniform
+from modegpt.backend import InMemory
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.decompositions import (
     VARIANTS,
@@ -18,8 +19,11 @@ from modegpt.decompositions import (
     ValueOutputSVD,
 )
 from modegpt.errors import UserError
+from modegpt.methods.base import CompressionTask
 from modegpt.methods.modegpt import MODULES, MoDeGPT
 from modegpt.models import block_linear_parameters, layer_shapes
+from modegpt.progress import Progress
+from modegpt.records.recording import compression_facts
 from tests.methods.protocol_checks import (
     achieved_sparsity,
     check_compression,
@@ -123,6 +127,58 @@ def test_rank_multiples_are_kept() -> None:
 def test_a_rank_of_zero_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"layer 0, (query_key|value_output|mlp)"):
         paper().compress(task_of(dense_model("llama"), 0.97))
+
+
+def without_forward(task: CompressionTask) -> CompressionTask:
+    """The task with a model that must not run."""
+    task.model.forward = lambda *_, **__: pytest.fail("the model ran")
+    return task
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity", "message"),
+    [
+        (paper(Entropic()), 0.999, "allocation.cap=0.8, its default"),
+        (paper(Entropic(cap=0.95)), 0.94, "leaves a rank of zero"),
+        (paper(Entropic(), skip_layers=(0, 1)), 0.3, r"0.9 over the layers is out of reach: allocation.cap=0.8"),
+        (paper(Entropic(), skip_layers=(0, 1)), 0.5, "out of reach"),
+        (paper(EntropicCap(cap=0.25)), 0.3, "allocation.cap=0.25 lets none"),
+    ],
+)
+def test_what_no_influence_makes_possible_is_refused_before_any_work(
+    method: MoDeGPT, sparsity: float, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        method.check(without_forward(task_of(dense_model("llama"), sparsity)))
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), Entropic()], ids=["uniform", "entropic"])
+@pytest.mark.parametrize("changes", [{"rank_multiple": {"mlp": 100_000}}, {"skip_layers": (0, 1, 2)}])
+def test_targets_that_ranks_miss_are_said_before_and_recorded_after(
+    allocation: Policy, changes: dict, capsys: pytest.CaptureFixture
+) -> None:
+    task, method = task_of(dense_model("llama"), 0.3), paper(allocation, **changes)
+    task.calibration.progress = Progress(quiet=False)
+    method.check(task)
+    assert "30 % asked" in "".join(capsys.readouterr())
+    compressed = method.compress(task)
+    facts = compression_facts(task.model, compressed, method="modegpt", target_sparsity=0.3)
+    assert facts["achieved_sparsity"] < 0.29
+    [warning] = facts["warnings"]
+    assert f"{facts['achieved_sparsity']:.2%} of the block-linear weights removed, 30 % asked" in warning
+
+
+def test_a_lopsided_allocation_is_said_before_and_recorded_after(capsys: pytest.CaptureFixture) -> None:
+    task = task_of(dense_model("llama"), 0.3)
+    task.calibration.progress = Progress(quiet=False)
+    spread, calm = paper(Entropic(epsilon=1e-5)), paper(Entropic(epsilon=10.0))
+    InMemory(task.model).check(calm, task, None)
+    assert "warning" not in "".join(capsys.readouterr())
+    InMemory(task.model).check(spread, task, None)
+    assert "warning, by the first calibration window: allocation=entropic" in "".join(capsys.readouterr())
+    assert calm.compress(task).warnings == []
+    [warning] = spread.compress(task).warnings
+    assert warning == spread.allocation.warning(task.calibration.block_influence().tolist(), 0.3)
 
 
 @pytest.mark.parametrize("form", ["llama", "opt"])

@@ -30,6 +30,14 @@ def test_dense_against_compressed() -> None:
     assert "LIMITED" not in text
 
 
+def test_warnings_stand_below_the_title() -> None:
+    record = sample_record()
+    record["compression"]["warnings"] = ["the target is missed", "the influences spread"]
+    lines = summary(record).splitlines()
+    assert lines[1:3] == ["WARNING: the target is missed", "WARNING: the influences spread"]
+    assert "WARNING" not in summary(sample_record()) and "WARNING" not in summary(sample_record(dense=True))
+
+
 def test_limited_scores_say_so() -> None:
     record = sample_record()
     record["metrics"]["limited"] = True

@@ -1,5 +1,6 @@
 """MoDeGPT improved without a gradient, at the same budget and on the same calibration tokens."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -14,7 +15,7 @@ from modegpt.decompositions.elimination import MLPElimination
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
-from modegpt.methods.modegpt import MODULES, MoDeGPT, assemble_layer, module_budgets, report
+from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
 from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
@@ -69,6 +70,10 @@ class MoDeGPTPlus(Switches, RankMethod):
         """Raise UserError for a target that cannot be met."""
         self.faithful().check(task)
 
+    def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
+        """Warn of what the allocation makes of the influence."""
+        return self.faithful().foresee(task, influence)
+
     def compress(self, task: CompressionTask) -> Compressed:
         """Plan ranks, take both streams through the layers, fit the temperature."""
         calibration = task.calibration
@@ -110,15 +115,7 @@ class MoDeGPTPlus(Switches, RankMethod):
         plan = self.faithful().plan(task, influence)
         if costs is None or plan.target == 0:
             return plan
-        config, frozen = task.model.config, [module for module in MODULES if module not in self._modules(task)]
-        compressible = module_budgets(
-            config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen
-        )
-        skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
-        layers = [
-            skipped if index in self.skip_layers else compressible for index in range(task.calibration.num_layers)
-        ]
-        return exchange(costs, layers, plan, cap=self.cap)
+        return exchange(costs, self.faithful().budgets(task), plan, cap=self.cap)
 
     def _modules(self, task: CompressionTask) -> dict[str, frozenset[str]]:
         """The modules that may be reduced, and the statistics that their decompositions read."""
@@ -204,5 +201,9 @@ class MoDeGPTPlus(Switches, RankMethod):
     ) -> Compressed:
         details = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
         return Compressed(
-            model=build_compressed(task.model, shapes, tensors), layers=reports, influence=influence, details=details
+            model=build_compressed(task.model, shapes, tensors),
+            layers=reports,
+            influence=influence,
+            details=details,
+            warnings=[] if influence is None else self.foresee(task, influence),
         )
