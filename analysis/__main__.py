@@ -16,7 +16,7 @@ from analysis.figures import Panel, draw, fingerprint, panels, save, save_small
 from analysis.formats import latex, markdown, tidy_csv
 from analysis.published import Beside, beside
 from analysis.readme import SHOWN, readme
-from analysis.runs import Run, load_runs, screen
+from analysis.runs import Run, read_runs, screen
 from analysis.specs import COMPARED, FIGURES, PARTS, TABLES, folders
 from analysis.tables import Table, build
 from analysis.throughput import throughput
@@ -32,7 +32,9 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     The front page is ``README.md`` and the pictures it shows, in ``figures/``. An earlier build is replaced once the
     new one is whole. Returns how many records, tables and figures there are. Raises UserError for a broken record.
     """
-    runs, refused = screen(load_runs(results))
+    found, broken = read_runs(results)
+    runs, refused = screen(found)
+    refused = [*broken, *refused]
     tables = {part.name: [table for spec in part.tables for table in build(spec, runs)] for part in PARTS}
     tables["cost"] += throughput(results)
     built = {table.name: table for each in tables.values() for table in each}

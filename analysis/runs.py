@@ -82,17 +82,38 @@ def hashable(value: Any) -> Any:
     return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A record that may not enter a table, and why."""
+
+    path: str
+    reason: str
+
+
 def load_runs(root: Path | str) -> list[Run]:
-    """Every record under ``root``, checked. Raises UserError for a broken or changed one."""
-    return [
-        Run(
+    """Every record under ``root`` that is whole and unchanged."""
+    return read_runs(root)[0]
+
+
+def read_runs(root: Path | str) -> tuple[list[Run], list[Refusal]]:
+    """Every record under ``root``, checked, and those that are broken or were changed."""
+
+    def run(path: Path, record: Mapping[str, Any]) -> Run:
+        return Run(
             facts=row(record),
             config=annotated(record["config"]),
             record=record,
             path=path.relative_to(root).as_posix(),
         )
-        for path, record in RecordStore(root).records()
-    ]
+
+    runs, left_out = RecordStore(root).survey(run)
+    return runs, [Refusal(*_place(problem, root)) for problem in left_out]
+
+
+def _place(problem: str, root: Path | str) -> tuple[str, str]:
+    """The file that a problem names, as runs name theirs, and the rest of it."""
+    path, _, reason = problem.removeprefix(f"{root}/").partition(": ")
+    return path, reason
 
 
 def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,14 +136,6 @@ def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
         "module_rate": rates.get(alone),
         "experiments": {"ingredients": ingredients},
     }
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A record that may not enter a table, and why."""
-
-    path: str
-    reason: str
 
 
 def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:

@@ -98,7 +98,9 @@ def _check_manifest(directory: Path) -> None:
         raise UserError(f"{directory / MANIFEST} is damaged: it has no list of files; save the checkpoint again")
     for name, described in manifest["files"].items():
         if not isinstance(described, dict) or not described.keys() >= {"size", "sha256"}:
-            raise UserError(f"{directory / MANIFEST} is damaged: {name} has no size and sha256; save the checkpoint again")
+            raise UserError(
+                f"{directory / MANIFEST} is damaged: {name} has no size and sha256; save the checkpoint again"
+            )
     for name, described in manifest["files"].items():
         path = directory / name
         if not path.is_file():

@@ -44,13 +44,25 @@ class Archive:
 
     def records(self) -> Iterator[Record]:
         """Every record. Raises UserError for a line that is none, and where an identity is not above the one before."""
+        for record in self.lines_read():
+            if isinstance(record, UserError):
+                raise record
+            yield record
+
+    def lines_read(self) -> Iterator[Record | UserError]:
+        """Of every line the record, or why it is none or does not belong there."""
         previous = ""
         for number in range(len(self.lines)):
-            record = self._record(number)
+            try:
+                record = self._record(number)
+            except UserError as error:
+                yield error
+                continue
             if (hash := record["identity"]["hash"]) <= previous:
-                raise UserError(
+                yield UserError(
                     f"{self.path}: line {number + 1} is not sorted by identity: the file was changed by hand"
                 )
+                continue
             yield record
             previous = hash
 
@@ -70,7 +82,7 @@ class Archive:
     def _record(self, number: int) -> Record:
         try:
             record: Record = json.loads(self.lines[number])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: line {number + 1} is not JSON: {error}") from error
         match record:
             case {"identity": {"hash": str()}, "name": str()}:

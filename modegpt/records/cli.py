@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from modegpt.errors import UserError
@@ -71,15 +71,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(store: RecordStore, arguments: argparse.Namespace) -> int:
-    records = [record for _, record in store.records(arguments.experiment)]
+    lines, left_out = store.survey(lambda _, record: _line(record), arguments.experiment)
     failed = [note for note in store.errors() if arguments.experiment in (None, note["experiment"])]
-    if records:
+    if lines:
         headers = ["hash", "experiment", "name", "model", "method", "sparsity", "perplexity", "zero-shot"]
-        print(text_table(headers, map(_line, records), num_left=5))
-    print(f"{len(records)} finished, {len(failed)} failed")
+        print(text_table(headers, lines, num_left=5))
+    print(f"{len(lines)} finished, {len(failed)} failed" + (f", {len(left_out)} left out" if left_out else ""))
     for note in failed:
         print(f"failed: {note['experiment']}/{note['name']} at {note['stage']}: {note['message']}")
+    _say_left_out(left_out)
     return 0
+
+
+def _say_left_out(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"left out: {problem}")
 
 
 def _line(record: Record) -> list[str]:
@@ -180,15 +186,18 @@ def _verify(store: RecordStore, arguments: argparse.Namespace) -> int:
 
 
 def _export(store: RecordStore, arguments: argparse.Namespace) -> int:
-    from modegpt.records.frame import load_records  # pandas takes a second to import; the other commands do without
+    from modegpt.records.frame import tabulated  # pandas takes a second to import; the other commands do without
 
-    frame = load_records(store.root)
+    frame, left_out = tabulated(store.root)
     path = arguments.csv or arguments.parquet
     try:
         frame.to_csv(path, index=False) if arguments.csv else frame.to_parquet(path, index=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError) as error:  # a column of several types
+        raise UserError(f"cannot write {path}: {error}; --csv takes any value") from error
     print(f"{len(frame)} records, {len(frame.columns)} columns: {path}")
+    _say_left_out(left_out)
     return 0
 
 
@@ -227,7 +236,13 @@ def _resolve(store: RecordStore, reference: str) -> Entry:
 
 
 def _is_called(entry: Entry, reference: str) -> bool:
-    return bool(entry.stored()["name"] == reference) or entry.directory == Path(reference)
+    if entry.directory == Path(reference):
+        return True
+    try:
+        stored = entry.stored()
+    except UserError:  # another record's damage
+        return False
+    return isinstance(stored, dict) and stored.get("name") == reference
 
 
 if __name__ == "__main__":

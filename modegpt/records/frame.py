@@ -1,6 +1,7 @@
 """The whole store as one table: a row a finished run, a column a fact."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -27,11 +28,22 @@ def load_records(root: Path | str = "results") -> pandas.DataFrame:
     - what it cost: ``seconds seconds_<stage> peak_memory_bytes ...``
     - where it is: ``hash path schema_version limited``
 
+    A record that is broken or was changed is left out, with a warning that names it.
+
     Raises:
-        UserError: the root is not a directory, or a record in it is broken or was changed.
+        UserError: the root is not a directory.
     """
-    rows = [{**row(record), "path": os.path.relpath(path, root)} for path, record in RecordStore(root).records()]
-    return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["experiment", "name", "hash", "path"])
+    frame, left_out = tabulated(root)
+    for problem in left_out:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    return frame
+
+
+def tabulated(root: Path | str) -> tuple[pandas.DataFrame, list[str]]:
+    """The table of `load_records`, and a line for each record that is left out of it."""
+    rows, left_out = RecordStore(root).survey(lambda path, record: {**row(record), "path": os.path.relpath(path, root)})
+    columns = None if rows else ["experiment", "name", "hash", "path"]
+    return pandas.DataFrame(rows, columns=columns), left_out
 
 
 def row(record: Mapping[str, Any]) -> dict[str, Any]:

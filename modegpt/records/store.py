@@ -13,12 +13,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from modegpt.errors import UserError
 from modegpt.files import canonical_json, json_sha256, partial_file, publish, sync
@@ -35,7 +35,11 @@ from modegpt.records.schema import (
     validate,
 )
 
+Found = TypeVar("Found")
+
 RECORD, ERROR, PARTIAL = "record.json", "error.json", ".partial"
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading JSON of another form raises."""
 
 
 def canonical(value: Any) -> str:
@@ -75,6 +79,17 @@ def load_record(path: Path) -> Record:
         UserError: unreadable, not a record, or changed since it was written; names the file and the key.
     """
     return Entry.at(path).load()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise a UserError that names the record where the block stumbles over its form."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(f"{path}: not of a record's form ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,10 @@ class Entry:
 
     def load(self) -> Record:
         """The record, checked; see `load_record`."""
+        with explained(self.path):
+            return self._load()
+
+    def _load(self) -> Record:
         stored, where = self.stored(), str(self.path)
         if not isinstance(stored, dict):
             raise UserError(f"{where}: a record is a JSON object, this is a {type(stored).__name__}")
@@ -270,6 +289,39 @@ class RecordStore:
         """
         return ((entry.path, entry.load()) for entry in self.entries(experiment))
 
+    def survey(
+        self, read: Callable[[Path, Record], Found], experiment: str | None = None
+    ) -> tuple[list[Found], list[str]]:
+        """What ``read`` makes of every record, as `records` has them, and a line for each that is left out.
+
+        A record that is broken, was changed or has another form stops no other.
+        Raises UserError if the root is not a directory.
+        """
+        found, left_out = [], []
+        for name in self.experiments() if experiment is None else [slug(experiment)]:
+            entries, problems = self._readable(name)
+            left_out += problems
+            for entry in entries:
+                try:
+                    with explained(entry.path):
+                        found.append(read(entry.path, entry.load()))
+                except UserError as error:
+                    left_out.append(str(error))
+        return found, left_out
+
+    def _readable(self, experiment: str) -> tuple[list[Entry], list[str]]:
+        """The entries of an experiment by directory, without the lines of its archive that are none."""
+        try:
+            archive = self.archive(experiment)
+        except UserError as error:
+            return list(self.entries_loose(experiment)), [str(error)]
+        packed: list[Entry] = []
+        problems: list[str] = []
+        for line in archive.lines_read():
+            problems.append(str(line)) if isinstance(line, UserError) else packed.append(Entry.of(archive, line))
+        found = {entry.directory: entry for entry in (*packed, *self.entries_loose(experiment))}
+        return [found[directory] for directory in sorted(found)], problems
+
     def paths(self) -> list[Path]:
         """The paths of `records`."""
         return [entry.path for entry in self.entries()]
@@ -307,10 +359,15 @@ class RecordStore:
         return next((Entry.of(archive, record) for record in archive.matching(hash)), None)
 
     def errors(self) -> list[Record]:
-        """The notes of runs that failed and have no record since."""
+        """The notes of runs that failed and have no record since; of one that is damaged, where it is."""
         paths = [path for path in sorted(self.root.glob(f"*/*/{ERROR}")) if not path.with_name(RECORD).exists()]
-        notes = map(_read, paths)
-        return [note for note in notes if not self.packed(note["experiment"], note["identity"]["hash"])]
+        return [note for note in map(_note, paths) if not self._succeeded(note)]
+
+    def _succeeded(self, note: Record) -> bool:
+        try:
+            return bool(note["identity"] and self.packed(note["experiment"], note["identity"]["hash"]))
+        except UserError:
+            return False  # the archive is damaged, which `survey` says
 
     def find(self, digits: str) -> list[Entry]:
         """The records whose identity begins with ``digits``, in whichever experiment they are."""
@@ -335,13 +392,15 @@ class RecordStore:
         for entry in (*packed.values(), *self.entries_loose(experiment)):
             try:
                 record = entry.load()
+                with explained(entry.path):
+                    home, other = self.home(record), packed.get(record["identity"]["hash"], entry)
+                    replaces = entry.may_replace(other)
             except UserError as error:
                 yield str(error)
                 continue
-            if entry.directory != (home := self.home(record)):
+            if entry.directory != home:
                 yield f"{entry.path}: belongs {'in the archive of' if entry.packed else 'at'} {home}"
-            other = packed.get(record["identity"]["hash"], entry)
-            if not entry.may_replace(other):
+            if not replaces:
                 yield f"{entry.path}: {other.path} is the same run with another content: delete one of them"
 
     @contextmanager
@@ -364,8 +423,28 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def _note(path: Path) -> Record:
+    """The note of a failed run at ``path``, or one in its place that says that it is damaged."""
+    try:
+        note = _read(path)
+    except UserError:
+        note = None
+    match note:
+        case {
+            "experiment": str(),
+            "name": str(),
+            "stage": str(),
+            "message": str(),
+            "identity": {"hash": str(), "decides": dict()},
+        }:
+            return note
+    directory = path.parent
+    place = {"experiment": directory.parent.name, "name": directory.name, "identity": None}
+    return place | {"stage": "an unknown stage", "message": f"{path} is damaged"}
 
 
 def _folder(name: str, hash: str) -> str:
