@@ -190,6 +190,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        print(f"error: --jobs {arguments.jobs} is too small: at least 1", file=sys.stderr)
+        return 2
     sweeps = plan(arguments.only, arguments.full)
     root = arguments.root
     logs = root / ".sweeps"

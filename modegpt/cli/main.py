@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from modegpt.cli.messages import explain, is_defect
 from modegpt.cli.schema import config_directory, register, run_config
 from modegpt.cli.sweep import Sweep, attempt
-from modegpt.errors import UserError
+from modegpt.errors import UserError, any_terminal
 
 
 class Failed(BaseException):
@@ -98,6 +98,7 @@ def _refuse(message: str) -> None:
 
 def run_job(cfg: DictConfig) -> None:
     """Hydra's task: one run, alone or as a job of a sweep (then in any process)."""
+    any_terminal()
     settings = HydraConfig.get()
     overrides = [str(override) for override in settings.overrides.task]
     if settings.mode is RunMode.MULTIRUN:

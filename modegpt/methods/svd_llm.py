@@ -1,6 +1,7 @@
 """SVD-LLM: SVD of whitened weights, so that a dropped singular value is the loss of dropping it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.decompositions.linalg import PSDFactor, energy, psd_cholesky, relative
 from modegpt.decompositions.modules import LowRank
+from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.low_rank import (
     INPUT_GRAM,
@@ -103,14 +105,35 @@ class SVDLLM(Method):
         for index, (layer, truncations) in enumerate(zip(decoder_layers(task.model), whitened, strict=True)):
             with calibration.meter.stage("update", counted=True):
                 # A second list of the same batches: observing must leave the compressed stream in front of this layer.
-                inputs = calibration.observe(HiddenStates(list(hidden.batches), hidden.arguments), index, INPUT_GRAMS)
+                with self._explained(index, task, layer):
+                    inputs = calibration.observe(
+                        HiddenStates(list(hidden.batches), hidden.arguments), index, INPUT_GRAMS
+                    )
                 updated = self._refit(task.family, layer, truncations, inputs)
                 compressed = build_layer(
                     config, index, merged_tensors(task.family, layer, factored_tensors(task.family, layer, updated))
                 )
-                advance(hidden, index, compressed)
+                with self._explained(index, task, layer):
+                    advance(hidden, index, compressed)
                 calibration.meter.forward_passes += 1 / calibration.num_layers  # beside the one observed
             yield updated
+
+    @staticmethod
+    @contextmanager
+    def _explained(index: int, task: CompressionTask, layer: nn.Module) -> Iterator[None]:
+        """Raise UserError that says why, where activations are not finite: these are not the dense model's."""
+        try:
+            yield
+        except UserError as error:
+            num_tokens = task.calibration.tokens.num_tokens
+            num_features = max(linear.in_features for linear in block_linears(task.family, layer).values())
+            reason = "the updated factors are out of the range of its dtype"
+            if num_tokens < num_features:
+                reason = f"{num_tokens} calibration tokens do not determine the update of {num_features} input features"
+            raise UserError(
+                f"svd_llm: the compressed model gives NaN or inf at layer {index} on the calibration text: {reason}; "
+                "raise calibration.num_samples, or set method.update=false"
+            ) from error
 
     @staticmethod
     def _refit(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from modegpt.errors import UserError
+from modegpt.errors import UserError, any_terminal
 from modegpt.records.archive import SUFFIX
 from modegpt.records.packing import pack, unpack
 from modegpt.records.schema import Record, flatten
@@ -23,6 +23,7 @@ Command = Callable[[RecordStore, argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: 0, 1 if ``verify`` found something, 2 for a mistake of the user."""
     arguments = _parser().parse_args(argv)
+    any_terminal()
     command: Command = arguments.command
     try:
         return command(RecordStore(arguments.root), arguments)

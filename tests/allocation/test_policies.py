@@ -160,10 +160,10 @@ def test_refusals(wrong, message):
 
 
 def test_equal_influences_meet_no_cap():
-    with pytest.raises(UserError, match="lower allocation.cap, or use allocation=entropic"):
+    with pytest.raises(UserError, match=r"lower allocation.cap, or use allocation=entropic"):
         epsilon_for_cap([0.2] * 4, 0.3, cap=0.8)
     for sparsity in (0.3, 0.3 + 1e-16, 0.3 - 1e-16):
-        with pytest.raises(UserError, match="allocation.cap=0.3 is the mean sparsity itself"):
+        with pytest.raises(UserError, match=r"allocation.cap=0.3 is the mean sparsity itself"):
             epsilon_for_cap([0.1, 0.2], sparsity, cap=0.3)
 
 
@@ -193,9 +193,9 @@ def test_a_mean_that_rounding_lifts_above_the_cap_is_the_cap():
 
 def test_a_cap_that_nobody_set_is_called_the_default():
     for policy in (Entropic(), EntropicCap(), Inverse(), Random()):
-        with pytest.raises(UserError, match="sparsity of 0.999 .* allocation.cap=0.8, its default, lets none"):
+        with pytest.raises(UserError, match=r"sparsity of 0.999 .* allocation.cap=0.8, its default, lets none"):
             policy.check(0.999)
-    with pytest.raises(UserError, match="allocation.cap=0.7 lets none"):
+    with pytest.raises(UserError, match=r"allocation.cap=0.7 lets none"):
         Entropic(cap=0.7).check(0.999)
     Uniform().check(0.999)
 

@@ -209,7 +209,7 @@ def test_rank_of_zero_names_layer_and_module():
 
 
 def test_a_rank_of_zero_blames_no_cap_that_nobody_set():
-    with pytest.raises(UserError, match="compression.sparsity") as refused:
+    with pytest.raises(UserError, match=r"compression.sparsity") as refused:
         integer_ranks([0.999], [layer()])
     assert "cap" not in str(refused.value)
 

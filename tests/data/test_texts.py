@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import socket
 import types
 from pathlib import Path
@@ -107,12 +108,44 @@ def test_max_documents_stops_before_a_bad_row(tmp_path):
         ('{"text": "ok"}\n"a string"\n', r"line 2 is not a JSON object"),
         ('[{"text": "ok"}, {"words": 1}]', r"item 2 has no field 'text'"),
         ("", "no text in"),
+        ('{"text": "ok"}\n' + '{"text":' * 50_000, r"line 2 is not a row of text: it is nested too deeply"),
+        ('{"text": "ok"}\n{"text": "\\ud800 a"}\n', r"line 2 holds half of a character \(a lone surrogate"),
+        ('{"text": "ok"}\n{"text": "a", "more": ["\\uDFFF"]}\n', r"line 2 holds half of a character"),
         ('{"text": " "}\n', "no text in"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load_documents("jsonl", path=write(tmp_path / "a.jsonl", content), split="test")
+
+
+@pytest.mark.parametrize("wrong", [{"input": 5}, {"input": ["a"]}, {"output": None}, {"instruction": {}}])
+def test_alpaca_entries_that_are_no_strings_are_named(tmp_path, wrong):
+    path = write(tmp_path / "a.json", json.dumps([ALPACA[0], ALPACA[0] | wrong]))
+    with pytest.raises(UserError, match=rf"item 2: field '{next(iter(wrong))}' is"):
+        load_documents("alpaca", path=path, split="calibration")
+    path = write(tmp_path / "b.json", json.dumps([ALPACA[0] | {"input": None}]))
+    assert load_documents("alpaca", path=path, split="calibration").texts == ("Add.\n3",)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    rows = json.dumps({"text": "A \ud83e\udd8a fox."})
+    for source, content in (("jsonl", rows), ("jsonl", f"[{rows}]"), ("text", "A fox."), ("wikitext2", "A fox.")):
+        plain, marked = (
+            load_documents(source, path=write(tmp_path / name, mark + content), split="test")
+            for name, mark in (("plain", ""), ("marked", "\ufeff"))
+        )
+        assert plain == marked
+    with gzip.open(tmp_path / "marked.gz", "wt", encoding="utf-8-sig") as file:
+        file.write("A hen.")
+    assert load_documents("text", path=str(tmp_path / "marked.gz"), split="test").texts == ("A hen.",)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("text", "jsonl", "wikitext2", "alpaca", "c4"):
+        with pytest.raises(UserError, match="it is a pipe or a device, not a file"):
+            load_documents(source, path=str(tmp_path / "pipe"), split="calibration")
 
 
 def test_bad_files_are_named(tmp_path):

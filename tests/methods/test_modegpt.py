@@ -163,13 +163,13 @@ def test_targets_that_ranks_miss_are_said_before_and_recorded_after(
     assert "30 % asked" in "".join(capsys.readouterr())
     compressed = method.compress(task)
     facts = compression_facts(task.model, compressed, method="modegpt", target_sparsity=0.3)
-    assert facts["achieved_sparsity"] < 0.29
+    assert facts["achieved_sparsity"] < 0.298
     [warning] = facts["warnings"]
     assert f"{facts['achieved_sparsity']:.2%} of the block-linear weights removed, 30 % asked" in warning
 
 
 def test_a_lopsided_allocation_is_said_before_and_recorded_after(capsys: pytest.CaptureFixture) -> None:
-    task = task_of(dense_model("llama"), 0.3)
+    task = task_of(dense_model("llama"), 0.4)  # 1.2 of three layers: more than the one that is wanted whole
     task.calibration.progress = Progress(quiet=False)
     spread, calm = paper(Entropic(epsilon=1e-5)), paper(Entropic(epsilon=10.0))
     InMemory(task.model).check(calm, task, None)
@@ -178,7 +178,7 @@ def test_a_lopsided_allocation_is_said_before_and_recorded_after(capsys: pytest.
     assert "warning, by the first calibration window: allocation=entropic" in "".join(capsys.readouterr())
     assert calm.compress(task).warnings == []
     [warning] = spread.compress(task).warnings
-    assert warning == spread.allocation.warning(task.calibration.block_influence().tolist(), 0.3)
+    assert warning == spread.allocation.warning(task.calibration.block_influence().tolist(), 0.4)
 
 
 @pytest.mark.parametrize("form", ["llama", "opt"])

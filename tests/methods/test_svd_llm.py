@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modegpt.decompositions.linalg import psd_cholesky
+from modegpt.errors import UserError
 from modegpt.methods.asvd import ASVD
 from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, block_linears
 from modegpt.methods.svd_llm import SVDLLM, refit_output_factor, whitened_truncation
@@ -135,3 +136,15 @@ def test_passes_are_counted():
 
 def test_saved_and_generating(tmp_path):
     check_saved_and_generating(SVDLLM(update=True), "llama", 0.4, tmp_path)
+
+
+def test_an_update_from_too_few_tokens_says_which_model_and_why():
+    """The dense model is well on these tokens; the compressed one is not."""
+    for length, layer in ((4, 0), (10, 1)):
+        task = task_of(dense_model("opt"), 0.3, num_samples=1, sequence_length=length)
+        SVDLLM().compress(task)
+        with pytest.raises(UserError) as raised:
+            SVDLLM(update=True).compress(task)
+        said = str(raised.value)
+        assert f"the compressed model gives NaN or inf at layer {layer}" in said and "method.update=false" in said
+        assert f"{length} calibration tokens do not determine the update of 40 input features" in said

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.errors import UserError
@@ -229,6 +231,68 @@ def test_what_is_not_a_supported_model_is_explained(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "config.json has num_attention_heads=0; it must be a whole number"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"hidden_size": -8}, "hidden_size=-8"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"dtype": "float7"}, "config.json has dtype='float7'; it must be a type of PyTorch"),
+        ({"dtype": 5}, "dtype=5"),
+        ({"hidden_act": "nonsense"}, "hidden_act='nonsense'; Transformers knows no such activation function"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "its rope_type must be one of default, .*linear"),
+        ({"rope_scaling": {"type": "nonsense", "factor": 2.0}}, "its rope_type must be one of default"),
+        ({"rope_parameters": 5}, "rope_parameters=5"),
+    ],
+)
+def test_a_configuration_out_of_range_names_the_field(
+    changes: dict, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    capfd.readouterr()
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path))
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": 5}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        ("model.safetensors.index.json", "[" * 100_000),
+        ("modegpt_manifest.json", "[]"),
+        ("modegpt_manifest.json", '{"files": {"config.json": 7}}'),
+        ("modegpt_manifest.json", '{"a":' * 50_000),
+        ("config.json", "[1]"),
+        ("config.json", "[" * 100_000),
+        ("generation_config.json", "[]"),
+        ("tokenizer_config.json", "[]"),
+        ("special_tokens_map.json", '"text"'),
+    ],
+)
+def test_json_of_another_form_names_the_file(name: str, content: str, tmp_path: Path) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_without_tokens_is_called_empty(tmp_path: Path) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    empty = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer of .* is empty: it has no token but special ones"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_dense_checkpoints_load_and_fused_ones_come_apart(tmp_path: Path) -> None:
