@@ -223,7 +223,7 @@ class Entropic(Policy):
         check_reach(sparsity, self.cap)
 
     def warning(self, influence: Sequence[float], sparsity: float) -> str | None:
-        """Say so where the paper's formula takes more of a layer than it has: few layers then bear nearly everything."""
+        """Say so where the paper's formula takes more of a layer than it has: few layers then bear most."""
         if type(self) is not Entropic:
             return None  # a control is not meant to do well
         share, layer = most_taken(influence, sparsity, epsilon=self.epsilon)
@@ -231,8 +231,8 @@ class Entropic(Policy):
             return None
         return (
             f"allocation=entropic at epsilon={self.epsilon:g} wants {share:.0%} of layer {layer} (the cap holds it to "
-            f"{self.cap:.0%}): the influences spread so far that few layers bear nearly everything, which was far worse "
-            "than allocation=uniform on small models; raise allocation.epsilon or use allocation=uniform"
+            f"{self.cap:.0%}): the influences spread so far that few layers bear nearly everything, which was far "
+            "worse than allocation=uniform on small models; raise allocation.epsilon or use allocation=uniform"
         )
 
 

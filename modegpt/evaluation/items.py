@@ -30,6 +30,16 @@ def unpack(score: Mapping[str, Any]) -> np.ndarray | None:
     return np.unpackbits(bits, count=score["num_items"]).astype(np.float64)
 
 
+def least_stderr(num_items: int) -> float:
+    """The standard error of what came out alike on every one of ``num_items``: that of one item in two more.
+
+    The sample says zero there, however few they are. Agresti and Min (2005) add half an item to each of the four
+    outcomes of a pair, which gives this. Wilson's interval (1927) of one share of 1, at one standard error, reaches as
+    far: to n / (n + 1). As soon as one item differs the sample's own error is larger.
+    """
+    return 1 / (num_items + 2)
+
+
 def difference_stderr(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> float | None:
     """Standard error of the mean accuracy over tasks of ``own`` minus that of ``other``, as shares.
 
@@ -61,5 +71,5 @@ def _paired_stderr(
         right, reference = unpack(mine), unpack(theirs)
         if right is None or reference is None or len(right) != len(reference) or len(right) < 2:
             return None
-        variances.append(np.var(right - weight * reference, ddof=1) / len(right))
+        variances.append(max(np.var(right - weight * reference, ddof=1) / len(right), least_stderr(len(right)) ** 2))
     return math.sqrt(math.fsum(variances)) / len(variances)

@@ -1,5 +1,6 @@
 """A record's scores as one list, dense and compressed side by side: what tables, pictures and the tracker read."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,14 +99,25 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
             metric=MEAN if task == MEAN else dense[task]["metric"],
             dense=_of(dense[task], "value"),
             compressed=_of(compressed.get(task), "value"),
-            dense_stderr=_of(dense[task], "stderr"),
-            compressed_stderr=_of(compressed.get(task), "stderr"),
+            dense_stderr=_stderr(dense, task),
+            compressed_stderr=_stderr(compressed, task),
             retention=retention.get(task),
             retention_stderr=_retention_stderr(dense, compressed, task),
             before=_of(before.get(task), "value"),
         )
         for task in tasks
     ]
+
+
+def _stderr(scores: Mapping[str, Any], task: str) -> float | None:
+    """The standard error as recorded; of a task whose items were all right, or all wrong, not zero (`least_stderr`)."""
+    recorded = _of(scores.get(task), "stderr")
+    if recorded is None or task != MEAN:
+        return items.least_stderr(scores[task]["num_items"]) if recorded == 0 else recorded
+    errors = [_of(scores[each], "stderr") for each in _behind(scores, task)]
+    if 0 not in errors or None in errors:
+        return recorded
+    return math.hypot(*(_stderr(scores, each) or 0.0 for each in _behind(scores, task))) / len(errors)
 
 
 def _retention_stderr(dense: Mapping[str, Any], compressed: Mapping[str, Any], task: str) -> float | None:

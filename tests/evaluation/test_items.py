@@ -37,7 +37,29 @@ def test_one_task_by_hand():
     assert retention_stderr([other], [own]) == pytest.approx(
         np.std([1 - ratio, 1, 0, 1, -ratio], ddof=1) / math.sqrt(5) / 0.4
     )
-    assert difference_stderr([own], [own]) == 0 and retention_stderr([own], [own]) == 0
+
+
+@pytest.mark.parametrize("num_items", [2, 10, 300])
+def test_no_error_is_zero_and_one_item_that_differs_is_more_than_none(num_items):
+    """All alike: the error of one item in two more, however the items came out; it falls as items are added."""
+    for right in ([1] * num_items, [1, *[0] * (num_items - 1)]):
+        same = scored(right)
+        assert difference_stderr([same], [same]) == pytest.approx(1 / (num_items + 2))
+        assert retention_stderr([same], [same]) == pytest.approx(1 / (num_items + 2) / np.mean(right))
+    own, other = scored([1] * num_items), scored([0, *[1] * (num_items - 1)])
+    assert difference_stderr([own], [other]) > 1 / (num_items + 2)
+    assert difference_stderr([own, own], [own, own]) == pytest.approx(math.sqrt(2) / 2 / (num_items + 2))
+
+
+def test_accuracies_of_all_or_nothing_have_an_error_in_summaries():
+    record = sample_record()
+    scores = record["metrics"]["dense"]["zeroshot"]
+    scores["pronouns"] |= {"value": 1.0, "stderr": 0.0}
+    *tasks, mean = accuracies(record)
+    [pronouns] = [task for task in tasks if task.name == "zeroshot_pronouns"]
+    assert pronouns.dense_stderr == 1 / 202 and pronouns.compressed_stderr == 0.02
+    assert mean.dense_stderr == pytest.approx(math.hypot(0.02, 0.02, 0.02, 0.02, 1 / 202) / 5)
+    assert mean.compressed_stderr == 0.009
 
 
 def test_standard_errors_are_the_spread_over_test_sets():
