@@ -1,5 +1,7 @@
 """The main job: load, score the dense model, calibrate and compress, recover, score again, record."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 from modegpt.backend import Scores
 from modegpt.cache import cache_directory
 from modegpt.config import RunConfig
-from modegpt.cost.machine import measure_ceiling
+from modegpt.cost.machine import measure_again, measure_ceiling
 from modegpt.cost.work import metered_forwards
 from modegpt.evaluation.dense_cache import dense_scores
 from modegpt.evaluation.throughput import beside_dense
@@ -64,6 +66,8 @@ def execute(run: Run) -> Path:
         with meter.stage(run.stage):
             smaller = None if compressed is None else compressed.model
             speeds = beside_dense(backend.model, smaller, config.evaluation.throughput, say=run.progress.say)
+    with meter.stage("machine ceiling"):
+        meter.ceiling = measure_again(meter.ceiling, run.device, backend.model.dtype)
     run.stage = "record"
     record = make_record(
         config,
@@ -87,11 +91,21 @@ def execute(run: Run) -> Path:
     return path
 
 
+@contextmanager
+def scoring(run: Run, stage: str, model: PreTrainedModel) -> Iterator[None]:
+    """Meter the scoring of ``model`` in the block as a stage of its own; not where there is nothing to score."""
+    if run.evaluation.is_empty:
+        yield
+        return
+    run.stage = stage
+    with run.meter.stage(stage) as metered, metered_forwards(model, metered.add):
+        yield
+
+
 def score_dense(run: Run) -> Scores:
     """The dense model's scores, computed once for each (model, evaluation)."""
     model, cache = run.backend.model, run.config.cache
-    run.stage = "dense evaluation"
-    with run.meter.stage(run.stage) as metered, metered_forwards(model, metered.add):
+    with scoring(run, "dense evaluation", model):
         return dense_scores(
             run.evaluation,
             lambda: run.backend.score(run.evaluation, progress=run.progress),
@@ -115,8 +129,7 @@ def compress(run: Run) -> Compressed:
 
 def score_compressed(run: Run, compressed: Compressed) -> Scores:
     """The compressed model's scores."""
-    run.stage = "compressed evaluation"
-    with run.meter.stage(run.stage) as metered, metered_forwards(compressed.model, metered.add):
+    with scoring(run, "compressed evaluation", compressed.model):
         return run.backend.score_compressed(compressed, run.evaluation, label="compressed", progress=run.progress)
 
 
@@ -126,7 +139,7 @@ def recover(run: Run, compressed: Compressed | None, before: Scores | None) -> t
 
     def score(model: PreTrainedModel) -> Scores:
         recovered = replace(compressed, model=model)
-        with run.meter.stage("recovered evaluation"):
+        with scoring(run, "recovered evaluation", model):
             return run.backend.score_compressed(recovered, run.evaluation, label="recovered", progress=run.progress)
 
     run.stage = "recovery"

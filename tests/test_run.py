@@ -21,6 +21,7 @@ from modegpt.config import (
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
+from modegpt.records.cost import floor_seconds
 from modegpt.records.store import load_record
 from modegpt.run import run
 from tests.small_run import small
@@ -83,6 +84,21 @@ def test_what_decides_the_result_decides_the_place(results: Path) -> None:
     assert (
         place(calibration=CalibrationConfig(source="jsonl", path=str(copy), num_samples=4, sequence_length=128)) == base
     )
+
+
+def test_what_is_not_scored_is_no_stage(results: Path) -> None:
+    """And a machine is measured before and after: the stage is one."""
+    nothing = EvaluationSpec(PerplexitySpec(source=None), ZeroShotSpec(tasks=None))
+    record = load_record(run(small(results, evaluation=nothing), command="modegpt"))
+    stages = [stage["name"] for stage in record["cost"]["stages"]]
+    assert not [stage for stage in stages if "evaluation" in stage] and stages.count("machine ceiling") == 1
+
+
+def test_plus_is_held_against_its_floor(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = load_record(run(small(results, method={"name": "modegpt_plus"}), command="modegpt"))
+    seconds = floor_seconds(record["cost"])
+    assert set(seconds) == {"forward", "gram", "factorisation"} and min(seconds.values()) > 0
+    assert " x its floor of " in (shown := capsys.readouterr().out) or "its floor is not known" in shown
 
 
 def test_a_saved_model_scores_the_same_later(results: Path) -> None:

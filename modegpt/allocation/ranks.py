@@ -57,8 +57,11 @@ class ModuleBudget:
     def nearest_rank(self, removed: float) -> int:
         """The allowed rank that removes closest to ``removed`` parameters: a multiple of the unit or the full size.
 
-        0 where less than half a unit should stay; that rank is nobody's to keep.
+        0 where less than half a unit should stay; that rank is nobody's to keep. The full size where there is no unit
+        in it.
         """
+        if self.unit > self.size:
+            return self.size
         wanted = min(self.size - removed / self.parameters_per_dimension, float(self.size))
         rank = min(round(wanted / self.unit), self.size // self.unit) * self.unit
         return self.size if self.size - wanted < abs(wanted - rank) else max(rank, 0)

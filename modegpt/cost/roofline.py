@@ -27,6 +27,16 @@ class Ceiling:
     copy: float
     size: int
 
+    def best(self, other: "Ceiling") -> "Ceiling":
+        """The higher of two measurements of each rate: what else a machine does can only slow one down."""
+        return Ceiling(
+            device=self.device,
+            gemm={dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()},
+            factorisation=max(self.factorisation, other.factorisation),
+            copy=max(self.copy, other.copy),
+            size=self.size,
+        )
+
     def seconds(self, work: str, flops: float) -> float:
         """The time ``flops`` take at the rate that limits ``work``, such as ``"gram float64"``."""
         kind, dtype = work.split()

@@ -46,6 +46,11 @@ class PreparedEvaluation:
     tasks: dict[str, Any]
     encodings: dict = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to score."""
+        return self.text is None and not self.tasks
+
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on apart from the model, JSON-able. Batch sizes are left out: they only round."""
         limit = self.zeroshot.limit if self.zeroshot else None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modegpt.records.cost import COST_HEADERS, cost_rows, floor_line, machine_line
+from modegpt.records.cost import COST_HEADERS, cost_rows, floor_line, machine_line, stage_name
 from modegpt.records.scores import MEAN, Score, all_scores
 
 ABSENT = "-"
@@ -143,7 +143,8 @@ def _before(scores: Iterable[Score]) -> str:
 
 
 def _stages(stages: Iterable[Mapping[str, Any]]) -> str:
-    return "(" + ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in stages) + ")"
+    listed = list(stages)
+    return "(" + ", ".join(f"{stage_name(stage, listed)} {stage['seconds']:.1f}" for stage in listed) + ")"
 
 
 def _gib(num_bytes: int) -> str:

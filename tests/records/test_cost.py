@@ -58,6 +58,31 @@ def test_a_stage_is_held_against_the_slower_of_arithmetic_and_memory() -> None:
     assert cost_rows(slow)[3][-1] == "50 %"
 
 
+def test_shares_of_a_probe_that_ran_slow_are_not_shown() -> None:
+    """The machine was busy when its rates were taken: stages beat them, so that none of the shares means anything."""
+    busy = copy.deepcopy(COST)
+    busy["machine"]["gemm"] = {dtype: rate / 8 for dtype, rate in COST["machine"]["gemm"].items()}
+    assert {row[-1] for row in cost_rows(busy)} == {"-"}
+    assert floor_line(busy) == "6.00 s, its floor is not known: the probe ran slow"
+    assert "the probe ran slow" in machine_line(busy) and "slow" not in machine_line(COST)
+    text = summary(sample_record() | {"cost": sample_record()["cost"] | busy})
+    assert text.count("the probe ran slow") == 2 and "x its floor" not in text
+    rounded = copy.deepcopy(COST)
+    rounded["stages"][2]["seconds"] = 4.0 / 1.01
+    assert [row[-1] for row in cost_rows(rounded)][2] == "100 %"
+
+
+def test_no_word_is_the_name_of_two_times() -> None:
+    """Compression takes 6.00 s; what its stages leave of it has a name of its own, in the table and in the list."""
+    assert [row[0] for row in cost_rows(COST)] == ["loading", "rest of compression", "  statistics", "  decomposition"]
+    lines = summary(sample_record() | {"cost": sample_record()["cost"] | COST}).splitlines()
+    assert [line for line in lines if line.startswith("compression ")] == [
+        "compression  6.00 s, 1.20 x its floor of 5.00 s (forward 1.00 + gram 3.00 + factorisation 1.00)"
+    ]
+    [listed] = [line for line in lines if line.startswith("seconds ")]
+    assert "rest of compression 0.5, statistics 4.0" in listed
+
+
 @pytest.mark.parametrize("measured", [True, False])
 def test_summary_shows_the_account_where_there_is_one(measured: bool) -> None:
     record = sample_record()
