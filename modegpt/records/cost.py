@@ -7,7 +7,7 @@ from typing import Any
 from modegpt.cost.roofline import Ceiling
 
 COMPRESSION = "compression"
-MEASURING_ERROR = 0.02
+MEASURING_ERROR = 0.05
 """By so much a share of a rate that was measured may lie above 1."""
 SLOW_PROBE = "the probe ran slow"
 """What is said where a stage beat the measured rates, which then are not the machine's."""
