@@ -297,7 +297,8 @@ class RecordStore:
         A record that is broken, was changed or has another form stops no other.
         Raises UserError if the root is not a directory.
         """
-        found, left_out = [], []
+        found: list[Found] = []
+        left_out: list[str] = []
         for name in self.experiments() if experiment is None else [slug(experiment)]:
             entries, problems = self._readable(name)
             left_out += problems

@@ -67,7 +67,10 @@ BAD = {
     "a window that is no number": (["evaluation.perplexity.windows=[true]"], "windows=[True] should be auto or a list"),
     "half a window": (["evaluation.perplexity.windows=1.5"], "windows=1.5 should be auto or a list"),
     "NUL in a path": (["calibration.path='a\0b'"], "calibration.path=a\\0b holds a character that cannot be written"),
-    "NUL in another path": (["output.save_model='a\0b'"], "output.save_model=a\\0b holds a character that cannot be written"),
+    "NUL in another path": (
+        ["output.save_model='a\0b'"],
+        "output.save_model=a\\0b holds a character that cannot be written",
+    ),
     "no UTF-8": (["output.save_model='a\udcff'"], "output.save_model=a\\udcff holds a character"),
     "no UTF-8 in a list": (["tracking.tags=['a\udcff']"], "tracking.tags=a\\udcff holds a character"),
     "sweep without the flag": (["seed=1,2"], "add --multirun"),
