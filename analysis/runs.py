@@ -99,12 +99,14 @@ def read_runs(root: Path | str) -> tuple[list[Run], list[Refusal]]:
     """Every record under ``root``, checked, and those that are broken or were changed."""
 
     def run(path: Path, record: Mapping[str, Any]) -> Run:
-        return Run(
+        made = Run(
             facts=row(record),
             config=annotated(record["config"]),
             record=record,
             path=path.relative_to(root).as_posix(),
         )
+        assert made.version and made.variant  # here, where a record of another form is left out
+        return made
 
     runs, left_out = RecordStore(root).survey(run)
     return runs, [Refusal(*_place(problem, root)) for problem in left_out]
