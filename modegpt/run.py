@@ -12,6 +12,7 @@ from modegpt.backend import Scores
 from modegpt.cache import cache_directory
 from modegpt.config import RunConfig
 from modegpt.cost.machine import measure_again, measure_ceiling
+from modegpt.cost.metering import peak_memory_bytes
 from modegpt.cost.work import metered_forwards
 from modegpt.evaluation.dense_cache import dense_scores
 from modegpt.evaluation.throughput import beside_dense
@@ -54,7 +55,7 @@ def execute(run: Run) -> Path:
         compress(run)
         return run.directory / "record.json"
     with meter.stage("machine ceiling"):
-        meter.ceiling = measure_ceiling(run.device, backend.model.dtype)
+        meter.ceiling = ceiling = measure_ceiling(run.device, backend.model.dtype)
     dense, compressed, scores, speeds = score_dense(run), None, None, None
     if run.method is not None:
         compressed = compress(run)
@@ -66,8 +67,9 @@ def execute(run: Run) -> Path:
         with meter.stage(run.stage):
             smaller = None if compressed is None else compressed.model
             speeds = beside_dense(backend.model, smaller, config.evaluation.throughput, say=run.progress.say)
+    peaks = peak_memory_bytes()  # without what the second measurement needs
     with meter.stage("machine ceiling"):
-        meter.ceiling = measure_again(meter.ceiling, run.device, backend.model.dtype)
+        meter.ceiling = measure_again(ceiling, run.device, backend.model.dtype)
     run.stage = "record"
     record = make_record(
         config,
@@ -80,7 +82,7 @@ def execute(run: Run) -> Path:
         dense_scores=dense,
         compressed_scores=scores,
         speeds=speeds,
-        cost=meter.summary(),
+        cost=meter.summary() | {"peak_memory_bytes": peaks},
     )
     if compressed is not None and run.target.directory is not None:
         with meter.stage("saving"):

@@ -19,8 +19,14 @@ LEAST_REPEATS = 2
 
 
 def measure_again(known: Ceiling, device: str, dtype: torch.dtype) -> Ceiling:
-    """The best of ``known`` and of another measurement, made at another moment of a machine that may be busy."""
-    return known.best(measure_ceiling.__wrapped__(device, dtype))
+    """The best of ``known`` and of another measurement, made at another moment of a machine that may be busy.
+
+    ``known`` alone where the device has no room for another one now.
+    """
+    try:
+        return known.best(measure_ceiling.__wrapped__(device, dtype))
+    except torch.OutOfMemoryError:
+        return known
 
 
 @functools.cache

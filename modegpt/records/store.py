@@ -319,7 +319,10 @@ class RecordStore:
         packed: list[Entry] = []
         problems: list[str] = []
         for line in archive.lines_read():
-            problems.append(str(line)) if isinstance(line, UserError) else packed.append(Entry.of(archive, line))
+            if isinstance(line, UserError):
+                problems.append(str(line))
+            else:
+                packed.append(Entry.of(archive, line))
         found = {entry.directory: entry for entry in (*packed, *self.entries_loose(experiment))}
         return [found[directory] for directory in sorted(found)], problems
 
