@@ -111,7 +111,7 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
 
 def _stderr(scores: Mapping[str, Any], task: str) -> float | None:
     """The standard error as recorded; of a task whose items were all right, or all wrong, not zero (`least_stderr`)."""
-    recorded = _of(scores.get(task), "stderr")
+    recorded: float | None = _of(scores.get(task), "stderr")
     if recorded is None or task != MEAN:
         return items.least_stderr(scores[task]["num_items"]) if recorded == 0 else recorded
     errors = [_of(scores[each], "stderr") for each in _behind(scores, task)]

@@ -445,7 +445,7 @@ def _note(path: Path) -> Record:
             "message": str(),
             "identity": {"hash": str(), "decides": dict()},
         }:
-            return note
+            return dict(note)
     directory = path.parent
     place = {"experiment": directory.parent.name, "name": directory.name, "identity": None}
     return place | {"stage": "an unknown stage", "message": f"{path} is damaged"}
