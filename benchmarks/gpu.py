@@ -1,10 +1,10 @@
-"""Everything that wants one GPU of 80 GB, in minutes and with nothing to decide: ``python benchmarks/gpu.py [--help]``.
+"""All that wants one GPU of 80 GB, in minutes and with nothing to decide: ``python benchmarks/gpu.py [--help]``.
 
-Five steps, in order: whether CPU and GPU agree; what compressing 7B to 70B takes; whether Gram products gain from a second
-stream; dense against compressed inference; scoring. ``gpu_steps.py`` has them. Each step is a process of its own and has a share
-of the time; what it leaves goes to the next. It writes its record, ``<output>/<step>.json``, anew after each part, and names what
-failed and what was skipped there. ``<output>/timeline.json`` comes last. ``--plan`` prints what each part should take and
-measures nothing. ``gpu_wheels.sh`` collects what the machine lacks, where it has no network.
+Five steps, in order: whether CPU and GPU agree; what compressing 7B to 70B takes; whether Gram products gain from a
+second stream; dense against compressed inference; scoring. ``gpu_steps.py`` has them. Each step is a process of its own
+and has a share of the time; what it leaves goes to the next. It writes its record, ``<output>/<step>.json``, anew after
+each part, and names there what failed and what was skipped. ``<output>/timeline.json`` comes last. ``--plan`` prints
+what each part should take, and measures nothing. ``gpu_wheels.sh`` collects what a machine without a network lacks.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def write(record: dict[str, Any], arguments: argparse.Namespace, seconds: float)
 
 
 def _usable(setting: Any) -> bool:
-    """Free what the last part left; False where the GPU takes no more work, so that nothing later looks like a result."""
+    """Free what the last part left; False where the GPU takes no more work: what came later would be no result."""
     import torch
 
     gc.collect()

@@ -1,8 +1,8 @@
 """What compressing 7B, 13B and 70B should take on a GPU, predicted: ``python benchmarks/gpu_cost.py [--help]``.
 
-One layer of each model, with every size divided by ``--scale``, is compressed on the CPU. That gives the share of the measured
-rates that compression reaches, and from it a PREDICTION for the nominal rates of given GPUs. Reading a checkpoint is not in it.
-Writes ``results/gpu_cost/prediction.json`` and ``prediction.md``. ``benchmarks/gpu.py`` measures on a GPU.
+One layer of each model, with every size divided by ``--scale``, is compressed on the CPU. That gives the share of the
+measured rates that compression reaches, and from it a PREDICTION for the nominal rates of given GPUs. Reading a
+checkpoint is not in it. Writes ``results/gpu_cost/prediction.json`` and ``prediction.md``; ``gpu.py`` measures.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def nominal_work(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs of compressing a whole model with 128 x 2048 tokens, and their least seconds at nominal rates, by kind.
 
-    Activations are bfloat16. ``gram``: the precision of the Gram products; products of bfloat16 are exact in float32, so the
-    matrix units form and sum those. ``triangular``: Cholesky's share of the rate of a float64 product.
+    Activations are bfloat16. ``gram``: that of the Gram products; products of bfloat16 are exact in float32, so
+    the matrix units form and sum those. ``triangular``: Cholesky's share of the rate of a float64 product.
     """
     nominal = {dtype: rate for dtype, rate in NOMINAL[gpu].items() if dtype != "bytes"}
     ceiling = Ceiling(gpu, nominal, triangular * nominal["float64"], copy=NOMINAL[gpu]["bytes"], size=0)
@@ -132,10 +132,10 @@ def measure_layers(
     overlap: bool = False,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Compress ``num_layers`` models of one layer, one after the other, or as many as end within ``seconds`` (one at least).
+    """Compress models of one layer, one after the other: ``num_layers``, or as many as end within ``seconds``.
 
-    Random weights, made on the device; random tokens, ``samples`` windows of ``length``. ``precision`` is that of the Gram
-    products, ``overlap`` as in ``Calibration``. Returns seconds, the floor, how many layers, and what the meter saw.
+    Random weights, made on the device; random tokens, ``samples`` windows of ``length``. ``precision`` is that of the
+    Gram products, ``overlap`` as in ``Calibration``. Returns ``num_layers`` done, one at least, and ``against_floor``.
     """
     config = llama_config(shape, layers=1, length=length, vocab_size=256)
     meter, began, done = CostMeter(ceiling=ceiling, clock=CLOCKS[clock]), time.monotonic(), 0

@@ -1,4 +1,4 @@
-"""What ``gpu.py`` measures: five steps, each a list of parts with the seconds that each should take on an H100 or H200."""
+"""What ``gpu.py`` measures: five steps, each a list of parts with the seconds that each should take on an H100."""
 
 import math
 import os
@@ -150,7 +150,7 @@ def correct(setting: Setting) -> list[Part]:
 
 
 def compared(path: str, method: str, setting: Setting, _: float) -> dict[str, Any]:
-    """One model compressed on the CPU and on the device, in float32 and with bfloat16 weights; ranks and perplexity of each."""
+    """One model compressed on the CPU and on the device, there also in bfloat16; ranks and perplexity of each."""
     path = path if ":" in path else _shared_model(path)
     tokenizer = modegpt.load_tokenizer(path)
     text = [load_documents("tiny", path=None, split="test").joined()[: setting.texts]]
@@ -213,13 +213,14 @@ def cost(setting: Setting) -> list[Part]:
         for name in ("7B", "Llama-3 8B", "13B")
         for allocation in PASSES
     ]
+    float64 = partial(by_layers, "7B", setting, torch.float64, 4)
     return [
         Part("7B, one layer to warm up", 10.0, partial(by_layers, "7B", setting, torch.float32, 1)),
         *whole,
         Part("7B, plus", PLUS_GOAL * expected("7B", "entropic"), partial(compressed, "7B", "plus", setting)),
-        Part("7B, products in float64", 4 * layer_seconds("7B", gram="float64"), partial(by_layers, "7B", setting, torch.float64, 4)),
+        Part("7B, products in float64, 4 layers", 4 * layer_seconds("7B", gram="float64"), float64),
         Part("70B, by layers", 10.0, partial(by_layers, "70B", setting, torch.float32, None), stretches=True),
-    ]  # fmt: skip
+    ]
 
 
 def expected(name: str, allocation: str, *, gram: str = "float32") -> float:
@@ -242,7 +243,7 @@ def layer_seconds(name: str, *, gram: str = "float32") -> float:
 
 
 def compressed(name: str, method: str, setting: Setting, _: float) -> dict[str, Any]:
-    """A whole model with random bfloat16 weights compressed once; ``method``: an allocation of the paper's method, or plus."""
+    """A whole model with random bfloat16 weights, compressed once by ``method``: one of ``PASSES``, or plus."""
     shape = setting.shape(name)
     config = llama_config(shape, layers=shape.layers, length=setting.length, vocab_size=shape.vocabulary)
     model = bench_inference.random_model(config, dtype=torch.bfloat16, device=setting.device)

@@ -1,7 +1,7 @@
-"""Streams of the simulated GPU, and what would race on them: PyTorch's own sanitizer is told who reads and writes what, and who waits.
+"""Streams of the simulated GPU, and what would race on them: PyTorch's own sanitizer is told who reads, writes, waits.
 
-It sees kernels of two streams on one tensor without a wait between them. Here it is also seen when a tensor of one stream is
-used on another and the allocator is not told (``record_stream``): its memory could be given away too early.
+It sees kernels of two streams on one tensor without a wait between them. Also seen is a tensor of one stream that is used
+on another while the allocator is not told (``record_stream``): its memory could be given away too early.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Stream:
 
 
 class Watch:
-    """Collects ``races``, and the shapes of tensors that were ``lent`` to another stream without the allocator's knowledge."""
+    """Collects ``races``, and the shapes of tensors ``lent`` to another stream without telling the allocator."""
 
     def __init__(self) -> None:
         self.handler, self.event, self.races = EventHandler(), 0, []
@@ -128,7 +128,7 @@ def observed(*, overlap: bool) -> tuple[list[dict[str, Tensor]], Watch]:
 
 
 def main() -> None:
-    """One line: whether the numbers are the same to the bit, how many races, what was lent; then without each of the safeguards."""
+    """A line with the safeguards: same bits, races, what was lent; then one without each of them."""
     plain, _ = observed(overlap=False)
     beside, watch = observed(overlap=True)
     equal = all(torch.equal(one[name], other[name]) for one, other in zip(plain, beside, strict=True) for name in one)

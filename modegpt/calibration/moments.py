@@ -76,7 +76,7 @@ class FirstMoment:
 
 @contextmanager
 def beside(stream: torch.cuda.Stream | None, rows: Tensor) -> Iterator[None]:
-    """Queue what happens inside on ``stream``, after everything that the current stream was given so far; None: as usual.
+    """Queue what happens inside on ``stream``, after all that the current stream was given so far; None: as usual.
 
     ``rows`` are what it reads: their memory is not given away before it has. Whoever reads the result on another stream
     makes that stream wait for ``stream`` first.

@@ -67,6 +67,7 @@ def test_regression_moments_are_those_of_one_product(monkeypatch: pytest.MonkeyP
     assert sums.num_rows == 60
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="half-precision products summed in float32 exist on CUDA only"
 )
