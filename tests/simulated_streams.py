@@ -121,7 +121,7 @@ def observed(*, overlap: bool) -> tuple[list[dict[str, Tensor]], Watch]:
             )
             layers = list(calibration.statistics(frozenset(PLACES)))
         found = [
-            {name: value.values if isinstance(value, OnGpu) else value for name, value in layer.items()}
+            {name: value.held if isinstance(value, OnGpu) else value for name, value in layer.items()}
             for layer in layers
         ]
     return found, watch
