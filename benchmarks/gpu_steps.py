@@ -197,7 +197,7 @@ def _shared_model(name: str) -> str:
 
 def gpu_tests(seconds: float) -> dict[str, Any]:
     """The tests marked ``gpu``, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=max(seconds, 1.0))
     last = done.stdout.strip().splitlines()[-1:]
     counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", "".join(last))}
@@ -210,8 +210,9 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
 
 def cost(setting: Setting) -> list[Part]:
     """Seconds of compressing models of true shape: whole where they fit in memory, 70B by layers."""
+    seen: dict[tuple[str, str], float] = {}
     whole = [
-        Part(f"{name}, {allocation}", expected(name, allocation), partial(compressed, name, allocation, setting))
+        Part(f"{name}, {allocation}", expected(name, allocation), partial(compressed, name, allocation, setting, seen))
         for name in ("7B", "Llama-3 8B", "13B")
         for allocation in PASSES
     ]
@@ -219,7 +220,7 @@ def cost(setting: Setting) -> list[Part]:
     return [
         Part("7B, one layer to warm up", 10.0, partial(by_layers, "7B", setting, torch.float32, 1)),
         *whole,
-        Part("7B, plus", plus_seconds("7B"), partial(compressed, "7B", "plus", setting)),
+        Part("7B, plus", plus_seconds("7B"), partial(compressed, "7B", "plus", setting, seen)),
         Part("7B, products in float64, 4 layers", 4 * layer_seconds("7B", gram="float64"), float64),
         Part("70B, by layers", 10.0, partial(by_layers, "70B", setting, torch.float32, None), stretches=True),
     ]
@@ -250,8 +251,13 @@ def layer_seconds(name: str, *, gram: str = "float32") -> float:
     return expected(name, "entropic", gram=gram) / SHAPES[name].layers
 
 
-def compressed(name: str, method: str, setting: Setting, _: float) -> dict[str, Any]:
-    """A whole model with random bfloat16 weights, compressed once by ``method``: one of ``PASSES``, or plus."""
+def compressed(
+    name: str, method: str, setting: Setting, seen: dict[tuple[str, str], float], _: float
+) -> dict[str, Any]:
+    """A whole model with random bfloat16 weights, compressed once by ``method``: one of ``PASSES``, or plus.
+
+    Its seconds join ``seen``; plus is held to those of the paper's method, which has a goal of its own.
+    """
     shape = setting.shape(name)
     config = llama_config(shape, layers=shape.layers, length=setting.length, vocab_size=shape.vocabulary)
     model = bench_inference.random_model(config, dtype=torch.bfloat16, device=setting.device)
@@ -265,7 +271,14 @@ def compressed(name: str, method: str, setting: Setting, _: float) -> dict[str, 
         batch_size=setting.batch_size,
         clock="wall",
     )
-    return of_floor(metered, rates(setting)) | within_goal(shape, metered, setting) | {"model": name, "method": method}
+    found = of_floor(metered, rates(setting)) | {"model": name, "method": method}
+    seen[name, method] = found["seconds"]
+    if method != "plus":
+        return found | within_goal(shape, found["seconds"], setting)
+    if (name, "entropic") not in seen:
+        return found
+    ratio = found["seconds"] / seen[name, "entropic"]
+    return found | {"over_paper": ratio, "goal": PLUS_GOAL, "met": ratio <= PLUS_GOAL}
 
 
 def by_layers(
@@ -297,7 +310,7 @@ def by_layers(
         "num_layers": entry["num_layers"],
         "of_layers": shape.layers,
         "extrapolated_seconds": whole,
-        "goal_seconds": goal_seconds(shape, setting),
+        **(within_goal(shape, whole, setting) if num_layers is None else {}),
     }
 
 
@@ -315,17 +328,14 @@ def of_floor(metered: dict[str, Any], ceiling: Ceiling) -> dict[str, Any]:
     return against_floor(metered) | {"share_of_ceiling": shares, "peak_memory_bytes": metered["peak_memory_bytes"]}
 
 
-def goal_seconds(shape: Shape, setting: Setting) -> float | None:
-    """What a whole model should take at most on the GPU that is here; None on another."""
+def within_goal(shape: Shape, seconds: float, setting: Setting) -> dict[str, Any]:
+    """What a whole model should take at most on the GPU that is here, and whether it did; nothing on another."""
     name = torch.cuda.get_device_properties(setting.device).name if setting.on_gpu else ""
     factor = next((factor for gpu, factor in GOALS.items() if gpu in name), None)
-    return factor and factor * shape.target_seconds
-
-
-def within_goal(shape: Shape, metered: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    """Whether a compression met its goal; nothing where there is none."""
-    goal, seconds = goal_seconds(shape, setting), sum(stage["seconds"] for stage in compression_stages(metered))
-    return {"goal_seconds": goal} | ({} if goal is None else {"met": seconds <= goal})
+    if factor is None:
+        return {}
+    goal = factor * shape.target_seconds
+    return {"goal_seconds": goal, "met": seconds <= goal}
 
 
 # 3. Overlap
@@ -506,6 +516,15 @@ def headline(found: Mapping[str, Any]) -> Iterable[str]:
     for key, unit in (("seconds", " s"), ("extrapolated_seconds", " s for all layers"), ("ratio", " x its floor")):
         if found.get(key) is not None:
             yield f"{found[key]:.3g}{unit}"
-    for key in ("num_equal", "speedup", "tokens_per_second", "requests_per_second", "later_overhead", "counts", "met"):
+    for key in (
+        "num_equal",
+        "speedup",
+        "over_paper",
+        "tokens_per_second",
+        "requests_per_second",
+        "later_overhead",
+        "counts",
+        "met",
+    ):
         if found.get(key) is not None:
             yield f"{key} {found[key]:.4g}" if isinstance(found[key], float) else f"{key} {found[key]}"

@@ -1,7 +1,7 @@
 """Streams of the simulated GPU, and what would race on them: PyTorch's own sanitizer is told who reads, writes, waits.
 
-It sees kernels of two streams on one tensor without a wait between them. Also seen is a tensor of one stream that is used
-on another while the allocator is not told (``record_stream``): its memory could be given away too early.
+It sees kernels of two streams on one tensor without a wait between them. Also seen is a tensor of one stream that is
+used on another while the allocator is not told (``record_stream``): its memory could be given away too early.
 """
 
 from collections.abc import Iterator

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.statistics import STATISTICS, Statistics
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.methods.base import CompressionTask
@@ -96,3 +97,12 @@ def test_the_sanitizer_sees_no_race() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0 and "data race" not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="half-precision products summed in float32 exist on CUDA only")
+def test_half_precision_products_are_exact() -> None:
+    rows = torch.randn(5000, 1, 3000, device=DEVICE, dtype=torch.bfloat16)
+    moment = SecondMoment.zeros(1, 3000, device=DEVICE, precision=torch.float32)
+    moment.update(rows)
+    expected = rows[:, 0].double().T @ rows[:, 0].double()
+    assert float((moment.value[0] - expected).norm() / expected.norm()) < 1e-6
