@@ -105,9 +105,9 @@ def _conclude(report: list[dict[str, Any]], arguments: argparse.Namespace) -> in
     from modegpt.files import read_json
     from modegpt.records.benchmark import write_benchmark
 
-    good = True
+    good, first = True, report[0]["began"]
     for entry in report:
-        entry["began"] -= report[0]["began"]
+        entry["began"] -= first
         path = arguments.output / f"{entry['step']}.json"
         parts = read_json(path)["parts"] if path.exists() else []
         entry["parts"] = [{key: part.get(key) for key in ("name", "status", "reason")} for part in parts]

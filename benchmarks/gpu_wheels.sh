@@ -16,12 +16,13 @@ models=${2:-}
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 most_bytes=60000000
 
-# Hydra; lm-evaluation-harness and what it imports; the data sets it may load
+# Hydra; lm-evaluation-harness, what it imports and the data sets it may load; what the configuration is checked with
 binary=(
     hydra-core omegaconf
     lm_eval evaluate datasets dill multiprocess xxhash more-itertools
     pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy
     nltk sacrebleu chardet pytz
+    pydantic pydantic_core annotated-types typing-inspection
 )
 source_only=(antlr4-python3-runtime rouge_score sqlitedict word2number)
 

@@ -90,6 +90,7 @@ def test_sums_beside_the_forward_are_the_same_to_the_bit() -> None:
             assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="the sanitizer watches CUDA only")
 def test_the_sanitizer_sees_no_race() -> None:
     program = "from tests.gpu.test_calibration import beside; beside(overlap=True)"
     environment = os.environ | {"TORCH_CUDA_SANITIZER": "1"}
