@@ -56,12 +56,19 @@ def measure(
     sparsity: float,
     batch_size: int,
     clock: str,
+    overlap: bool = False,
 ) -> dict[str, Any]:
-    """Compress ``model`` once; what the meter saw."""
+    """Compress ``model`` once; what the meter saw. ``overlap``: as in ``Calibration``."""
     meter = CostMeter(clock=CLOCKS[clock])
     tokens = CalibrationTokens(ids=ids, sha256="", stream_tokens=ids.numel())
     calibration = Calibration(
-        model, tokens, batch_size=batch_size, precision=precision, progress=Progress(quiet=True), meter=meter
+        model,
+        tokens,
+        batch_size=batch_size,
+        precision=precision,
+        progress=Progress(quiet=True),
+        meter=meter,
+        overlap=overlap,
     )
     with meter.stage("compression"):
         method.compress(CompressionTask(calibration, sparsity))

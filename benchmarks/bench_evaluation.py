@@ -14,10 +14,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.errors import exit_status
 from modegpt.evaluation.tasks import load_tasks
+from modegpt.evaluation.throughput import synchronise
 from modegpt.evaluation.zeroshot import zeroshot
 from modegpt.models.checkpoints import load_model, load_tokenizer
 from modegpt.progress import Progress
@@ -37,9 +38,11 @@ class ForwardClock:
         model.register_forward_hook(self._stop)
 
     def _start(self, *_: object) -> None:
+        synchronise(self.device)
         self._began = time.perf_counter()
 
     def _stop(self, *_: object) -> None:
+        synchronise(self.device)
         self.seconds += time.perf_counter() - self._began
 
 
@@ -52,9 +55,16 @@ def score(model: PreTrainedModel, clock: ForwardClock, **options: Any) -> dict[s
     return {"seconds": seconds, "forward_seconds": clock.seconds, "overhead": seconds / clock.seconds - 1}
 
 
-def bench(name: str, *, batch_size: int, repeats: int, limit: int | None) -> dict:
-    """Every pass over one embedded model."""
-    model, tokenizer = load_model(f"embedded:{name}", device="cpu"), load_tokenizer(f"embedded:{name}")
+def bench(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    repeats: int,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Every pass over one model, which the record calls ``name``."""
     clock = ForwardClock(model)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -96,7 +106,14 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
     results = [
-        bench(name, batch_size=arguments.batch_size, repeats=arguments.repeats, limit=arguments.limit)
+        bench(
+            name,
+            load_model(f"embedded:{name}", device="cpu"),
+            load_tokenizer(f"embedded:{name}"),
+            batch_size=arguments.batch_size,
+            repeats=arguments.repeats,
+            limit=arguments.limit,
+        )
         for name in arguments.models
     ]
     settings = {key: value for key, value in vars(arguments).items() if key != "output"}

@@ -9,7 +9,7 @@ draws it beside.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,46 +131,75 @@ def run(arguments: argparse.Namespace) -> None:
 
 def record(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
-    config = llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary)
+    content = measured(
+        llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary),
+        sparsities=arguments.sparsity,
+        multiples=arguments.multiples,
+        workloads=workloads(arguments.prefill, arguments.decode),
+        repeats=arguments.repeats,
+        decode_tokens=arguments.decode_tokens,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype),
+    )
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
+    path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, **content})
+    reached = [entry["share_of_ideal"] for entry in content["measurements"] if entry["model"] != DENSE]
+    print(
+        f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up"
+        f" or more, lowest {min(reached):.0%}: {path}"
+    )
+
+
+def workloads(prefill: Sequence[str], decode: Sequence[str]) -> list[Workload]:
+    """Both phases' batches, each as BATCHxLENGTH."""
+    return [Workload.parse("prefill", text) for text in prefill] + [Workload.parse("decode", text) for text in decode]
+
+
+def measured(
+    config: PreTrainedConfig,
+    *,
+    sparsities: Sequence[float],
+    multiples: Sequence[str],
+    workloads: Sequence[Workload],
+    repeats: int,
+    decode_tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    compiler: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The dense model of ``config`` beside what MoDeGPT makes of it at each of ``sparsities``, with random weights.
+
+    ``compiler``: options of ``torch.compile`` for all models, which then have caches of fixed size; None: not compiled.
+    Returns the machine's rates (``ceiling``), the sizes of the ``models`` and the ``measurements``.
+    """
     config._attn_implementation = "sdpa"
-    dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
-    workloads = [Workload.parse(phase, text) for phase in ("prefill", "decode") for text in getattr(arguments, phase)]
     configs: dict[str, PreTrainedConfig] = {DENSE: config}
-    for sparsity in arguments.sparsity:
-        for name in arguments.multiples:
-            configs[f"{100 * sparsity:g}% {name}"] = compressed_config(
-                config, planned_shapes(config, sparsity, MULTIPLES[name])
-            )
-    models = {label: random_model(each, dtype=dtype, device=arguments.device) for label, each in configs.items()}
+    for sparsity in sparsities:
+        for name in multiples:
+            shapes = planned_shapes(config, sparsity, MULTIPLES[name])
+            configs[f"{100 * sparsity:g}% {name}"] = compressed_config(config, shapes)
+    models = {label: random_model(each, dtype=dtype, device=device) for label, each in configs.items()}
     about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
     for label, sizes in about.items():
-        cache = f"{sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})"
-        print(f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, {cache}")
-    roof = measure_roof(device, dtype)
+        print(
+            f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, "
+            f"{sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})"
+        )
+    roof = measure_roof(torch.device(device), dtype)
     print(f"ceiling: {roof.flops_per_second / 1e9:.0f} GFLOP/s, {roof.bytes_per_second / 1e9:.1f} GB/s")
+    if compiler is not None:
+        for model in models.values():
+            model.compile(**compiler)
     results = measure(
         models,
         workloads,
-        repeats=arguments.repeats,
-        decode_tokens=arguments.decode_tokens,
+        repeats=repeats,
+        decode_tokens=decode_tokens,
         roof=roof,
         say=lambda line: print(line, flush=True),
+        fixed_cache=compiler is not None,
     )
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
-    path = write_benchmark(
-        arguments.output,
-        {
-            "kind": "inference",
-            "settings": settings,
-            "goal": GOAL,
-            "ceiling": vars(roof),
-            "models": about,
-            "measurements": results,
-        },
-    )
-    reached = [entry["share_of_ideal"] for entry in results if entry["model"] != DENSE]
-    enough = f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements"
-    print(f"{enough} at {GOAL:.0%} of the ideal speed-up or more, lowest {min(reached):.0%}: {path}")
+    return {"ceiling": vars(roof), "models": about, "measurements": results}
 
 
 if __name__ == "__main__":

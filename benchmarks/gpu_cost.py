@@ -1,16 +1,16 @@
-"""What compressing 7B, 13B and 70B takes: ``python benchmarks/gpu_cost.py [--help]``.
+"""What compressing 7B, 13B and 70B should take on a GPU, predicted: ``python benchmarks/gpu_cost.py [--help]``.
 
-On a GPU: every layer at its true shape, with random bf16 weights made on the device, one layer in memory at a time:
-time depends on shapes alone. Reading a checkpoint is not in it. Without one: the same layers with every size divided by
-``--scale`` on the CPU, which gives the share of the measured rates that compression reaches, and from it a PREDICTION
-for the nominal rates of given GPUs. Writes ``results/gpu_cost/measured.json``, or ``prediction.json`` and
-``prediction.md``.
+One layer of each model, with every size divided by ``--scale``, is compressed on the CPU. That gives the share of the
+measured rates that compression reaches, and from it a PREDICTION for the nominal rates of given GPUs. Reading a
+checkpoint is not in it. Writes ``results/gpu_cost/prediction.json`` and ``prediction.md``; ``gpu.py`` measures.
 """
 
 import argparse
+import math
 import sys
 import textwrap
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,26 @@ class Shape:
     kv_heads: int
     layers: int
     target_seconds: float
+    vocabulary: int = 32000
 
     def divided(self, scale: int) -> "Shape":
         """Every size of a layer divided by ``scale``; heads stay as wide as they are where there are enough of them."""
         heads = max(self.heads // scale, 1)
         kv_heads = max(self.kv_heads * heads // self.heads, 1)
-        return Shape(self.hidden // scale, self.width // scale, heads, kv_heads, self.layers, self.target_seconds)
+        sizes = {"hidden": self.hidden // scale, "width": self.width // scale, "heads": heads, "kv_heads": kv_heads}
+        return replace(self, **sizes)
 
 
 SHAPES = {
     "7B": Shape(4096, 11008, 32, 32, 32, target_seconds=60),
     "13B": Shape(5120, 13824, 40, 40, 40, target_seconds=120),
+    "Llama-3 8B": Shape(4096, 14336, 32, 8, 32, target_seconds=60, vocabulary=128256),
     "70B": Shape(8192, 28672, 64, 8, 80, target_seconds=900),
 }
-NOMINAL = {  # FLOP/s of the data sheets, dense, matrix units where they exist
-    "A100": {"bfloat16": 312e12, "float32": 19.5e12, "float64": 19.5e12},
-    "H200": {"bfloat16": 989e12, "float32": 67e12, "float64": 67e12},
+NOMINAL = {  # FLOP/s (dense, matrix units where they exist) and bytes/s of the data sheets
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12, "float64": 19.5e12, "bytes": 2.0e12},
+    "H100": {"bfloat16": 989e12, "float32": 67e12, "float64": 67e12, "bytes": 3.35e12},
+    "H200": {"bfloat16": 989e12, "float32": 67e12, "float64": 67e12, "bytes": 4.8e12},
 }
 PASSES = {"uniform": 1, "entropic": 2}
 
@@ -90,115 +94,118 @@ def formed(size: int, block: int) -> int:
     return sum(min(block, size - start) * (size - start) for start in range(0, size, block))
 
 
+def nominal_work(
+    gpu: str, shape: Shape, *, gram: str, sparsity: float, allocation: str, triangular: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs of compressing a whole model with 128 x 2048 tokens, and their least seconds at nominal rates, by kind.
+
+    Activations are bfloat16. ``gram``: that of the Gram products; products of bfloat16 are exact in float32, so
+    the matrix units form and sum those. ``triangular``: Cholesky's share of the rate of a float64 product.
+    """
+    nominal = {dtype: rate for dtype, rate in NOMINAL[gpu].items() if dtype != "bytes"}
+    ceiling = Ceiling(gpu, nominal, triangular * nominal["float64"], copy=NOMINAL[gpu]["bytes"], size=0)
+    flops = work(
+        shape, num_samples=128, length=2048, sparsity=sparsity, allocation=allocation, block=SYMMETRIC_BLOCK["cuda"]
+    )
+    dtypes = {
+        "forward": "bfloat16",
+        "gram": "float64" if gram == "float64" else "bfloat16",
+        "factorisation": "float64",
+    }
+    return flops, ceiling.floor({f"{kind} {dtype}": flops[kind] for kind, dtype in dtypes.items()})
+
+
 def measure_layers(
     shape: Shape,
     *,
     num_layers: int,
-    arguments: argparse.Namespace,
+    samples: int,
+    length: int,
+    batch_size: int,
+    sparsity: float,
     dtype: torch.dtype,
+    precision: torch.dtype,
     allocation: str,
+    device: str,
     ceiling: Ceiling,
+    clock: str = "wall",
+    overlap: bool = False,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Compress ``num_layers`` models of one layer, one after the other; seconds, the floor, and what the meter saw."""
-    config = llama_config(shape, layers=1, length=arguments.length, vocab_size=256)
-    meter = CostMeter(ceiling=ceiling, clock=CLOCKS[arguments.clock])
-    ids = torch.randint(
-        0, config.vocab_size, (arguments.samples, arguments.length), generator=torch.Generator().manual_seed(0)
-    )
-    method = paper_method(allocation)
-    torch.set_default_dtype(dtype)
-    for _ in range(num_layers):
-        with torch.device(arguments.device):
-            model = LlamaForCausalLM(config).eval()
+    """Compress models of one layer, one after the other: ``num_layers``, or as many as end within ``seconds``.
+
+    Random weights, made on the device; random tokens, ``samples`` windows of ``length``. ``precision`` is that of the
+    Gram products, ``overlap`` as in ``Calibration``. Returns ``num_layers`` done, one at least, and ``against_floor``.
+    """
+    config = llama_config(shape, layers=1, length=length, vocab_size=256)
+    meter, began, done = CostMeter(ceiling=ceiling, clock=CLOCKS[clock]), time.monotonic(), 0
+    ids = torch.randint(0, config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
+    method, before = paper_method(allocation), torch.get_default_dtype()
+    while done < num_layers and (done == 0 or (time.monotonic() - began) * (done + 1) / done <= seconds):
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
         calibration = Calibration(
             model,
             CalibrationTokens(ids, "", ids.numel()),
-            batch_size=arguments.batch_size,
-            precision=getattr(torch, arguments.precision),
+            batch_size=batch_size,
+            precision=precision,
             progress=Progress(True),
             meter=meter,
+            overlap=overlap,
         )
         with meter.stage("compression"):
-            method.compress(CompressionTask(calibration, arguments.sparsity))
-    torch.set_default_dtype(torch.float32)
+            method.compress(CompressionTask(calibration, sparsity))
+        done += 1
     cost = meter.summary()
-    least = floor_seconds(cost)
-    return {
-        "seconds": sum(stage["seconds"] for stage in compression_stages(cost)),
-        "floor_seconds": least,
-        "num_layers": num_layers,
-        "cost": cost,
-    }
+    return {"num_layers": done, **against_floor(cost)}
 
 
-def measured(arguments: argparse.Namespace) -> None:
-    """True shapes on a GPU, every layer."""
-    ceiling, results = measure_ceiling(arguments.device, torch.bfloat16), []
-    for name in arguments.models:
-        shape = SHAPES[name]
-        measure_layers(
-            shape,
-            num_layers=1,
-            arguments=arguments,
-            dtype=torch.bfloat16,
-            allocation=arguments.allocation,
-            ceiling=ceiling,
-        )  # warms up
-        entry = measure_layers(
-            shape,
-            num_layers=shape.layers,
-            arguments=arguments,
-            dtype=torch.bfloat16,
-            allocation=arguments.allocation,
-            ceiling=ceiling,
-        )
-        results.append({"model": name, "target_seconds": shape.target_seconds} | entry)
-        ratio = entry["seconds"] / sum(entry["floor_seconds"].values())
-        print(f"{name}: {entry['seconds']:.1f} s, {ratio:.2f} x its floor; goal {shape.target_seconds:.0f} s")
-    path = write_benchmark(
-        FOLDER / "measured.json",
-        {"kind": "gpu_cost measured", "settings": vars(arguments), "ceiling": vars(ceiling), "measurements": results},
-    )
-    print(path)
+def against_floor(cost: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a metered compression, those of its floor by kind of work, their ratio, and the cost itself."""
+    seconds, least = sum(stage["seconds"] for stage in compression_stages(cost)), floor_seconds(cost)
+    return {"seconds": seconds, "floor_seconds": least, "ratio": seconds / sum(least.values()), "cost": cost}
 
 
 def predicted(arguments: argparse.Namespace) -> None:
     """Scaled shapes on the CPU, then nominal rates of GPUs at the efficiency seen."""
-    ceiling, seen = (
-        measure_ceiling(arguments.device, torch.float32, size=2048, budget_seconds=8.0, clock=CLOCKS[arguments.clock]),
-        [],
-    )
+    clock, seen = CLOCKS[arguments.clock], []
+    ceiling = measure_ceiling("cpu", torch.float32, size=2048, budget_seconds=8.0, clock=clock)
     for name in arguments.models:
         entry = measure_layers(
             SHAPES[name].divided(arguments.scale),
             num_layers=1,
-            arguments=arguments,
+            samples=arguments.samples,
+            length=arguments.length,
+            batch_size=arguments.batch_size,
+            sparsity=arguments.sparsity,
             dtype=torch.float32,
+            precision=getattr(torch, arguments.precision),
             allocation=arguments.allocation,
+            device="cpu",
             ceiling=ceiling,
+            clock=arguments.clock,
         )
-        seen.append({"model": name, "ratio": entry["seconds"] / sum(entry["floor_seconds"].values())} | entry)
+        seen.append({"model": name} | entry)
         what = f"{name} with sizes / {arguments.scale}, one layer on the CPU"
         print(f"{what}: {entry['seconds']:.2f} s, {seen[-1]['ratio']:.2f} x its floor", flush=True)
     slowdown = max(entry["ratio"] for entry in seen)
     triangular = ceiling.factorisation / ceiling.gemm["float64"]
     predictions = []
-    for gpu, nominal in NOMINAL.items():
+    for gpu in NOMINAL:
         for gram in ("float64", "float32"):
-            nominal_rates = Ceiling(gpu, nominal, triangular * nominal["float64"], copy=float("inf"), size=0)
             for name in arguments.models:
-                flops = work(
+                flops, least = nominal_work(
+                    gpu,
                     SHAPES[name],
-                    num_samples=128,
-                    length=2048,
+                    gram=gram,
                     sparsity=arguments.sparsity,
                     allocation=arguments.allocation,
-                    block=SYMMETRIC_BLOCK["cuda"],
+                    triangular=triangular,
                 )
-                # bf16 activations have exact products, which the matrix units sum in float32
-                gram_dtype = "float64" if gram == "float64" else "bfloat16"
-                dtypes = {"forward": "bfloat16", "gram": gram_dtype, "factorisation": "float64"}
-                least = nominal_rates.floor({f"{kind} {dtype}": flops[kind] for kind, dtype in dtypes.items()})
                 predictions.append(
                     {
                         "gpu": gpu,
@@ -256,23 +263,21 @@ def markdown(
 
 
 def main() -> int:
-    """Measure where there is a GPU, predict elsewhere; 2 for a mistake of the user."""
-    gpu = torch.cuda.is_available()
+    """Predict; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--samples", type=int, default=128 if gpu else 2)
-    parser.add_argument("--length", type=int, default=2048 if gpu else 1024)
-    parser.add_argument("--batch-size", type=int, default=8 if gpu else 2)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--allocation", default="entropic", choices=PASSES)
     parser.add_argument("--precision", default="float64", choices=("float64", "float32"))
-    parser.add_argument("--scale", type=int, default=8, help="what sizes are divided by on a CPU")
+    parser.add_argument("--scale", type=int, default=8, help="what sizes are divided by")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="processor: for one thread on a busy CPU")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    return exit_status(lambda: (measured if torch.device(arguments.device).type == "cuda" else predicted)(arguments))
+    return exit_status(lambda: predicted(arguments))
 
 
 if __name__ == "__main__":

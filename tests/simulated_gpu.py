@@ -9,6 +9,7 @@ changed for good.
 
 import ctypes
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,9 @@ MEMORY_BYTES = 80 * 2**30
 GUARDS, META_DEVICE, CUDA_DEVICE = "_ZN3c104impl26device_guard_impl_registryE", 14, 1
 MOVES = ("aten::to", "aten::_to_copy", "aten::copy_")
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+
+LAUNCHES: list[Callable[[str, list[Tensor], list[Tensor]], None]] = []
+"""Called after each operation on the device, but for views: its name, and the tensors that it read and wrote."""
 
 
 class OnGpu(Tensor):
@@ -109,10 +113,17 @@ def computed(operation: Any, arguments: tuple, keywords: dict) -> Any:
         for place, each in enumerate(schema.arguments)
         if each.alias_info and each.alias_info.is_write
     ]
+    to_gpu = asked[0] == "cuda" if asked else on_gpu
+    if not written and to_gpu:
+        result = tree_map(lambda each: OnGpu(each) if isinstance(each, Tensor) else each, result)
+    if LAUNCHES and not operation.is_view:
+        changed = [each for each in tree_iter(written or result) if isinstance(each, OnGpu)]
+        reads = [each for each in tensors if isinstance(each, OnGpu) and not any(each is other for other in changed)]
+        for launch in LAUNCHES:
+            launch(schema.name, reads, changed)
     if written:
         return None if not schema.returns else written[0] if len(schema.returns) == 1 else tuple(written)
-    to_gpu = asked[0] == "cuda" if asked else on_gpu
-    return tree_map(lambda each: OnGpu(each) if isinstance(each, Tensor) else each, result) if to_gpu else result
+    return result
 
 
 def _on_cpu(each: Any) -> Any:

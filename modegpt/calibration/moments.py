@@ -1,5 +1,7 @@
 """Streaming first and second moments of activations (pure torch)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,3 +72,19 @@ class FirstMoment:
     def update(self, rows: Tensor) -> None:
         """Add ``rows`` to the sum."""
         self.sums += rows.sum(dim=0, dtype=torch.float64)
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream | None, rows: Tensor) -> Iterator[None]:
+    """Queue what happens inside on ``stream``, after all that the current stream was given so far; None: as usual.
+
+    ``rows`` are what it reads: their memory is not given away before it has. Whoever reads the result on another stream
+    makes that stream wait for ``stream`` first.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+    rows.record_stream(stream)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modegpt.allocation.influence import BlockInfluence
-from modegpt.calibration.moments import FirstMoment, SecondMoment
+from modegpt.calibration.moments import FirstMoment, SecondMoment, beside
 from modegpt.calibration.world import World
 from modegpt.decompositions.modules import Sizes
 from modegpt.models import Family
@@ -126,13 +126,17 @@ STATISTICS: dict[str, Statistic] = {
 
 @dataclass
 class LayerObserver:
-    """Collects the statistics ``names`` of one layer while it runs inside ``watching``."""
+    """Collects the statistics ``names`` of one layer while it runs inside ``watching``.
+
+    ``stream``: of a GPU, where sums are formed beside the forward; None: in line with it. The numbers are the same.
+    """
 
     family: Family
     layer: nn.Module
     head_dim: int
     names: frozenset[str]
     precision: torch.dtype = torch.float64
+    stream: torch.cuda.Stream | None = None
     moments: dict[str, SecondMoment | FirstMoment] = field(default_factory=dict)
     num_tokens: int = 0
     influence: BlockInfluence = field(default_factory=BlockInfluence)
@@ -156,6 +160,8 @@ class LayerObserver:
         finally:
             for handle in handles:
                 handle.remove()
+            if self.stream is not None:
+                torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
     def _hook(self, name: str, statistic: Statistic, role: str) -> RemovableHandle:
         linear: nn.Linear = getattr(self.family, role)(self.layer)
@@ -176,7 +182,8 @@ class LayerObserver:
                 if statistic.is_gram
                 else FirstMoment.zeros(*size, device=rows.device)
             )
-        self.moments[name].update(rows)
+        with beside(self.stream, rows):
+            self.moments[name].update(rows)
 
     def residual(self, x_in: Tensor, x_out: Tensor) -> None:
         """See one batch of the residual stream, (batch, sequence, d_h), entering and leaving the layer."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from modegpt.cost.work import forward_cost
 from modegpt.evaluation.spec import ThroughputSpec, Workload
@@ -92,6 +92,7 @@ def measure(
     decode_tokens: int,
     roof: Roof,
     say: Callable[[str], None],
+    fixed_cache: bool = False,
 ) -> list[dict[str, Any]]:
     """Time every workload on every model, the models taking turns within each repeat, in an order that rotates.
 
@@ -99,6 +100,7 @@ def measure(
         models: by label, on one device; ``"dense"`` is the one that the others are compared with.
         repeats: measured rounds, after one to warm up.
         decode_tokens: tokens that are decoded, and then forgotten, in one measurement of a decoding step.
+        fixed_cache: keys and values in memory of a fixed size, as compiled models want it.
 
     Returns one entry a workload and model:
         ``seconds`` (wall) and ``cpu_seconds`` a step: medians over the rounds, whose samples are given too;
@@ -110,7 +112,7 @@ def measure(
     assert DENSE in models, list(models)
     results = []
     for workload in workloads:
-        steps = {label: _prepare(model, workload, decode_tokens) for label, model in models.items()}
+        steps = {label: _prepare(model, workload, decode_tokens, fixed_cache) for label, model in models.items()}
         samples: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
         peaks: dict[str, int | None] = {}
         labels = list(models)
@@ -204,43 +206,65 @@ def _entry(
     }
 
 
-def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int) -> Callable[[], object]:
+def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int, fixed_cache: bool) -> Callable[[], object]:
     """One measurement of ``workload``, to be repeated: prompts and caches are made here."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (workload.batch_size, workload.length), generator=generator).to(
         model.device
     )
 
-    @torch.inference_mode()
-    def prefill(cache: DynamicCache | None = None) -> Tensor:
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        return model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+    def empty() -> Cache:
+        if fixed_cache:
+            return StaticCache(config=model.config, max_cache_len=workload.length + decode_tokens)
+        return DynamicCache(config=model.config)
 
+    @torch.inference_mode()
+    def prefill(cache: Cache, forward: Callable[..., Any] = model) -> Tensor:
+        return forward(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    @torch.inference_mode()
+    def prefill_again() -> None:
+        filled.reset()
+        prefill(filled)
+
+    if workload.phase == "prefill" and not fixed_cache:
+        return lambda: prefill(empty())
+    filled = empty()
+    # a fixed cache takes its memory in its first forward, which the compiler must not see
+    first = prefill(filled, model.forward if fixed_cache else model)
     if workload.phase == "prefill":
-        return prefill
-    cache = DynamicCache(config=model.config)
-    first = prefill(cache)
+        return prefill_again
 
     @torch.inference_mode()
     def decode() -> None:
         token = first
         for _ in range(decode_tokens):
-            token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-        cache.crop(-decode_tokens)
+            token = model(token, past_key_values=filled, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        _forget(filled, decode_tokens)
 
     return decode
 
 
+def _forget(cache: Cache, num_tokens: int) -> None:
+    """Take the last ``num_tokens`` out of ``cache``; a fixed one has no ``crop``."""
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(num_tokens)
+    else:
+        cache.crop(-num_tokens)
+
+
 def _seconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Wall and processor seconds of ``step``, to the end of its work on the device."""
-    _synchronise(device)
+    synchronise(device)
     wall, cpu = time.perf_counter(), time.process_time()
     step()
-    _synchronise(device)
+    synchronise(device)
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,7 +1,5 @@
 """The work that predictions are made from is the work that is metered."""
 
-import argparse
-
 import pytest
 import torch
 
@@ -16,12 +14,10 @@ from tests.scripts import load_script
 def test_predicted_work_is_the_metered_work() -> None:
     gpu_cost = load_script("benchmarks/gpu_cost")
     shape = gpu_cost.Shape(64, 160, 4, 2, 3, target_seconds=1.0)
-    arguments = argparse.Namespace(
-        device="cpu", samples=2, length=16, batch_size=1, sparsity=0.3, precision="float64", clock="wall"
-    )
+    arguments = {"samples": 2, "length": 16, "batch_size": 1, "sparsity": 0.3, "precision": torch.float64}
     ceiling = measure_ceiling("cpu", torch.float32, size=64, budget_seconds=0.01)
     entry = gpu_cost.measure_layers(
-        shape, num_layers=3, arguments=arguments, dtype=torch.float32, allocation="entropic", ceiling=ceiling
+        shape, num_layers=3, **arguments, dtype=torch.float32, allocation="entropic", device="cpu", ceiling=ceiling
     )
     metered = dict.fromkeys(("forward", "gram", "factorisation"), 0.0)
     for stage in compression_stages(entry["cost"]):

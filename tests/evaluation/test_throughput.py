@@ -43,6 +43,25 @@ def test_work_of_a_sliced_model_by_hand() -> None:
     assert cache_bytes_per_token(model.config, torch.float32) == cache_bytes_per_token(CONFIGS["llama"], torch.float32)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_fixed_cache_is_left_as_it_was(phase: str) -> None:
+    """Each round starts from the same prompt, however many went before."""
+    model = dense_model("llama")
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda _, __, output: seen.append(output.logits))
+    measure(
+        {"dense": model},
+        [Workload(phase, 2, 6)],
+        repeats=2,
+        decode_tokens=2,
+        roof=Roof(1e9, 1e9),
+        say=lambda _: None,
+        fixed_cache=True,
+    )
+    rounds = torch.stack(seen).unflatten(0, (3, -1))
+    assert torch.equal(rounds[0], rounds[1]) and torch.equal(rounds[0], rounds[2])
+
+
 def test_a_record_holds_both_models_and_the_machine() -> None:
     dense = dense_model("llama")
     lines: list[str] = []

@@ -1,0 +1,142 @@
+"""The prepared GPU script: nothing that fails or is skipped looks like a number, and the whole of it runs on a CPU."""
+
+import argparse
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.scripts import CHECKOUT, load_script
+
+gpu, steps = load_script("benchmarks/gpu"), load_script("benchmarks/gpu_steps")
+
+
+def part(name: str, measure, *, seconds: float = 0.1, stretches: bool = False):
+    return steps.Part(name, seconds, measure, stretches)
+
+
+def absent(_: float) -> dict:
+    raise steps.Absent("no such model")
+
+
+def broken(_: float) -> dict:
+    raise RuntimeError("a kernel failed")
+
+
+def slow(_: float) -> dict:
+    time.sleep(30)
+    return {"seconds": 30.0}
+
+
+def run_step(monkeypatch: pytest.MonkeyPatch, folder: Path, parts: list, *, seconds: float) -> tuple[int, list[dict]]:
+    """The status and the parts that the record of a step made of ``parts`` holds."""
+    monkeypatch.setitem(steps.STEPS, "cost", lambda _: parts)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{seconds + gpu.FAREWELL_SECONDS}\n"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
+    arguments = argparse.Namespace(step="cost", device="cpu", scale="tiny", minutes=9.0, output=folder)
+    status = gpu.step(arguments)
+    return status, json.loads((folder / "cost.json").read_text())["parts"]
+
+
+def test_a_failing_part_stops_nothing_and_holds_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = [
+        part("broken", broken),
+        part("not finite", lambda _: {"seconds": math.nan}),
+        part("absent", absent),
+        part("good", lambda seconds: {"seconds": 0.5}),
+    ]
+    status, found = run_step(monkeypatch, tmp_path, parts, seconds=60)
+    assert status == 0
+    assert [each["status"] for each in found] == ["failed", "failed", "skipped", "done"]
+    assert "a kernel failed" in found[0]["reason"] and "no such model" in found[2]["reason"]
+    assert all("result" not in each for each in found[:3]) and found[3]["result"] == {"seconds": 0.5}
+
+
+def test_what_has_no_time_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = [
+        part("too long", slow, seconds=100.0),
+        part("stuck", slow),
+        part("after", lambda _: {"seconds": 0.0}),
+    ]
+    began = time.monotonic()
+    _, found = run_step(monkeypatch, tmp_path, parts, seconds=1.0)
+    assert time.monotonic() - began < 10
+    assert [each["status"] for each in found] == ["skipped", "failed", "skipped"]
+    assert "100 s expected" in found[0]["reason"] and "OutOfTime" in found[1]["reason"]
+
+
+def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first part takes ten times what was expected, so the second one would not end in time."""
+    parts = [
+        part("first", lambda _: time.sleep(0.5) or {}, seconds=0.05),
+        part("second", lambda _: {}, seconds=1.0),
+        part("stretches", lambda seconds: {"given": seconds}, seconds=1.0, stretches=True),
+    ]
+    _, found = run_step(monkeypatch, tmp_path, parts, seconds=5.0)
+    assert [each["status"] for each in found] == ["done", "skipped", "done"]
+    assert 3.0 < found[2]["result"]["given"] < 4.6
+
+
+def test_a_broken_device_ends_the_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "_usable", lambda _: False)
+    status, found = run_step(monkeypatch, tmp_path, [part("broken", broken), part("after", absent)], seconds=60)
+    assert status == 1 and [each["name"] for each in found] == ["broken"]
+
+
+def test_the_whole_time_is_shared_out_and_the_plan_fits() -> None:
+    assert sum(gpu.SHARES.values()) == pytest.approx(1) and list(gpu.SHARES) == list(steps.STEPS)
+    setting = steps.Setting(device="cuda")
+    for name, parts in steps.STEPS.items():
+        assert sum(part.seconds for part in parts(setting)) < gpu.SHARES[name] * 540 - gpu.FAREWELL_SECONDS, name
+
+
+def test_an_old_record_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "cost.json").write_text("{}")
+    done = run_script(tmp_path, "--minutes", "1")
+    assert done.returncode == 2 and "has records already" in done.stderr
+
+
+def run_script(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--scale", "tiny", "--output", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    return subprocess.run(
+        [*command, *options], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Small shapes, the same code; without a GPU nothing overlaps, and a gain or a goal may be missed."""
+    done = run_script(tmp_path / "records", "--minutes", "20")
+    timeline = json.loads((tmp_path / "records" / "timeline.json").read_text())
+    assert [step["status"] for step in timeline["steps"]] == ["done"] * 5, done.stdout + done.stderr[-3000:]
+    failed = [part for step in timeline["steps"] for part in step["parts"] if part["status"] == "failed"]
+    assert not failed, done.stderr[-3000:]
+    found = {name: json.loads((tmp_path / "records" / f"{name}.json").read_text())["parts"] for name in gpu.SHARES}
+    correct = {each["name"]: each["result"] for each in found["correct"] if each["status"] == "done"}
+    assert correct["tiny-llama, modegpt"]["ranks_agree"]
+    assert correct["tiny-llama, modegpt"]["relative_difference"]["float32"] == 0, "both sides are the same device"
+    assert correct["tiny-llama, modegpt"]["relative_difference"]["bfloat16"] > 0
+    whole = {each["name"]: each["result"] for each in found["cost"]}
+    assert whole["70B, by layers"]["num_layers"] == whole["70B, by layers"]["of_layers"] == 2
+    assert whole["70B, by layers"]["extrapolated_seconds"] == pytest.approx(whole["70B, by layers"]["seconds"])
+    assert set(whole["13B, entropic"]["floor_seconds"]) == {"forward", "gram", "factorisation"}
+    assert found["overlap"][0]["result"]["num_equal"] == 2
+    eager, compiled = (each["result"] for each in found["inference"])
+    assert compiled["layers"] == 1 and compiled["of_layers"] == eager["layers"] == 2
+    assert {entry["phase"] for entry in compiled["measurements"]} == {"prefill", "decode"}
+    assert found["evaluation"][1]["result"]["requests_per_second"] > 0
+
+
+def test_fewer_layers_where_there_is_less_time() -> None:
+    setting = steps.Setting(device="cpu", **steps.SCALES["tiny"] | {"layers": 50})
+    found = steps.by_layers("70B", setting, torch.float32, None, 0.5)
+    assert 1 <= found["num_layers"] < 50
+    assert found["extrapolated_seconds"] == pytest.approx(found["seconds"] * 50 / found["num_layers"])
