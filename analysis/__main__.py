@@ -32,8 +32,8 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     The front page is ``README.md`` and the pictures it shows, in ``figures/``. An earlier build is replaced once the
     new one is whole. Returns how many records, tables and figures there are. Raises UserError for a broken record.
     """
-    found, broken = read_runs(results)
-    runs, refused = screen(found)
+    whole, broken = read_runs(results)
+    runs, refused = screen(whole)
     refused = [*broken, *refused]
     tables = {part.name: [table for spec in part.tables for table in build(spec, runs)] for part in PARTS}
     tables["cost"] += throughput(results)

@@ -33,7 +33,7 @@ class ForwardClock:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.seconds = 0.0
+        self.seconds, self.device = 0.0, model.device
         model.register_forward_pre_hook(self._start)
         model.register_forward_hook(self._stop)
 

@@ -141,14 +141,16 @@ def step(arguments: argparse.Namespace) -> int:
     for part in STEPS[arguments.step](setting):
         left = seconds - (time.monotonic() - began)
         pace = sum(actual for _, actual in took) / sum(wanted for wanted, _ in took) if took else 1.0
+        entry: dict[str, Any]
         if left <= 0 or (pace * part.seconds > left and not part.stretches):
             entry = {"status": "skipped", "reason": f"{left:.0f} s left, {pace * part.seconds:.0f} s expected"}
         else:
             start = time.monotonic()
             entry = attempt(part, left)
-            entry["wall_seconds"] = time.monotonic() - start
+            wall_seconds = time.monotonic() - start
+            entry["wall_seconds"] = wall_seconds
             if entry["status"] == "done" and not part.stretches:
-                took.append((part.seconds, entry["wall_seconds"]))
+                took.append((part.seconds, wall_seconds))
         record["parts"].append({"name": part.name, "expected_seconds": part.seconds, **entry})
         write(record, arguments, time.monotonic() - began)
         if not _usable(setting):

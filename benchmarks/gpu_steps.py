@@ -19,6 +19,7 @@ import bench_inference
 import torch
 from bench_compression import llama_config, paper_method
 from gpu_cost import FOLDER, NOMINAL, PASSES, SHAPES, Shape, against_floor, measure_layers, nominal_work, work
+from transformers import PreTrainedModel
 
 import modegpt
 from modegpt.calibration.calibration import Calibration
@@ -173,7 +174,8 @@ def compared(path: str, method: str, setting: Setting, _: float) -> dict[str, An
             rank_multiple=ONE,  # which a GPU would choose otherwise
             quiet=True,
         )
-        ranks[side] = [layer["ranks"] for layer in smaller.modegpt_report["compression"]["layers"]]
+        report: dict[str, Any] = vars(smaller)["modegpt_report"]
+        ranks[side] = [layer["ranks"] for layer in report["compression"]["layers"]]
         [score] = modegpt.evaluate(smaller, tokenizer, text, windows=[128], quiet=True)["perplexity"].values()
         scores[side] = score["value"]
     differences = {side: abs(scores[side] / scores["cpu"] - 1) for side in TOLERANCE}
@@ -468,7 +470,7 @@ def evaluation(setting: Setting) -> list[Part]:
     ]
 
 
-def _model_1b(setting: Setting) -> torch.nn.Module:
+def _model_1b(setting: Setting) -> PreTrainedModel:
     """Llama 3.2's 1B shape; the tokenizer of an embedded model gives ids far below its vocabulary."""
     shape = SHAPE_1B if setting.divisor == 1 else replace(SHAPE_1B.divided(16), layers=2, vocabulary=4096)
     config = llama_config(shape, layers=shape.layers, length=2048, vocab_size=shape.vocabulary)
@@ -479,7 +481,7 @@ def score_text(setting: Setting, _: float) -> dict[str, Any]:
     """Tokens a second of perplexity on random tokens."""
     model, window = _model_1b(setting), setting.length
     ids = torch.randint(1000, (window * setting.samples,), generator=torch.Generator().manual_seed(0))
-    options = {"window": window, "batch_tokens": 4 * window, "progress": Progress(True)}
+    options: dict[str, Any] = {"window": window, "batch_tokens": 4 * window, "progress": Progress(True)}
     perplexity(model, ids[: 4 * window], **options)
     clock, began = bench_evaluation.ForwardClock(model), time.perf_counter()
     found = perplexity(model, ids, **options)

@@ -54,7 +54,8 @@ class Watch:
     """Collects ``races``, and the shapes of tensors ``lent`` to another stream without telling the allocator."""
 
     def __init__(self) -> None:
-        self.handler, self.event, self.races = EventHandler(), 0, []
+        self.handler, self.event = EventHandler(), 0
+        self.races: list[Any] = []
         self.streams: list[Stream] = []
         self.current = Stream(self)
         self.owner: dict[int, int] = {}

@@ -71,5 +71,6 @@ def _paired_stderr(
         right, reference = unpack(mine), unpack(theirs)
         if right is None or reference is None or len(right) != len(reference) or len(right) < 2:
             return None
-        variances.append(max(np.var(right - weight * reference, ddof=1) / len(right), least_stderr(len(right)) ** 2))
+        variance = float(np.var(right - weight * reference, ddof=1)) / len(right)
+        variances.append(max(variance, least_stderr(len(right)) ** 2))
     return math.sqrt(math.fsum(variances)) / len(variances)

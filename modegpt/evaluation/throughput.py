@@ -248,7 +248,8 @@ def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int, fix
 def _forget(cache: Cache, num_tokens: int) -> None:
     """Take the last ``num_tokens`` out of ``cache``; a fixed one has no ``crop``."""
     if isinstance(cache, StaticCache):
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.cumulative_length.sub_(num_tokens)
     else:
         cache.crop(-num_tokens)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +75,13 @@ def test_what_has_no_time_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first part takes ten times what was expected, so the second one would not end in time."""
+
+    def slow(_: float) -> dict[str, Any]:
+        time.sleep(0.5)
+        return {}
+
     parts = [
-        part("first", lambda _: time.sleep(0.5) or {}, seconds=0.05),
+        part("first", slow, seconds=0.05),
         part("second", lambda _: {}, seconds=1.0),
         part("stretches", lambda seconds: {"given": seconds}, seconds=1.0, stretches=True),
     ]

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def places(value: object, path: tuple = ()) -> Iterator[tuple]:
         yield from places(member, (*path, key))
 
 
-WRONG = (None, 7, -1.5, "text", "\ud800", [], [1], {}, {"a": 1}, True, 10**400)
+WRONG: tuple[Any, ...] = (None, 7, -1.5, "text", "\ud800", [], [1], {}, {"a": 1}, True, 10**400)
 
 
 def test_a_damaged_record_of_any_inner_type_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
