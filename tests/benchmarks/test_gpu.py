@@ -117,7 +117,7 @@ def run_script(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     """Small shapes, the same code; without a GPU nothing overlaps, and a gain or a goal may be missed."""
     done = run_script(tmp_path / "records", "--minutes", "20")
