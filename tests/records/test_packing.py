@@ -189,7 +189,9 @@ def test_a_changed_archive_is_found(store: RecordStore, change: str) -> None:
     assert problems and all(str(path) in problem and "\n" not in problem for problem in problems)
     if change != "experiment":
         with pytest.warns(UserWarning, match=r"left out: .*demo\.jsonl\.gz"):
-            assert len(load_records(store.root)) < len(SEEDS) + 1
+            frame = load_records(store.root)
+        # a cut archive has no readable line; a second copy of a record is left out, and the first stays
+        assert len(frame) == {"cut": 1, "twice": len(SEEDS) + 1}.get(change, len(SEEDS))
         with pytest.raises(UserError, match=r"demo\.jsonl\.gz"):
             unpack(store, "demo")
         assert path.exists() and not (store.root / "demo").exists()
