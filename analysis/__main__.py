@@ -30,7 +30,8 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     """Write ``tables/``, ``figures/`` and ``report.html`` under ``output``, and the front page into ``results``.
 
     The front page is ``README.md`` and the pictures it shows, in ``figures/``. An earlier build is replaced once the
-    new one is whole. Returns how many records, tables and figures there are. Raises UserError for a broken record.
+    new one is whole. Returns how many records, tables and figures there are. A broken record is listed and
+    left out.
     """
     whole, broken = read_runs(results)
     runs, refused = screen(whole)

@@ -149,22 +149,25 @@ def compression_facts(
     ]
     achieved = 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model)
     warnings = [*compressed.warnings, *filter(None, [missed_target(achieved, target_sparsity)])]
-    return {
-        "method": method,
-        "target_sparsity": target_sparsity,
-        "achieved_sparsity": achieved,
-        "whole_model_sparsity": 1 - compressed.model.num_parameters() / model.num_parameters(),
-        "num_parameters": compressed.model.num_parameters(),
-        "full_ranks": {
-            "mlp": shape.intermediate_size,
-            "query_key": shape.qk_head_dim,
-            "value_output": shape.v_head_dim,
-        },
-        "influence": compressed.influence,
-        "layers": layers,
-        "details": compressed.details,
-        "warnings": warnings,
-    } | ({} if compressed.recovery is None else {"recovery": compressed.recovery})
+    return (
+        {
+            "method": method,
+            "target_sparsity": target_sparsity,
+            "achieved_sparsity": achieved,
+            "whole_model_sparsity": 1 - compressed.model.num_parameters() / model.num_parameters(),
+            "num_parameters": compressed.model.num_parameters(),
+            "full_ranks": {
+                "mlp": shape.intermediate_size,
+                "query_key": shape.qk_head_dim,
+                "value_output": shape.v_head_dim,
+            },
+            "influence": compressed.influence,
+            "layers": layers,
+            "details": compressed.details,
+        }
+        | ({"warnings": warnings} if warnings else {})
+        | ({} if compressed.recovery is None else {"recovery": compressed.recovery})
+    )
 
 
 def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> list[float]:
