@@ -28,8 +28,9 @@ GOAL = 0.20
 
 
 class ForwardClock:
-    """Adds up the seconds inside ``model``'s forward. Wall time: to ask for processor time is a system call, which
-    would be counted as overhead.
+    """Adds up the seconds inside ``model``'s forward, on a GPU to the end of its work.
+
+    Wall time: to ask for processor time is a system call, which would be counted as overhead.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

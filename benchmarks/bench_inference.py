@@ -39,12 +39,21 @@ def influence_profile(num_layers: int) -> list[float]:
     return [0.02 + (index / num_layers - 0.65) ** 2 for index in range(num_layers)]
 
 
-def planned_shapes(config: PreTrainedConfig, sparsity: float, rank_multiple: dict[str, int]) -> list[LayerShape]:
-    """The layer sizes that MoDeGPT gives a model with that influence."""
+def planned_shapes(
+    config: PreTrainedConfig, sparsity: float, rank_multiple: dict[str, int], *, of_layers: int | None = None
+) -> list[LayerShape]:
+    """The layer sizes that MoDeGPT gives a model with that influence.
+
+    ``of_layers``: the model is planned with so many layers, of which ``config`` has some, evenly spaced.
+    """
     budgets = module_budgets(config, family_of(config), rank_multiple=rank_multiple, targets={}, frozen=())
-    num_layers, num_kv_heads = config.num_hidden_layers, dense_shape(config).num_kv_heads
+    num_layers, num_kv_heads = of_layers or config.num_hidden_layers, dense_shape(config).num_kv_heads
     plan = integer_ranks(entropic_cap(influence_profile(num_layers), sparsity, cap=CAP), [budgets] * num_layers)
-    return [LayerShape(ranks["query_key"], ranks["value_output"], ranks["mlp"], num_kv_heads) for ranks in plan.ranks]
+    some = [
+        plan.ranks[(2 * at + 1) * num_layers // (2 * config.num_hidden_layers)]
+        for at in range(config.num_hidden_layers)
+    ]
+    return [LayerShape(ranks["query_key"], ranks["value_output"], ranks["mlp"], num_kv_heads) for ranks in some]
 
 
 def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
@@ -166,17 +175,19 @@ def measured(
     device: str,
     dtype: torch.dtype,
     compiler: Mapping[str, Any] | None = None,
+    of_layers: int | None = None,
 ) -> dict[str, Any]:
     """The dense model of ``config`` beside what MoDeGPT makes of it at each of ``sparsities``, with random weights.
 
     ``compiler``: options of ``torch.compile`` for all models, which then have caches of fixed size; None: not compiled.
+    ``of_layers``: as for ``planned_shapes``.
     Returns the machine's rates (``ceiling``), the sizes of the ``models`` and the ``measurements``.
     """
     config._attn_implementation = "sdpa"
     configs: dict[str, PreTrainedConfig] = {DENSE: config}
     for sparsity in sparsities:
         for name in multiples:
-            shapes = planned_shapes(config, sparsity, MULTIPLES[name])
+            shapes = planned_shapes(config, sparsity, MULTIPLES[name], of_layers=of_layers)
             configs[f"{100 * sparsity:g}% {name}"] = compressed_config(config, shapes)
     models = {label: random_model(each, dtype=dtype, device=device) for label, each in configs.items()}
     about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}

@@ -123,10 +123,16 @@ def _operands(args: tuple) -> tuple[Tensor, Tensor]:
 
 
 def _causal(square: Callable[..., int], num_operands: int) -> Callable[..., float]:
-    """Half of what the whole ``square`` of queries and keys takes: a decoder's attention skips the rest."""
+    """Half of what the whole ``square`` of queries and keys takes: a decoder's attention skips the rest.
+
+    Keys and values of fewer heads count as repeated, which ``square`` knows in newer versions of PyTorch only.
+    """
 
     def flops(*args: Any, **_: Any) -> float:
-        return square(*(operand.shape for operand in args[:num_operands])) / 2
+        num_heads = args[0].shape[1]
+        return (
+            square(*((batch, num_heads, *rest) for batch, _, *rest in (arg.shape for arg in args[:num_operands]))) / 2
+        )
 
     return flops
 

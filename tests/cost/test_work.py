@@ -93,6 +93,14 @@ def test_attention_is_counted_by_its_causal_half_forward_and_backward() -> None:
     assert forwards.flops == 2 * product and backwards.flops == 5 * product
 
 
+def test_heads_that_several_queries_share_count_as_repeated() -> None:
+    q, k, v = (torch.randn(2, heads, 6, 8) for heads in (4, 2, 2))
+    stage = Stage("forward")
+    with WorkCounter(stage.add):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert stage.flops == 2 * (2 * 4 * 6 * 6 * 8)
+
+
 @pytest.mark.parametrize(
     ("operation", "flops"),
     [
