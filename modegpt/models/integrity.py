@@ -59,12 +59,13 @@ def check_files(directory: Path) -> None:
     Raises:
         UserError: a file that is missing, truncated, changed, or does not belong; the file is named.
     """
+    sealed = (directory / MANIFEST).is_file()
+    if sealed:  # first: it tells a truncated file from one that was written so
+        _check_manifest(directory)
     for name in OBJECTS:
         if (directory / name).is_file() and not isinstance(read_json(directory / name), dict):
             raise UserError(f"{directory / name} is damaged: it is no JSON object")
-    if (directory / MANIFEST).is_file():
-        _check_manifest(directory)
-    else:
+    if not sealed:
         _check_shards(directory)
 
 
