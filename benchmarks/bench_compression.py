@@ -19,7 +19,6 @@ from modegpt.allocation.policies import POLICIES
 from modegpt.calibration.calibration import Calibration
 from modegpt.cost.machine import measure_ceiling
 from modegpt.cost.metering import CostMeter
-from modegpt.cost.roofline import Ceiling
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.nystrom import MLPNystrom
@@ -39,12 +38,6 @@ RATE_SECONDS = 4.0
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 """Processor seconds of one thread are wall seconds without what other programs take; both sides of the ratio use the
 same."""
-
-
-def best(one: Ceiling, other: Ceiling) -> Ceiling:
-    """The higher of two measurements of each rate."""
-    gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in one.gemm.items()}
-    return Ceiling(one.device, gemm, max(one.factorisation, other.factorisation), max(one.copy, other.copy), one.size)
 
 
 def measure(
@@ -172,7 +165,7 @@ def run(arguments: argparse.Namespace) -> None:
                 clock=arguments.clock,
             )
         )
-        ceiling = best(ceiling, rates())
+        ceiling = ceiling.best(rates())
     results = []
     for (precision, allocation), cost in zip(cases, costs, strict=True):
         cost["machine"] = vars(ceiling)
