@@ -1,8 +1,9 @@
 """What is computed once and kept on disk for later runs.
 
 Content-addressed: a folder is named by the hash of everything that decides what is in it. Every file is written
-atomically and carries its checksum, so concurrent workers share a cache without locks, and a damaged file is computed
-again, with a warning. Any file or folder may disappear at any moment, because another worker evicts it.
+atomically and carries a checksum over its identity and its content, so concurrent workers share a cache without locks,
+and what is damaged or in another's place is computed again, with a warning. Any file or folder may disappear at any
+moment, because another worker evicts it.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from modegpt.files import json_sha256, partial_file
 
+FORMAT = 2
+"""Of the files. Folders of another format are never read; they are evicted as those of any other key."""
 OVERHEAD_BYTES = 256
 """About what a file holds beside its value."""
 DAMAGES = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
@@ -52,11 +55,11 @@ class Cache:
     @property
     def directory(self) -> Path:
         """Where the values of this key are."""
-        return self.root / "objects" / self.key
+        return self.root / "objects" / f"{self.key}-{FORMAT}"
 
     def load_tensor(self, name: str, *, device: torch.device | str = "cpu") -> Tensor | None:
         """The tensor stored under ``name``; None if there is none, or a damaged one."""
-        value = self._load(f"{name}.safetensors", _read_tensor)
+        value = self._load(f"{name}.safetensors", lambda path: self._read_tensor(name, path))
         return None if value is None else value.to(device)
 
     def store_tensor(self, name: str, value: Tensor) -> None:
@@ -64,31 +67,57 @@ class Cache:
         value = value.cpu().contiguous()
 
         def write(path: Path) -> None:
-            save_file({"value": value}, path, metadata={"sha256": _tensor_sha256(value)})
+            save_file({"value": value}, path, metadata={"sha256": self._sealed(name, _described(value))})
 
         self._store(f"{name}.safetensors", value.nbytes + OVERHEAD_BYTES, write)
 
     def load_json(self, name: str) -> Any | None:
         """The JSON value stored under ``name``; None if there is none, or a damaged one."""
-        return self._load(f"{name}.json", _read_json)
+        return self._load(f"{name}.json", lambda path: self._read_json(name, path))
 
     def store_json(self, name: str, value: Any) -> None:
         """Keep ``value``, unless there is one already or it does not fit."""
-        text = json.dumps({"sha256": json_sha256(value), "value": value}, indent=1)
+        text = json.dumps({"sha256": self._sealed(name, value), "value": value}, indent=1)
         self._store(f"{name}.json", len(text), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _sealed(self, name: str, content: Any) -> str:
+        """The checksum of ``content`` (JSON) under ``name`` of this key: it holds nowhere else."""
+        return json_sha256({"key": self.key, "name": name, "content": content})
+
+    def _read_tensor(self, name: str, path: Path) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            checksum, value = (file.metadata() or {}).get("sha256"), file.get_tensor("value")
+        self._check(checksum, name, _described(value))
+        return value
+
+    def _read_json(self, name: str, path: Path) -> Any:
+        stored = json.loads(path.read_bytes())
+        self._check(stored["sha256"], name, stored["value"])
+        return stored["value"]
+
+    def _check(self, checksum: str | None, name: str, content: Any) -> None:
+        if checksum is None:
+            raise ValueError("it has no checksum")
+        if checksum != self._sealed(name, content):
+            raise ValueError("its checksum is that of another content or place")
 
     def _load(self, file_name: str, read: Callable[[Path], Any]) -> Any | None:
         path = self.directory / file_name
-        try:
+        with suppress(OSError):  # a cache that cannot be written can be read
             os.utime(self.directory)
-            return read(path) if path.exists() else None
+        if not os.path.exists(path):
+            return None
+        try:
+            if not path.is_file():
+                raise ValueError("it is no file")
+            return read(path)
         except DAMAGES as error:
-            if not path.exists():
+            if not os.path.exists(path):
                 return None
             reason = str(error) or type(error).__name__
         warnings.warn(f"{path} is damaged ({reason}); its content is computed anew", stacklevel=3)
         with suppress(OSError):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
 
     def _store(self, file_name: str, num_bytes: int, write: Callable[[Path], object]) -> None:
@@ -119,23 +148,10 @@ class Cache:
         return excess <= 0
 
 
-def _read_tensor(path: Path) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        value, checksum = file.get_tensor("value"), file.metadata()["sha256"]
-    if checksum != _tensor_sha256(value):
-        raise ValueError("its checksum is another")
-    return value
-
-
-def _read_json(path: Path) -> Any:
-    content = json.loads(path.read_bytes())
-    if content["sha256"] != json_sha256(content["value"]):
-        raise ValueError("its checksum is another")
-    return content["value"]
-
-
-def _tensor_sha256(value: Tensor) -> str:
-    return hashlib.sha256(value.numpy().tobytes()).hexdigest()
+def _described(value: Tensor) -> dict[str, Any]:
+    """What tells a tensor (on the CPU) from every other."""
+    content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": content}
 
 
 def _entries(folder: Path | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:

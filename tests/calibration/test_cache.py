@@ -3,11 +3,14 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.files import STALE_SECONDS
@@ -34,21 +37,87 @@ def test_stored_statistics_come_back_bit_identical(tmp_path: Path) -> None:
     assert cache.load(1, NAMES) == {}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_file_is_warned_of_and_not_used(tmp_path: Path, damage: str) -> None:
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def without_metadata(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+def of_another_shape(path: Path) -> None:
+    """The same bytes and checksum under another shape."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"value": load_file(path)["value"].reshape(4, 16)}, path, metadata=metadata)
+
+
+def of_another_layer(path: Path) -> None:
+    path.write_bytes(path.with_name("layer001.mlp.C.safetensors").read_bytes())
+
+
+def of_another_key(path: Path) -> None:
+    other = cache_at(path.parents[2], "b")
+    other.store(0, {"mlp.C": STATISTICS["mlp.C"] + 1})
+    path.write_bytes((other.directory / path.name).read_bytes())
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        flipped,
+        without_metadata,
+        of_another_shape,
+        of_another_layer,
+        of_another_key,
+        a_folder,
+        a_pipe,
+    ],
+)
+def test_what_is_damaged_or_in_anothers_place_is_warned_of_once_and_not_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     cache = cache_at(tmp_path)
     cache.store(0, STATISTICS)
-    path = cache.directory / "layer000.mlp.C.safetensors"
-    content = bytearray(path.read_bytes())
-    if damage == "truncate":
-        content = content[:-9]
-    else:
-        content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged"):
+    cache.store(1, {"mlp.C": STATISTICS["mlp.C"] + 1})
+    damage(cache.directory / "layer000.mlp.C.safetensors")
+    with pytest.warns(UserWarning, match=r"layer000.mlp.C.safetensors is damaged") as warned:
         assert cache.load(0, NAMES).keys() == {"layer.influence"}
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
     cache.store(0, STATISTICS)
-    assert cache.load(0, NAMES).keys() == NAMES
+    assert torch.equal(cache.load(0, NAMES)["mlp.C"], STATISTICS["mlp.C"])
+
+
+def test_a_cache_of_another_format_is_left_alone_until_its_room_is_needed(tmp_path: Path) -> None:
+    """A folder that is named by the key alone was written by a version whose checksums bind no identity."""
+    cache = cache_at(tmp_path)
+    cache.store(0, STATISTICS)
+    former = cache.directory.rename(cache.directory.with_name("a"))
+    os.utime(former, (1000, 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.load(0, NAMES) == {}
+        cache.store(0, STATISTICS)
+        size = sum(file.stat().st_size for file in cache.directory.iterdir())
+        cache_at(tmp_path, "new", max_bytes=5 * size // 2).store(0, STATISTICS)
+    assert not former.exists() and cache.directory.exists()
 
 
 def test_the_bound_evicts_the_least_recently_used_other_calibration(tmp_path: Path) -> None:
@@ -60,7 +129,7 @@ def test_the_bound_evicts_the_least_recently_used_other_calibration(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cache_at(tmp_path, "new", max_bytes=5 * size // 2).store(0, {"mlp.C": STATISTICS["mlp.C"]})
-    assert sorted(folder.name for folder in (tmp_path / "objects").iterdir()) == ["new", "old"]
+    assert sorted(folder.name for folder in (tmp_path / "objects").iterdir()) == ["new-2", "old-2"]
 
 
 def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def test_computed_once_and_read_back_exactly(tmp_path):
     )
     assert compute.calls == 1
     (file,) = (path for path in (tmp_path / "new").rglob("*") if path.is_file())  # and no temporary file is left
-    content = {"key": KEY, "scores": SCORES}
-    assert json.loads(file.read_text()) == {"sha256": json_sha256(content), "value": content}
+    stored = json.loads(file.read_text())
+    assert stored.keys() == {"sha256", "value"} and stored["value"] == {"key": KEY, "scores": SCORES}
 
 
 def test_another_key_is_another_score(tmp_path):
@@ -65,6 +65,30 @@ def test_damaged_file_is_computed_anew(tmp_path, damage):
     with pytest.warns(UserWarning, match="computed anew"):
         assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND) == (SCORES, False)
     assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND) == (SCORES, True)
+
+
+def test_a_changed_value_or_another_models_scores_are_not_used(tmp_path):
+    compute = Compute()
+    for key in (KEY, KEY | {"weights_sha256": "cd"}):
+        cached_scores(key, compute, directory=tmp_path, max_bytes=BOUND)
+    one, other = sorted(tmp_path.glob("objects/*/dense.json"))
+    contents = one.read_text(), other.read_text()
+    one.write_text(contents[1])
+    other.write_text(contents[1].replace("1.1234567890123457", "1.1234567890123459"))
+    for key in (KEY, KEY | {"weights_sha256": "cd"}):
+        with pytest.warns(UserWarning, match="computed anew"):
+            assert cached_scores(key, compute, directory=tmp_path, max_bytes=BOUND) == (SCORES, False)
+    assert compute.calls == 4 and sorted(file.read_text() for file in (one, other)) == sorted(contents)
+
+
+def test_a_sealed_value_under_a_plain_checksum_is_not_used(tmp_path):
+    """Whoever changes a score can hash what he wrote; the checksum also covers the place."""
+    cached_scores(KEY, Compute(), directory=tmp_path, max_bytes=BOUND)
+    (file,) = tmp_path.glob("objects/*/dense.json")
+    changed = {"key": KEY, "scores": {"perplexity": {}}}
+    file.write_text(json.dumps({"sha256": json_sha256(changed), "value": changed}))
+    with pytest.warns(UserWarning, match="computed anew"):
+        assert cached_scores(KEY, Compute(), directory=tmp_path, max_bytes=BOUND) == (SCORES, False)
 
 
 def test_unwritable_directory_costs_only_the_reuse(tmp_path):
