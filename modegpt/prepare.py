@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modegpt.backend import Backend, InMemory, Target
 from modegpt.cache import cache_directory
 from modegpt.calibration.cache import StatisticsCache
-from modegpt.calibration.world import World, device_of, join_world
+from modegpt.calibration.world import World, join_world
 from modegpt.config import RunConfig, build
 from modegpt.cost.metering import CostMeter
 from modegpt.data.fingerprints import fingerprint_tokenizer
@@ -20,7 +20,7 @@ from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
 from modegpt.methods.base import CompressionTask, Method, make_task
 from modegpt.methods.registry import decides, make_method, settled
-from modegpt.models.checkpoints import check_destination, load_tokenizer
+from modegpt.models.checkpoints import check_destination, load_tokenizer, present
 from modegpt.progress import Progress
 from modegpt.records.recording import model_name, run_name, speed_decides
 from modegpt.records.store import RecordStore, identity
@@ -79,12 +79,13 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     check_options(config, method)
     store = RecordStore(config.output.root)
     store.check_writable()
+    wanted = str(present(config.model.device))
     world = join_world(
-        device_of(config.model.device),
+        wanted,
         what=f"method={config.method['name']}",
         shared=method is not None and method.shared and not config.out_of_core.enabled,
     )
-    device = world.device(device_of(config.model.device))
+    device = world.device(wanted)
     progress, meter = Progress(config.quiet or not world.leads), CostMeter()
 
     path = config.model.path

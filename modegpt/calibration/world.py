@@ -87,8 +87,3 @@ def join_world(device: str, *, what: str = "this run", shared: bool = True) -> W
         torch.cuda.set_device(world.local_rank)
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     return world
-
-
-def device_of(device: str) -> str:
-    """``auto`` is the first GPU if there is one, else the CPU."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -1,7 +1,9 @@
 """Saving a compressed model so that it is there whole or not at all, and loading models, refusing what is damaged."""
 
 import json
+import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +31,7 @@ from modegpt.files import read_json, sync
 from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
+from modegpt.models.fit import check_names, check_sizes, check_tied, check_unquantised, check_vocabulary
 from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files
 
 EMBEDDED = "embedded:"
@@ -42,6 +45,8 @@ CONTENT_ERRORS = (
     ArithmeticError,
     SafetensorError,
     StrictDataclassError,
+    ImportError,
+    pickle.UnpicklingError,
 )
 """What Transformers raises for a damaged or foreign checkpoint; none of it names the way out."""
 LOADING_ERRORS = (*CONTENT_ERRORS, OSError)
@@ -164,11 +169,9 @@ def load_model(
         UserError: no such model, an unsupported family, a damaged or incomplete checkpoint (the file or
             tensor is named; nothing is ever initialised at random), or NaN or inf in a weight.
     """
+    device = present(device)
     with located(path) as source:
-        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        check_supported(str(written.get("model_type")))
-        check_config(written, path)
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = load_config(path, source, revision)
         if family_of(config).fused and device_map is not None and not is_compressed(config):
             raise UserError(
                 f"model.device_map cannot spread a dense {config.model_type} model: "
@@ -183,31 +186,60 @@ def load_model(
                 revision=revision,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused here
                 **spread,
             )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{path} lacks {len(missing)} of its tensors, first {missing[0]}: "
-            "incomplete, or not a causal language model"
-        )
+    check_names(path, config, missing=report["missing_keys"], extra=report["unexpected_keys"])
+    check_sizes(path, config, report["mismatched_keys"])
     check_finite(model)
     if device_map is not None:
         return model.eval()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_tied(path, model)
     apart: Any = unfused(model)  # Transformers' type of ``to`` asks for a model, not a device
     return apart.to(device).eval()
 
 
+def load_config(path: str, source: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration in ``source``, which is what is ``located`` at ``path``.
+
+    Raises:
+        UserError: an unsupported family, quantised weights, or a value that Transformers would stumble over.
+    """
+    written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    check_supported(str(written.get("model_type")))
+    check_unquantised(written, path)
+    check_config(written, path)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, by the same names as ``load_model``. Raises UserError when there is none."""
+    """The tokenizer of a model, by the same names as ``load_model``.
+
+    Raises UserError when there is none, an empty one, or one that is larger than the model's embedding.
+    """
     with located(path) as source:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise UserError(f"the tokenizer of {path} is empty: it has no token but special ones")
+    if isinstance(written.get("vocab_size"), int):
+        check_vocabulary(path, tokenizer, written["vocab_size"])
     return tokenizer
+
+
+def present(device: str | torch.device) -> str | torch.device:
+    """``device``; for ``auto`` the first GPU if there is one, else the CPU. Raises UserError where it is not there."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if num_gpus else "cpu"
+    wanted = torch.device(device)
+    there = {"cuda": (wanted.index or 0) < num_gpus, "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted.type, True):
+        gpus = ["cuda", *(f"cuda:{index}" for index in range(num_gpus))] if num_gpus else []
+        found = ["cpu", *gpus, *(["mps"] if there["mps"] else [])]
+        raise UserError(f"model.device={device} is not there: PyTorch finds {', '.join(found)} on this machine")
+    return device
 
 
 @contextmanager
@@ -256,6 +288,8 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
         raise
     except errors as error:
         told = " ".join(str(error).split())[:300]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what the file says
+            told = "its weights are a pickle that holds more than tensors; give a safetensors checkpoint"
         bare = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)
         kind = f"{type(error).__name__}: " if bare and not isinstance(error, StrictDataclassError) else ""
         raise UserError(f"cannot load {path}: {kind}{told}") from None
@@ -263,11 +297,18 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars from Transformers, as a run shows its own."""
+    """No bars from Transformers, as a run shows its own, and no report of what does not fit, which is refused."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_report)
     try:
         yield
     finally:
+        logger.removeFilter(_no_report)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _no_report(entry: logging.LogRecord) -> bool:
+    return not any(part in entry.getMessage() for part in ("LOAD REPORT", "will NOT tie them"))

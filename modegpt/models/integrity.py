@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ SIZES = (
 """Fields of a configuration that count something."""
 UNSEALED = frozenset({MANIFEST, "README.md"})
 """Files outside the manifest: itself, and the model card, which people edit."""
+LONGEST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by the format."""
 DECISIVE = frozenset({".safetensors", ".bin", ".json", ".py"})
 """Endings of files that can change what is loaded, so that one beside the manifest's is refused."""
 
@@ -131,16 +136,48 @@ def _check_shards(directory: Path) -> None:
         missing = sorted(set(shards.values()) - {path.name for path in directory.iterdir()})
         if missing:
             raise UserError(f"{directory / missing[0]} is missing: {index.name} lists it")
-    for path in sorted(directory.glob("*.safetensors")):
+    shards = sorted(directory.glob("*.safetensors"))
+    for path in shards:
         _check_length(path)
+    for path in () if shards else sorted(directory.glob("pytorch_model*.bin")):
+        _check_pickle(path)
+
+
+def _check_pickle(path: Path) -> None:
+    """PyTorch's old form: a pickle. It is read without its data, and nothing that it could name is run."""
+    _check_regular(path)
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        held = f" ({named[1]})" if named else ""
+        raise UserError(
+            f"{path} is a pickle that holds more than tensors{held}, or no pickle at all; "
+            "give the checkpoint as safetensors"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
+        told = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged ({told}); give the checkpoint as safetensors") from None
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe could be waited on for ever, a device read for ever. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file")
 
 
 def _check_length(path: Path) -> None:
     """A safetensors file is 8 bytes of header length, the header, and as many bytes as its furthest tensor ends at."""
+    _check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if header_bytes > LONGEST_HEADER_BYTES:
+            raise UserError(
+                f"{path} is damaged: its header would have {header_bytes} bytes; "
+                f"the format's limit is {LONGEST_HEADER_BYTES}"
+            )
         if 8 + header_bytes > size:
             raise UserError(f"{path} is truncated: {size} bytes do not hold its header")
         try:

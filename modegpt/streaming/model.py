@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers, family_of, unfused
-from modegpt.models.checkpoints import located
+from modegpt.models.checkpoints import load_config, located
+from modegpt.models.fit import check_names, check_sizes, untied
 from modegpt.models.integrity import check_tensor_finite, fingerprint_tensors
 from modegpt.streaming.shards import Shards
 
@@ -42,7 +43,7 @@ class StreamedModel:
                 "download it first: model=local model.path=DIRECTORY"
             )
         with located(path) as source:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = load_config(path, source)
             family_of(config)
             shards = Shards(Path(source))
             with torch.device("meta"):
@@ -159,21 +160,26 @@ def _sources(model: PreTrainedModel, native: PreTrainedModel, shards: Shards) ->
     for name, original in tied.items():
         ours, theirs = found[name], found[original]
         if ours and theirs and not torch.equal(shards.read(ours[0]), shards.read(theirs[0])):
-            raise UserError(
-                f"{shards.directory} ties {name} to {original} but stores different values; "
-                "set tie_word_embeddings to false in its config.json"
-            )
+            raise untied(str(shards.directory), name, original)
         found[name] = found[original] = theirs or ours
     sources = {name: source for name, source in found.items() if source is not None}
-    if missing := sorted(expected.keys() - sources.keys()):
-        raise UserError(
-            f"{shards.directory} lacks {len(missing)} of its tensors, first {missing[0]}: "
-            "incomplete, or not a causal language model"
-        )
-    for name, (stored, rows) in sources.items():
-        shape, wanted = shards.shape(stored), list(expected[name].shape)
-        if (shape != wanted and rows == slice(None)) or shape[1:] != wanted[1:]:
-            raise UserError(f"{shards.directory}: {stored} is {shape}, but config.json asks for {wanted}")
+    where, read = str(shards.directory), {stored for stored, _ in sources.values()}
+    tied_names = {known for name in tied for known in _stored_names(name, model)}
+    check_names(
+        where, model.config, missing=expected.keys() - sources.keys(), extra=shards.files.keys() - read - tied_names
+    )
+    shapes = [
+        (stored, shards.shape(stored), list(expected[name].shape), rows) for name, (stored, rows) in sources.items()
+    ]
+    check_sizes(
+        where,
+        model.config,
+        [
+            (stored, shape, wanted)
+            for stored, shape, wanted, rows in shapes
+            if (shape != wanted and rows == slice(None)) or shape[1:] != wanted[1:]
+        ],
+    )
     return sources
 
 
@@ -200,5 +206,9 @@ def _source(
             start = sum(sizes[: parts.index(part)])
             name, rows = f"{layer}{whole}.{last}", slice(start, start + sizes[parts.index(part)])
             break
-    known = (name, name.removeprefix(f"{model.base_model_prefix}."))
-    return next(((stored, rows) for stored in known if stored in shards), None)
+    return next(((stored, rows) for stored in _stored_names(name, model) if stored in shards), None)
+
+
+def _stored_names(name: str, model: PreTrainedModel) -> tuple[str, str]:
+    """How a checkpoint may call tensor ``name``: one of the base model alone has no prefix."""
+    return name, name.removeprefix(f"{model.base_model_prefix}.")

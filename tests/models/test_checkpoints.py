@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.errors import UserError
 from modegpt.models import checkpoints
-from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, present, save_checkpoint
 from modegpt.models.integrity import MANIFEST, fingerprint_weights
+from modegpt.streaming.model import StreamedModel
 from tests.models.family_table import dense_model, native_model, tokens
 from tests.models.saved import RECORD, compressed, tiny_tokenizer
 from tests.processes import CLEAN
@@ -293,6 +297,140 @@ def test_a_tokenizer_without_tokens_is_called_empty(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"tokenizer of .* is empty: it has no token but special ones"):
         load_tokenizer(str(tmp_path))
+
+
+HUGE = struct.pack("<Q", 20 * 2**30)
+
+
+def test_a_header_longer_than_the_format_allows_is_refused_unread(tmp_path: Path) -> None:
+    """A sparse file of 20 GiB: to read its header whole would take as much memory."""
+    native_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(HUGE)
+    os.truncate(path, 8 + 20 * 2**30)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"model.safetensors is damaged: its header would have 21474836480 bytes"):
+        load(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path: Path, place: str) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(UserError, match=f"{place} is no file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2, but the weights have more: model.layers.2."),
+        ({"num_hidden_layers": 4}, "lacks 9 of its tensors, first model.layers.3.* has num_hidden_layers=4"),
+        ({"num_attention_heads": 8}, "num_attention_heads=8, .*layers.0.self_attn.o_proj.weight is 32 x 32 and not"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=4, .*layers.0.self_attn.k_proj.weight is 16 x 32 and not"),
+        ({"intermediate_size": 48}, "intermediate_size=48, .*layers.0.mlp.down_proj.weight is 32 x 40 and not 32 x 48"),
+        ({"hidden_size": 64}, "has hidden_size=64, but model.layers.0.input_layernorm.weight is 32 and not 64"),
+        ({"vocab_size": 99}, "vocab_size=99, .*lm_head.weight is 61 x 32 and not 99 x 32"),
+        ({"model_type": "opt"}, "lacks 52 of its tensors"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=true, but lm_head.weight is stored with other values"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config with quant_method='gptq'"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config with quant_method='awq'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config with quant_method='unknown'"),
+    ],
+)
+def test_a_configuration_of_other_weights_names_the_field(
+    changes: dict, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """In memory and out of core alike, and without a word of how to load it all the same."""
+    native_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    capfd.readouterr()
+    for function in (load_model, StreamedModel.open):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}.*{message}") as error:
+            function(str(tmp_path))
+        assert "ignore_mismatched_sizes" not in str(error.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "holds .*q_proj.bias, for which config.json has no place"),
+        ("model.layers.1.mlp.up_proj.qweight", "holds quantised weights, first model.layers.1.mlp.up_proj.qweight"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
+    ],
+)
+def test_a_tensor_without_a_place_is_named(
+    name: str, message: str | None, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {name: torch.zeros(4)}, path, metadata={"format": "pt"})
+    capfd.readouterr()
+    for function in (load_model, StreamedModel.open):
+        if message is None:  # what old versions of Transformers saved, and nothing reads
+            function(str(tmp_path))
+            continue
+        with pytest.raises(UserError, match=message):
+            function(str(tmp_path))
+    assert "".join(capfd.readouterr()) == ""
+
+
+class Payload:
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.place}",)
+
+
+def test_a_pickle_is_read_for_tensors_alone(tmp_path: Path) -> None:
+    model = native_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert fingerprint_weights(load(tmp_path)) == fingerprint_weights(model)
+    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle that holds more than tensors \(posix.system\)"):
+        load(tmp_path)
+    for content in (b"", b"text", b"PK\x03\x04 no archive"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(UserError, match=r"pytorch_model.bin is .*; give the checkpoint as safetensors") as error:
+            load(tmp_path)
+        assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["w99"])  # which no text need hold; several models have such
+    tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path))
+    words = {word: index for index, word in enumerate(["<pad>", *(f"w{index}" for index in range(3, 80))])}
+    larger = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=larger, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"the tokenizer has ids up to 77, but config.json has vocab_size=61"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "mps"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"model.device={device} is not there: PyTorch finds cpu on this machine"):
+        load_model("/nowhere", device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [present(each) for each in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    with pytest.raises(UserError, match="PyTorch finds cpu, cuda, cuda:0, cuda:1 on this machine"):
+        present("cuda:2")
 
 
 def test_dense_checkpoints_load_and_fused_ones_come_apart(tmp_path: Path) -> None:

@@ -72,11 +72,10 @@ def test_names_of_older_checkpoints_are_understood(tmp_path: Path) -> None:
     expected = StreamedModel.open(str(dense)).fingerprint()
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(dense / "model.safetensors").items()}
     save_file(tensors | {"decoder.unused": torch.zeros(2)}, dense / "model.safetensors", metadata={"format": "pt"})
-    assert (
-        StreamedModel.open(str(dense)).fingerprint()
-        == expected
-        == fingerprint_weights(load_model(str(dense), device="cpu"))
-    )
+    with pytest.warns(UserWarning, match=r"tensors outside its layers that nothing reads, first decoder.unused"):
+        assert StreamedModel.open(str(dense)).fingerprint() == expected
+    with pytest.warns(UserWarning, match=r"tensors outside its layers that nothing reads, first decoder.unused"):
+        assert expected == fingerprint_weights(load_model(str(dense), device="cpu"))
 
 
 def test_refusals_name_the_cause(tmp_path: Path) -> None:
