@@ -74,6 +74,16 @@ def whole(observer: "LayerObserver", states: Tensor) -> Tensor:
     return states
 
 
+def squared(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """The square of every element; of half-precision states in float32, where it is exact."""
+    return states.to(torch.promote_types(states.dtype, torch.float32)).square()
+
+
+def squared_unbiased_states(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """The square of every element of ``unbiased_states``."""
+    return squared(observer, unbiased_states(observer, states))
+
+
 @dataclass(frozen=True)
 class Statistic:
     """One statistic of a layer.
@@ -111,12 +121,14 @@ STATISTICS: dict[str, Statistic] = {
     "value_output.G": Statistic(("H_kv", "d", "d"), "value", "output", unbiased_states),
     "value_output.A": Statistic(("H", "d", "d"), "output", "input", unbiased_states),
     "value_output.mean": Statistic(("H", "d"), "output", "input", unbiased_states),
+    "value_output.mean_square": Statistic(("H", "d"), "output", "input", squared_unbiased_states),
     # the output projection's whole input, bias included
     "value_output.C_o": Statistic(("H d", "H d"), "output"),
     # the MLP's input, and the down projection's
     "mlp.C_x": Statistic(("d_h", "d_h"), "up"),
     "mlp.C": Statistic(("n", "n"), "down"),
     "mlp.mean": Statistic(("n",), "down"),
+    "mlp.mean_square": Statistic(("n",), "down", "input", squared),
     # block influence 1 - mean cos(x_l, x_{l+1}), and how many tokens all of these are over
     "layer.influence": Statistic(()),
     "layer.num_tokens": Statistic(()),

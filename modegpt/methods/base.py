@@ -98,6 +98,8 @@ class Method:
     """Several processes can share it: all it asks of the data is statistics that are sums."""
     streamed: ClassVar[bool] = False
     """It can go layer by layer from disk to disk."""
+    revision: ClassVar[int] = 1
+    """Raised when a mended method removes something else than before: its runs are then others than the old ones."""
 
     @classmethod
     def configured(
@@ -135,8 +137,9 @@ class Method:
 
     def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
         """What of a run's configuration decides what the method does at ``sparsity`` with ``seed``, ready for JSON."""
+        revision = {"revision": self.revision} if self.revision > 1 else {}
         return {
-            "method": decisive({self.name: type(self)}, self),
+            "method": decisive({self.name: type(self)}, self) | revision,
             "seed": seed,
             "compression": {"sparsity": sparsity},
         }

@@ -9,6 +9,7 @@ from modegpt.methods.flap import (
     compensate_attention,
     compensate_mlp,
     fluctuation,
+    group_scores,
     standardised,
     variance,
 )
@@ -37,16 +38,34 @@ def inputs_of(model, linear, ids: torch.Tensor) -> torch.Tensor:
 
 def test_metric_is_the_variance_times_the_squared_norm():
     X, W = torch.randn(50, 6, dtype=torch.float64) + 3, torch.randn(6, 4, dtype=torch.float64)
-    score = fluctuation(variance((X.T @ X).diagonal(), X.mean(dim=0), len(X)), W)
+    score = fluctuation(variance(X.mean(dim=0), X.square().mean(dim=0)), W)
     # The metric is the expected squared change of the output when a channel is frozen at its mean.
-    frozen = [((X[:, [i]] - X[:, [i]].mean()) @ W[[i]]).square().sum().item() / (len(X) - 1) for i in range(6)]
+    frozen = [((X[:, [i]] - X[:, [i]].mean()) @ W[[i]]).square().sum().item() / len(X) for i in range(6)]
     torch.testing.assert_close(score, torch.tensor(frozen, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 def test_standardised_scores_have_no_mean_and_unit_deviation():
     scores = standardised(torch.rand(30, dtype=torch.float64) * 7 + 2)
-    assert scores.mean().abs() < 1e-12 and scores.std(correction=0).item() == pytest.approx(1)
+    assert scores.mean().abs() < 1e-12 and scores.std().item() == pytest.approx(1)
     assert torch.equal(standardised(torch.full((3,), 2.0)), torch.zeros(3))
+
+
+def test_a_group_scores_the_mean_of_its_standardised_squares():
+    # Two heads of two channels. Squares 1, 4, 9, 16: mean 7.5, sum of squared deviations 42.25 + 12.25 + 2.25 + 72.25
+    # = 129, deviation sqrt(129 / 3); the first head's mean is (-6.5 - 3.5) / 2, the second's (1.5 + 8.5) / 2.
+    scores = group_scores(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64), num_groups=2)
+    torch.testing.assert_close(scores, torch.tensor([-5.0, 5.0], dtype=torch.float64) / 43**0.5)
+    # Of one group with both heads: the mean of all, 0.
+    torch.testing.assert_close(group_scores(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), num_groups=1), torch.zeros(1))
+    # Squares 0, 0, 0, 0, 9, 9 of three groups, a head each: mean 3, deviation sqrt((4 * 9 + 2 * 36) / 5).
+    scores = group_scores(torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 3.0]], dtype=torch.float64), num_groups=3)
+    torch.testing.assert_close(scores, torch.tensor([-3.0, -3.0, 6.0], dtype=torch.float64) / 21.6**0.5)
+
+
+def test_alike_groups_of_unlike_channels_all_score_zero():
+    """A group is set beside the layer's channels, not beside the few other groups: no one of them has to go."""
+    metric = torch.tensor([[0.5, 1.0, 2.0, 4.0]]) * torch.tensor([[1.0], [1.001], [0.999]])
+    assert group_scores(metric, num_groups=3).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("form", ["llama", "llama-multihead-biased", "opt"])
@@ -100,12 +119,11 @@ def test_removes_the_lowest_standardised_scores_of_the_whole_model():
     for index, layer in enumerate(decoder_layers(model)):
         o, down = task.family.output(layer), task.family.down(layer)
         ids = task.calibration.tokens.ids
-        heads = (inputs_of(model, o, ids).var(dim=0) * o.weight.square().sum(dim=0)).view(2, -1).sum(dim=1)
-        channels = inputs_of(model, down, ids).var(dim=0) * down.weight.square().sum(dim=0)
+        heads = standardised((inputs_of(model, o, ids).var(dim=0) * o.weight.square().sum(dim=0)).square())
+        heads = heads.view(2, -1).mean(dim=1)
+        channels = standardised(inputs_of(model, down, ids).var(dim=0) * down.weight.square().sum(dim=0))
         for kind, scores, size in (("num_kv_heads", heads, 2 * 3 * 8 * 32), ("mlp", channels, 3 * 32)):
-            units += [
-                (score, index, kind, size) for score in ((scores - scores.mean()) / scores.std(correction=0)).tolist()
-            ]
+            units += [(score, index, kind, size) for score in scores.tolist()]
     left = 0.35 * block_linear_parameters(model)
     expected = {
         (index, kind): {"num_kv_heads": 2, "mlp": 40}[kind] for index in range(3) for kind in ("num_kv_heads", "mlp")

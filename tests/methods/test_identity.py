@@ -87,6 +87,16 @@ def test_a_younger_option_is_named_where_it_changes_something() -> None:
     assert again == Grown(old=[1.0], new=False)
 
 
+def test_a_mended_method_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records from before are not taken for runs of today."""
+    flap = METHODS["flap"]()
+    today = flap.identity(sparsity=0.3, seed=0)
+    monkeypatch.setattr(type(flap), "revision", 1)
+    before = flap.identity(sparsity=0.3, seed=0)
+    assert before["method"] == {"name": "flap", "compensate": True}
+    assert today == before | {"method": before["method"] | {"revision": 2}}
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
