@@ -9,13 +9,14 @@ from pathlib import Path
 
 from modegpt.errors import UserError, exit_status
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
-from modegpt.models.export import ExportReport, stock_model
+from modegpt.models.export import stock_model
 
 README = """# {name}, exported
 
 The function of a model compressed by MoDeGPT in the form of its family ({model_type}), so that any engine for
-that family runs it. {report}. Layers narrower than the widest, and heads smaller than the dense ones, are filled up
-with zeros.
+that family runs it.
+
+{report}
 """
 
 
@@ -31,24 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="round the MLP width up to a multiple of this (default: 1)",
     )
+    parser.add_argument("--force", action="store_true", help="write it though zeros make it no smaller than dense")
     arguments = parser.parse_args(argv)
-
-    def run() -> None:
-        report = export(arguments.checkpoint, arguments.destination, width_multiple=arguments.width_multiple)
-        print(f"{report}: {arguments.destination}")
-
-    return exit_status(run, program="modegpt-export")
+    return exit_status(lambda: export(**vars(arguments)), program="modegpt-export")
 
 
-def export(checkpoint: str, destination: Path, *, width_multiple: int) -> ExportReport:
-    """Load ``checkpoint``, check it, and write its stock form to ``destination``, whole or not at all.
+def export(checkpoint: str, destination: Path, *, width_multiple: int = 1, force: bool = False) -> None:
+    """Load ``checkpoint``, check it, say what its stock form costs, and write that to ``destination``, whole or not.
 
-    Raises UserError as ``load_model``, ``stock_model`` and ``check_destination`` do.
+    Raises UserError as ``load_model``, ``stock_model`` and ``check_destination`` do, and where zeros make the stock
+    form no smaller than the dense model, unless ``force``.
     """
     if width_multiple < 1:
         raise UserError(f"--width-multiple must be at least 1, got {width_multiple}")
     check_destination(destination)
     model, report = stock_model(load_model(checkpoint, device="cpu"), width_multiple=width_multiple)
+    print(report)
+    if report.gains_nothing and not force:
+        raise UserError(f"{destination} would be no smaller than the dense model; --force writes it all the same")
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
     try:
         with quiet():
@@ -59,7 +60,7 @@ def export(checkpoint: str, destination: Path, *, width_multiple: int) -> Export
         publish(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return report
+    print(f"written: {destination}")
 
 
 if __name__ == "__main__":

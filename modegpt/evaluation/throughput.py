@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from modegpt.cost.work import forward_cost
 from modegpt.evaluation.spec import ThroughputSpec, Workload
-from modegpt.models import block_linear_parameters, layer_shapes
+from modegpt.models import block_linear_parameters, cache_bytes_per_token, layer_shapes
 
 DENSE = "dense"
 """The model that the others are compared with."""
@@ -41,16 +41,6 @@ class Roof:
     def seconds(self, work: Work) -> float:
         """The least time for ``work``: whichever of the two binds."""
         return max(work.flops / self.flops_per_second, work.bytes / self.bytes_per_second)
-
-
-def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one more token of context needs.
-
-    These are ``sum over layers of H_kv (r_qk + r_v)`` elements.
-    """
-    return dtype.itemsize * sum(
-        shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
-    )
 
 
 def work_of(model: PreTrainedModel, workload: Workload) -> Work:

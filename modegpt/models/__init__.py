@@ -10,7 +10,14 @@ from modegpt.models import modeling_modegpt, modeling_sliced
 from modegpt.models.build import build_compressed, build_layer, empty_compressed, merged_tensors, unfused
 from modegpt.models.families import FAMILIES, Family, family_of
 from modegpt.models.saving import carries_report
-from modegpt.models.shapes import LayerShape, compressed_config, dense_shape, is_compressed, layer_shapes
+from modegpt.models.shapes import (
+    LayerShape,
+    cache_bytes_per_token,
+    compressed_config,
+    dense_shape,
+    is_compressed,
+    layer_shapes,
+)
 from modegpt.models.weights import (
     block_linear_parameters,
     decoder_layers,
@@ -34,6 +41,7 @@ __all__ = [
     "block_linear_parameters",
     "build_compressed",
     "build_layer",
+    "cache_bytes_per_token",
     "compressed_config",
     "decoder_layers",
     "dense_shape",

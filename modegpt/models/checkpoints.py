@@ -99,9 +99,9 @@ def publish(partial: Path, directory: Path) -> None:
     (partial / MANIFEST).write_text(
         json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8"
     )
-    for path in (*partial.iterdir(), partial):
+    for path in (*partial.rglob("*"), partial):  # safetensors and mkdtemp make what they write the owner's alone
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         sync(path)
-    partial.chmod(0o777 & ~_umask())
     if _same_checkpoint(partial, directory):
         return
     try:

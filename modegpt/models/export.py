@@ -13,36 +13,67 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modegpt.errors import UserError
-from modegpt.models import Family, decoder_layers, family_of, layer_shapes
+from modegpt.models import Family, cache_bytes_per_token, decoder_layers, family_of
 from modegpt.models.build import restore_buffers
 from modegpt.models.families import SLICED, is_ours
-from modegpt.models.shapes import family_fields
+from modegpt.models.shapes import dense_config, family_fields
 from modegpt.models.weights import bias_of
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """What the stock form costs. Parameters of the whole model; the cache in elements a token."""
+class Size:
+    """What a model weighs: parameters, bytes of its weights, and bytes of keys and values a token of context."""
 
     num_parameters: int
-    num_compressed_parameters: int
-    cache_elements: int
-    compressed_cache_elements: int
+    weight_bytes: int
+    cache_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Size":
+        """The size of a model, which may be without data (meta tensors); a tied matrix counts once."""
+        return cls(
+            model.num_parameters(),
+            sum(parameter.nbytes for parameter in model.parameters()),
+            cache_bytes_per_token(model.config, model.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export costs: the sizes of the dense model, of the compressed one, and of what was exported."""
+
+    dense: Size
+    compressed: Size
+    exported: Size
+    hint: str = ""
+    """What the growth comes from, and what would be smaller."""
 
     @property
     def padding(self) -> int:
-        """Parameters that the stock form adds: zeros, and factors multiplied out."""
-        return self.num_parameters - self.num_compressed_parameters
+        """Parameters that the exported form adds: zeros, and factors multiplied out."""
+        return self.exported.num_parameters - self.compressed.num_parameters
+
+    @property
+    def gains_nothing(self) -> bool:
+        """Whether padding made the export no smaller than the dense model."""
+        return self.padding > 0 and self.exported.num_parameters >= self.dense.num_parameters
 
     def __str__(self) -> str:
-        if self.padding == 0 and self.cache_elements == self.compressed_cache_elements:
-            return f"{self.num_parameters} parameters, as many as the compressed model: nothing was filled up"
-        own, padded = self.compressed_cache_elements, self.padding / self.num_parameters
-        growth = self.cache_elements / own if own else float("inf")
-        return (
-            f"{self.num_parameters} parameters, {self.padding} ({padded:.1%}) more than compressed; "
-            f"key-value cache {growth:.2f} times the compressed one"
-        )
+        """A table of the three sizes (Markdown, in columns), and what they mean."""
+        rows = [("", "parameters", "bytes of weights", "bytes of cache a token")]
+        for name in ("dense", "compressed", "exported"):
+            size: Size = getattr(self, name)
+            rows.append((name, *(f"{each:,}" for each in (size.num_parameters, size.weight_bytes, size.cache_bytes))))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        rows.insert(1, (":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])))
+        table = [
+            f"| {row[0]:<{widths[0]}} | "
+            + " | ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            + " |"
+            for row in rows
+        ]
+        grown = self.padding > 0 or self.exported.cache_bytes > self.compressed.cache_bytes
+        return "\n".join([*table, "", self.hint if grown else "Nothing was filled up."])
 
 
 def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[PreTrainedModel, ExportReport]:
@@ -74,11 +105,23 @@ def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[Pre
     restore_buffers(stock, model)
     stock.generation_config = model.generation_config
     stock.config._attn_implementation = model.config._attn_implementation
-    cache = [
-        sum(shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(each.config))
-        for each in (stock, model)
-    ]
-    return stock.eval(), ExportReport(stock.num_parameters(), model.num_parameters(), *cache)
+    report = ExportReport(dense_size(model), Size.of(model), Size.of(stock), _hint(model.config))
+    return stock.eval(), report
+
+
+def dense_size(model: PreTrainedModel) -> Size:
+    """The size of the dense model that a compressed ``model`` was made of, in the same dtype."""
+    with torch.device("meta"):
+        return Size.of(AutoModelForCausalLM.from_config(dense_config(model.config), dtype=model.dtype))
+
+
+def _hint(config: PreTrainedConfig) -> str:
+    widths = f"MLPs ({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)} wide) to the widest"
+    return (
+        f"Zeros fill {widths}, and heads to the dense {config.dense_head_dim}. Smaller: compress with "
+        "allocation=uniform decomposition/query_key=none decomposition/value_output=none, which needs no zeros; or "
+        "serve the checkpoint itself, with this package's code."
+    )
 
 
 def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -> PreTrainedConfig:

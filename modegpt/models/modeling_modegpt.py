@@ -65,6 +65,7 @@ class CompressedFields:
     linear_ranks: list[dict[str, int]] | None = None
     extra_biases: list[list[str]] | None = None
     kept_layers: list[int] | None = None
+    num_dense_layers: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -79,6 +80,8 @@ class CompressedFields:
         if self.kept_layers is None:
             self.kept_layers = list(range(self.num_hidden_layers))
         self._fill("kept_layers", dense=None)
+        if self.num_dense_layers is None:
+            self.num_dense_layers = 1 + max(self.kept_layers)
 
     def _fill(self, name: str, *, dense: Any, at_least: int | None = None) -> None:
         """Give every layer the dense value where nothing is said, and check what is said."""

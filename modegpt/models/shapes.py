@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from modegpt.errors import UserError
 from modegpt.models import modeling_modegpt
@@ -88,6 +88,28 @@ def dense_shape(config: PreTrainedConfig) -> LayerShape:
     return layer_shapes(config)[0]
 
 
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one more token of context needs.
+
+    These are ``sum over layers of H_kv (r_qk + r_v)`` elements.
+    """
+    return dtype.itemsize * sum(
+        shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
+    )
+
+
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The family's own configuration of the model that a compressed ``config`` was made of.
+
+    Of a layer that is gone, the kind (full or sliding attention) is not known; the last one's stands for it.
+    """
+    fields = family_fields(config) | {"num_hidden_layers": config.num_dense_layers}
+    if fields.get("layer_types"):
+        kinds = fields["layer_types"]
+        fields["layer_types"] = kinds + kinds[-1:] * (config.num_dense_layers - len(kinds))
+    return AutoConfig.for_model(family_of(config).model_type, **fields)
+
+
 def family_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What ``config`` says of its family's own settings: all but the sizes of compressed layers and the class."""
     own = {each.name for each in dataclasses.fields(CompressedFields)}
@@ -107,7 +129,11 @@ def compressed_config(
     model_class = compressed_class(config)
     kept = list(range(config.num_hidden_layers)) if kept_layers is None else list(kept_layers)
     assert kept == sorted(set(kept)) and all(0 <= index < config.num_hidden_layers for index in kept), kept
-    fields = family_fields(config) | {"num_hidden_layers": len(kept), "kept_layers": kept}
+    fields = family_fields(config) | {
+        "num_hidden_layers": len(kept),
+        "kept_layers": kept,
+        "num_dense_layers": config.num_hidden_layers,
+    }
     if fields.get("layer_types"):
         fields["layer_types"] = [fields["layer_types"][index] for index in kept]
     if shapes is not None:

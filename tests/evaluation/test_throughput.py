@@ -9,7 +9,8 @@ import torch
 
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import ThroughputSpec, Workload
-from modegpt.evaluation.throughput import Roof, Work, beside_dense, cache_bytes_per_token, measure, work_of
+from modegpt.evaluation.throughput import Roof, Work, beside_dense, measure, work_of
+from modegpt.models import cache_bytes_per_token
 from modegpt.models.checkpoints import save_checkpoint
 from modegpt.models.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from tests.models.family_table import CONFIGS, dense_model, sliced_model

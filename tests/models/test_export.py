@@ -1,6 +1,8 @@
 """The stock form of a compressed model: the family's own class, the same logits, its price; and what has none."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modegpt.cli import export as command
 from modegpt.errors import UserError
-from modegpt.evaluation.throughput import cache_bytes_per_token
-from modegpt.models import build_compressed, decoder_layers, dense_shape, layer_shapes
+from modegpt.models import build_compressed, cache_bytes_per_token, decoder_layers, dense_shape, layer_shapes
 from modegpt.models.checkpoints import save_checkpoint
 from modegpt.models.export import stock_model
 from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
@@ -37,8 +38,10 @@ def test_logits_are_those_of_the_compressed_model(name: str) -> None:
     stock, report = stock_model(model)
     assert type(stock) is type(native_model(name)) and type(stock).__module__.startswith("transformers.models")
     assert_same_function(stock, model)
-    assert report.num_parameters == stock.num_parameters() == native_model(name).num_parameters() and report.padding > 0
-    assert report.cache_elements * 4 == cache_bytes_per_token(dense.config, torch.float32)
+    assert report.exported.num_parameters == stock.num_parameters() == native_model(name).num_parameters()
+    assert report.padding > 0 and report.gains_nothing and report.dense == report.exported
+    assert report.exported.cache_bytes == cache_bytes_per_token(dense.config, torch.float32)
+    assert report.compressed.weight_bytes == 4 * model.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "phi3"])
@@ -48,7 +51,8 @@ def test_equal_widths_cost_nothing(name: str) -> None:
     model, _ = sliced_model(dense, shape)
     stock, report = stock_model(model)
     assert_same_function(stock, model)
-    assert report.padding == 0 and "nothing was filled up" in str(report)
+    assert report.padding == 0 and "Nothing was filled up" in str(report) and not report.gains_nothing
+    assert report.dense.num_parameters == native_model(name).num_parameters() > report.exported.num_parameters
     wider, padded = stock_model(model, width_multiple=16)
     assert_same_function(wider, model)
     assert (
@@ -85,9 +89,10 @@ def test_missing_heads_layers_and_widths(name: str) -> None:
 
     changed = [cut(0, few.num_kv_heads, full.intermediate_size), cut(2, 0, 0)]
     model = build_compressed(dense, [few, none], changed, kept_layers=[0, 2])
-    stock, _ = stock_model(model)
+    stock, report = stock_model(model)
     assert_same_function(stock, model)
     assert stock.config.num_hidden_layers == 2
+    assert report.dense.num_parameters == native_model(name).num_parameters()  # the layer that is gone counts
     assert (stock.config.num_attention_heads < dense.config.num_attention_heads) == name.startswith("llama")
 
 
@@ -150,7 +155,10 @@ def test_the_command(tmp_path, capsys) -> None:
     model, _ = sliced_model(dense_model("llama"))
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
     assert command.main([str(tmp_path / "ours"), str(tmp_path / "stock")]) == 0
-    assert "more than compressed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    sizes = [native_model("llama").num_parameters(), model.num_parameters()]
+    assert all(f"{count:,} | {4 * count:,}" in " ".join(told.split()) for count in sizes)
+    assert "| exported " in told and told.rpartition("written")[0] in (tmp_path / "stock" / "README.md").read_text()
     assert (
         not list((tmp_path / "stock").glob("*.py"))
         and "modegpt" not in (tmp_path / "stock" / "config.json").read_text()
@@ -166,3 +174,32 @@ def test_the_command(tmp_path, capsys) -> None:
     assert (
         "own form already" in errors and "no model directory" in errors and "already holds another checkpoint" in errors
     )
+
+
+def test_what_is_no_smaller_than_dense_wants_force(tmp_path: Path, capsys) -> None:
+    """One layer as wide as the dense one, and zeros fill all others up to it."""
+    dense = dense_model("llama")
+    narrow, full = smaller_shape(dense.config), dense_shape(dense.config)
+    cut = [sliced_model(dense, shape)[0] for shape in (narrow, narrow, full)]
+    tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(cut)]
+    model = build_compressed(dense, [narrow, narrow, full], tensors)
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "stock")]) == 2
+    told = capsys.readouterr()
+    assert "no smaller than the dense model; --force" in told.err and "| dense " in told.out
+    assert not (tmp_path / "stock").exists()
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "stock"), "--force"]) == 0
+    assert (tmp_path / "stock" / "model.safetensors").is_file()
+
+
+def test_others_can_read_what_is_written(tmp_path: Path) -> None:
+    """Files have the permissions that the user's mask leaves, whatever their writer gave them."""
+    model, _ = sliced_model(dense_model("llama"))
+    mask = os.umask(0o027)
+    try:
+        save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o750
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "ours").iterdir()}
+    assert modes and set(modes.values()) == {0o640}, modes

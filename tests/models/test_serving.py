@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
-from modegpt.evaluation.throughput import cache_bytes_per_token
+from modegpt.models import cache_bytes_per_token
 from tests.models.family_table import CONFIGS, dense_model, sliced_model, tokens
 
 NUM_NEW = 6
