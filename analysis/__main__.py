@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-import shutil
+import os
 import sys
 import tempfile
 import time
@@ -21,6 +21,7 @@ from analysis.specs import COMPARED, FIGURES, PARTS, TABLES, folders
 from analysis.tables import Table, build
 from analysis.throughput import throughput
 from modegpt.errors import UserError
+from modegpt.escaping import printable, spreadsheet
 
 BUILT = ("tables", "figures", "report.html")
 FRONT_PAGE = ("README.md", "figures")
@@ -46,8 +47,11 @@ def paper(results: Path, output: Path) -> dict[str, int]:
         (name, title, beside(folders(experiments, runs), wanted)) for name, title, experiments, wanted in COMPARED
     ]
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".new-") as folder:
-        new, front = Path(folder), Path(folder) / "front"
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix=".new-") as folder,
+        tempfile.TemporaryDirectory(dir=results, prefix=".new-") as beside_records,
+    ):
+        new, front = Path(folder), Path(beside_records)
         for place in (new / "tables", new / "figures", front / "figures"):
             place.mkdir(parents=True)
         _write_tables(new / "tables", list(built.values()), orders, published)
@@ -101,7 +105,7 @@ def _write_tables(
             writer.writerow([*vars(rows[0].published), "ours", "difference", "records"])
             for each in rows:
                 ours = [each.ours.mean, each.difference, " ".join(each.ours.records)]
-                writer.writerow([*vars(each.published).values(), *ours])
+                writer.writerow(map(spreadsheet, [*vars(each.published).values(), *ours]))
 
 
 def _draw_figures(place: Path, drawn: Mapping[str, Sequence[Panel]]) -> None:
@@ -125,25 +129,35 @@ def _absent(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _replace(new: Path, place: Path, names: Sequence[str]) -> None:
-    """Put the files and folders ``names`` of ``new`` in the place of those of an earlier build."""
-    for name in names:
-        if (place / name).is_dir():
-            shutil.rmtree(place / name)
-        shutil.move(new / name, place / name)
+    """Put the files and folders ``names`` of ``new`` in the place of those of an earlier build.
+
+    Both are on one file system. Nothing old is deleted before all that is new is in its place.
+    """
+    with tempfile.TemporaryDirectory(dir=place, prefix=".old-") as folder:
+        for name in names:
+            old = Path(folder) / name
+            if os.path.lexists(place / name):
+                (place / name).rename(old)
+            try:
+                (new / name).rename(place / name)
+            except OSError:
+                if os.path.lexists(old):
+                    old.rename(place / name)
+                raise
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build the report; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--results", type=Path, default=Path("results"), help="the store (default: results)")
     parser.add_argument("--output", type=Path, help="default: paper/ in the store")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     output = arguments.output or arguments.results / "paper"
     started = time.monotonic()
     try:
         counts = paper(arguments.results, output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     print(
         ", ".join(f"{count} {name}" for name, count in counts.items())

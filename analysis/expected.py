@@ -49,20 +49,28 @@ class Experiment:
 
     def began(self, run: Run) -> bool:
         """Whether the run was started by this file; files that share a folder share runs."""
-        return f"+experiments={self.name}" in shlex.split(run.record["command"])
+        return f"+experiments={self.name}" in _words(run.record["command"])
 
     def _of(self, run: Run) -> tuple:
         return tuple(run.setting(key) for key in self.settings[0])
 
     def command(self, sibling: Run) -> str:
         """The command that runs what is missing beside ``sibling``."""
-        given = [word for word in shlex.split(sibling.record["command"])[1:] if not word.startswith("-")]
+        given = [word for word in _words(sibling.record["command"])[1:] if not word.startswith("-")]
         kept = [
             word
             for word in given
             if (key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE)
         ]
         return shlex.join(["modegpt", "--multirun", f"+experiments={self.name}", *kept])
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command line; none of one that a shell could not read."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def agrees(run: Run, settings: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from analysis.expected import agrees, experiment
 from analysis.runs import Run
 from analysis.style import LOOKS, label, looks
 from analysis.tables import RATE
+from modegpt.escaping import drawable
 
 NO_DATES = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
 """Metadata that would differ between two builds of the same figure."""
@@ -118,7 +119,9 @@ def _points(
         if cell.mean is not None:
             members = [run for run in mine if agrees(run, {spec.point: at})]
             x = fmean(run.facts[spec.x] for run in members) if spec.x else at if isinstance(at, str) else float(at)
-            points.append((label(x) if isinstance(x, str) else spec.x_scale * x, cell.mean, cell.spread or 0.0))
+            points.append(
+                (drawable(label(x)) if isinstance(x, str) else spec.x_scale * x, cell.mean, cell.spread or 0.0)
+            )
     return points if not points or isinstance(points[0][0], str) else sorted(points)
 
 
@@ -212,7 +215,7 @@ def _draw_panel(axis: Axes, spec: FigureSpec, panel: Panel, styles: Mapping[Any,
         axis.axhline(panel.dense, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="dense")
     _scale_x(axis, spec, [x for line in panel.lines for x in line.xs if not isinstance(x, str)])
     _scale_y(axis, spec, [y for line in panel.lines for y in line.ys], from_zero=of_names)
-    axis.set_title(panel.title.replace(", ", "\n", 1), fontsize=8)
+    axis.set_title("\n".join(map(drawable, panel.title.split(", ", 1))), fontsize=8)
     axis.set_xlabel(spec.x_label, fontsize=9)
     axis.set_ylabel(spec.y_label, fontsize=9)
     axis.tick_params(labelsize=8)
@@ -249,4 +252,4 @@ def _scale_y(axis: Axes, spec: FigureSpec, ys: Sequence[float], *, from_zero: bo
 
 
 def _name(spec: FigureSpec, series: Any) -> str:
-    return f"{100 * series:g} % removed" if spec.series == RATE else label(series)
+    return f"{100 * series:g} % removed" if spec.series == RATE else drawable(label(series))

@@ -6,10 +6,17 @@ from collections.abc import Callable, Sequence
 
 from analysis.cells import Cell, Column
 from analysis.tables import Row, Table
+from modegpt import escaping
+from modegpt.escaping import printable, spreadsheet
 
 NONE = "\N{EN DASH}"
 """What stands for a number that is not there."""
-LATEX = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "ö": r"\"o", NONE: "--"})
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"±": r"$\pm$", "ö": r"\"o", NONE: "--"}
+)
 MARKDOWN_MARKS = {"": "{}", "best": "**{}**", "second": "*{}*"}
 LATEX_MARKS = {"": "{}", "best": r"\textbf{{{}}}", "second": r"\underline{{{}}}"}
 
@@ -29,8 +36,8 @@ def value(number: float, digits: int) -> str:
 
 def markdown(table: Table) -> str:
     """Title, notes, numbers and what is missing, as Markdown."""
-    missing = [f"- Missing: {each}" for each in table.missing]
-    lines = [f"### {table.title}", "", *table.notes, "", pipe_table(table), "", *missing]
+    missing = [f"- Missing: {beside_code(each)}" for each in table.missing]
+    lines = [f"### {escaping.markdown(table.title)}", "", *table.notes, "", pipe_table(table), "", *missing]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -42,8 +49,10 @@ def pipe_table(table: Table) -> str:
         pipes(["---"] * len(table.headings) + ["---:"] * len(table.columns)),
     ]
     for heading, rows in table.blocks:
-        lines += [pipes([f"**{heading}**", *[""] * (width - 1)])] if heading else []
-        lines += [pipes([*row.labels, *_numbers(table, row, MARKDOWN_MARKS, str)]) for row in rows]
+        lines += [_piped([f"**{escaping.markdown(heading)}**", *[""] * (width - 1)])] if heading else []
+        labels = [[*map(escaping.markdown, row.labels)] for row in rows]
+        numbers = [_numbers(table, row, MARKDOWN_MARKS, escaping.markdown) for row in rows]
+        lines += [_piped([*left, *right]) for left, right in zip(labels, numbers, strict=True)]
     return "\n".join(lines)
 
 
@@ -76,12 +85,25 @@ def tidy_csv(table: Table) -> str:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 numbers = ["" if number is None else repr(number) for number in (cell.mean, cell.spread)]
                 place = [heading, *row.labels, column.label]
-                writer.writerow([*place, *numbers, len(cell.values), cell.refused or "", " ".join(cell.records)])
+                rest = [*numbers, len(cell.values), cell.refused or "", " ".join(cell.records)]
+                writer.writerow(map(spreadsheet, [*place, *rest]))
     return out.getvalue()
 
 
 def pipes(cells: Sequence[str]) -> str:
     """One row of a Markdown table."""
+    return _piped([*map(escaping.markdown, cells)])
+
+
+def beside_code(text: str) -> str:
+    """Markdown of a sentence with code between backticks."""
+    parts = text.split("`")
+    return "`".join(
+        part.replace("<", "&lt;") if index % 2 else escaping.markdown(part) for index, part in enumerate(parts)
+    )
+
+
+def _piped(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -93,7 +115,7 @@ def _numbers(table: Table, row: Row, marks: dict[str, str], escape: Callable[[st
 
 
 def _latex(text: str) -> str:
-    return text.translate(LATEX)
+    return printable(text).translate(LATEX)
 
 
 def _row(cells: list[str]) -> str:

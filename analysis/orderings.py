@@ -15,6 +15,7 @@ from analysis.formats import pipes, value
 from analysis.published import METHODS, Published, load_published
 from analysis.runs import Run
 from analysis.style import label
+from modegpt.escaping import spreadsheet
 
 EXPERIMENTS = ("methods", "methods_seeds")
 QUANTITIES = {
@@ -185,5 +186,5 @@ def markdown(found: Sequence[Ordering]) -> str:
 def tidy_csv(found: Sequence[Ordering]) -> str:
     """The verdicts as CSV."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([HEADINGS, *rows(found)])
+    csv.writer(out, lineterminator="\n").writerows([HEADINGS, *(map(spreadsheet, row) for row in rows(found))])
     return out.getvalue()

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from modegpt.escaping import markdown, printable
+
 COLUMNS = 112
 """Width of Markdown source."""
 
@@ -21,7 +23,8 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters["fill"] = lambda text: textwrap.fill(
     str(text), COLUMNS, break_long_words=False, break_on_hyphens=False
 )
-_ENVIRONMENT.filters["cell"] = lambda text: html.escape(str(text), quote=False)
+_ENVIRONMENT.filters["cell"] = lambda text: html.escape(printable(str(text)), quote=False)
+_ENVIRONMENT.filters["markdown"] = lambda text: markdown(str(text))
 
 
 def render(template: str, **values: Any) -> str:

@@ -9,6 +9,9 @@ from analysis.expected import Experiment
 from analysis.ingredients import title
 from analysis.runs import Run
 from analysis.style import label
+from modegpt.escaping import markdown, printable
+from modegpt.files import json_sha256
+from modegpt.records.store import slug
 
 SPREAD = (
     "Means are over calibration seeds, ± is the sample standard deviation over the n seeds in brackets; no ±: one seed."
@@ -107,7 +110,7 @@ def across(tables: Sequence[Table], quantity: str, title: str, note: str) -> Tab
                 ),
             ),
         ),
-        notes=tuple(filter(None, (note, f"Columns: {windows}." if windows else "", *general))),
+        notes=tuple(filter(None, (note, f"Columns: {markdown(windows)}." if windows else "", *general))),
         missing=(),
     )
 
@@ -128,13 +131,13 @@ def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
         BEST if better & {"lower", "higher"} else "",
     ]
     missing = [
-        f"{group.model}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; "
-        f"`{each.command(_sibling(each, group))}` runs them"
+        f"{_unquoted(group.model)}: {len(settings)} of {len(each.settings)} runs of `{each.name}` have no record; "
+        f"`{_unquoted(each.command(_sibling(each, group)))}` runs them"
         for group in {(group.model, group.text): group for group in found}.values()
         for each, settings in group.missing
     ]
     return Table(
-        name=f"{spec.name}{suffix}",
+        name=_file_name(f"{spec.name}{suffix}"),
         title=spec.title + (f": {found[0].label}" if spec.one_per_group else ""),
         headings=tuple(spec.rows.values()),
         columns=columns,
@@ -142,6 +145,17 @@ def _table(spec: TableSpec, found: Sequence[Group], suffix: str = "") -> Table:
         notes=tuple(filter(None, notes)),
         missing=tuple(missing),
     )
+
+
+def _file_name(text: str) -> str:
+    """``text``, or what is left of it in a file's name with its hash."""
+    name = slug(text)
+    return name if name == text else f"{name}-{json_sha256(text)[:8]}"
+
+
+def _unquoted(text: str) -> str:
+    """``text`` as it may stand beside or in code between backticks."""
+    return printable(text).replace("`", "'")
 
 
 def _sibling(experiment: Experiment, group: Group) -> Run:

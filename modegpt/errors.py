@@ -4,6 +4,8 @@ import io
 import sys
 from collections.abc import Callable
 
+from modegpt.escaping import printable
+
 
 class UserError(ValueError):
     """A bad input: one line that says what was wrong, where, and what would be right."""
@@ -24,6 +26,6 @@ def exit_status(command: Callable[[], object], *, program: str = "") -> int:
     try:
         command()
     except UserError as error:
-        print(f"{program}: error: {error}" if program else f"error: {error}", file=sys.stderr)
+        print(printable(f"{program}: error: {error}" if program else f"error: {error}"), file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 ROOMS = (
+    "modegpt.escaping",
     "modegpt.errors",
     "modegpt.progress",
     "modegpt.files",

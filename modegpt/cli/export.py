@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modegpt.errors import UserError, exit_status
+from modegpt.escaping import markdown
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
 from modegpt.models.export import stock_model
 
@@ -55,7 +56,7 @@ def export(checkpoint: str, destination: Path, *, width_multiple: int = 1, force
         with quiet():
             model.save_pretrained(partial)
             load_tokenizer(checkpoint).save_pretrained(partial)
-        readme = README.format(name=Path(checkpoint).name, model_type=model.config.model_type, report=report)
+        readme = README.format(name=markdown(Path(checkpoint).name), model_type=model.config.model_type, report=report)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         publish(partial, destination)
     finally:

@@ -9,6 +9,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from modegpt.cli.schema import config_groups
 from modegpt.config import unknown, unknown_key
 from modegpt.errors import UserError
+from modegpt.escaping import printable
 
 
 def is_defect(error: BaseException) -> bool:
@@ -76,4 +77,4 @@ def _first_line(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -1,9 +1,16 @@
 """The model card of a compressed checkpoint: what it is, how it was made and measured, how to load it."""
 
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from modegpt.escaping import markdown, printable_lines
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+"""What the hub takes for the name of a repository."""
 
 LOADING = """## How to load it
 
@@ -24,7 +31,7 @@ def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
     about = record.get("model") or {}
     sections = [
         _front_matter(about),
-        f"# {record.get('name') or about.get('name') or type(model).__name__}\n",
+        f"# {markdown(str(record.get('name') or about.get('name') or type(model).__name__))}\n",
         _origin(about, record),
     ]
     sections += [
@@ -39,8 +46,9 @@ def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
 
 def _front_matter(about: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [modegpt, compressed]"]
-    if about.get("path") and not str(about["path"]).startswith(("/", ".", "~", "embedded:")):
-        lines.append(f"base_model: {about['path']}")
+    path = str(about.get("path") or "")
+    if HUB_NAME.fullmatch(path) and not Path(path).exists():  # a directory comes before the hub
+        lines.append(f"base_model: {path}")
     return "\n".join([*lines, "---", ""])
 
 
@@ -95,13 +103,20 @@ def _calibration(calibration: Mapping[str, Any] | None) -> str:
 
 
 def _command(record: Mapping[str, Any]) -> str:
-    return f"## Command\n\n```\n{record['command']}\n```\n" if record.get("command") else ""
+    if not record.get("command"):
+        return ""
+    command = printable_lines(str(record["command"]))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    return f"## Command\n\n{fence}\n{command}\n{fence}\n"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return (
-        "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines) + "\n"
+        "\n".join(
+            "| " + " | ".join("" if cell is None else markdown(str(cell)) for cell in line) + " |" for line in lines
+        )
+        + "\n"
         if rows
         else ""
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from modegpt.errors import UserError, any_terminal
+from modegpt.escaping import printable, spreadsheet
 from modegpt.records.archive import SUFFIX
 from modegpt.records.packing import pack, unpack
 from modegpt.records.schema import Record, flatten
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(RecordStore(arguments.root), arguments)
     except UserError as error:
-        print(f"modegpt-records: error: {error}", file=sys.stderr)
+        print(printable(f"modegpt-records: error: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough; keep Python from complaining when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,14 +80,14 @@ def _list(store: RecordStore, arguments: argparse.Namespace) -> int:
         print(text_table(headers, lines, num_left=5))
     print(f"{len(lines)} finished, {len(failed)} failed" + (f", {len(left_out)} left out" if left_out else ""))
     for note in failed:
-        print(f"failed: {note['experiment']}/{note['name']} at {note['stage']}: {note['message']}")
+        print(printable(f"failed: {note['experiment']}/{note['name']} at {note['stage']}: {note['message']}"))
     _say_left_out(left_out)
     return 0
 
 
 def _say_left_out(problems: Iterable[str]) -> None:
     for problem in problems:
-        print(f"left out: {problem}")
+        print(printable(f"left out: {problem}"))
 
 
 def _line(record: Record) -> list[str]:
@@ -109,10 +110,11 @@ def _show(store: RecordStore, arguments: argparse.Namespace) -> int:
     entry = _resolve(store, arguments.record)
     record = entry.load()
     if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        print("".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text))
     else:
         print(summary(record, record_path=entry.path, pictures=sorted(entry.directory.glob("*.png"))))
-        print(f"\n{record['command']}")
+        print(f"\n{printable(record['command'])}")
     return 0
 
 
@@ -180,7 +182,7 @@ def _over_the_first(
 def _verify(store: RecordStore, arguments: argparse.Namespace) -> int:
     problems = store.problems()
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     num_records = len(store.paths())
     print(f"{num_records} records, " + (f"{len(problems)} problems" if problems else "all whole and unchanged"))
     return 1 if problems else 0
@@ -192,7 +194,10 @@ def _export(store: RecordStore, arguments: argparse.Namespace) -> int:
     frame, left_out = tabulated(store.root)
     path = arguments.csv or arguments.parquet
     try:
-        frame.to_csv(path, index=False) if arguments.csv else frame.to_parquet(path, index=False)
+        if arguments.csv:
+            frame.map(spreadsheet).to_csv(path, index=False)
+        else:
+            frame.to_parquet(path, index=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:  # a column of several types

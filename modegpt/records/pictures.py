@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from modegpt.escaping import drawable
 from modegpt.files import replacing
 from modegpt.records.scores import Score, accuracies, perplexities
 
@@ -169,14 +170,14 @@ def _whole_layers(axis: Axes, indices: list[int]) -> None:
 def _title(record: Mapping[str, Any]) -> str:
     compression = record["compression"]
     if compression is None:
-        return f"{record['model']['name']}, dense"
+        return f"{drawable(record['model']['name'])}, dense"
     removed = f"{100 * compression['achieved_sparsity']:.1f} % of the block-linear weights removed"
-    return f"{record['model']['name']}, {compression['method']}, {removed}"
+    return f"{drawable(record['model']['name'])}, {compression['method']}, {removed}"
 
 
 def _broken(label: str) -> str:
     """A label in lines short enough to stand beside its neighbours."""
-    return label.replace("_", "\n").replace(" ", "\n", 1)
+    return drawable(label.replace("_", "\n").replace(" ", "\n", 1))
 
 
 def _short(value: float) -> str:

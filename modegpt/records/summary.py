@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modegpt.escaping import printable, printable_lines
 from modegpt.records.cost import COST_HEADERS, cost_rows, floor_line, machine_line, stage_name
 from modegpt.records.scores import MEAN, Score, all_scores
 
@@ -41,18 +42,18 @@ def summary(
     places += [("picture", picture) for picture in pictures]
     width = max(len(name) for name, *_ in facts) + 2
     blocks = [
-        _title(record, compression),
+        printable_lines(_title(record, compression)),
         text_table(["", "dense", "compressed", "kept"], rows),
         text_table(COST_HEADERS, cost_rows(cost)) if "machine" in cost else "",
-        "\n".join(f"{name:<{width}}{value}  {detail}".rstrip() for name, value, detail in facts),
-        "\n".join(f"{name:<{width}}{place}" for name, place in places),
+        "\n".join(printable(f"{name:<{width}}{value}  {detail}".rstrip()) for name, value, detail in facts),
+        "\n".join(printable(f"{name:<{width}}{place}") for name, place in places),
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
 def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]], num_left: int = 1) -> str:
     """Plain columns: the first ``num_left`` to the left, the others to the right, a rule below the headers."""
-    lines = [list(headers), *(list(row) for row in rows)]
+    lines = [[printable(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     lines.insert(1, ["-" * width for width in widths])
     sides = ["<" if column < num_left else ">" for column in range(len(headers))]

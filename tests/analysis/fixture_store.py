@@ -6,6 +6,7 @@ compression takes ``4 * weight`` seconds.
 
 import importlib.util
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def write_one(
     }
     record["name"] = model
     swept = " ".join(f"'{key}={value}'" for key, value in settings.items())
-    record["command"] = f"modegpt {swept} +experiments={each.name} model={model} output.root=elsewhere threads=1"
+    chosen_model = shlex.quote(f"model={model}")
+    record["command"] = f"modegpt {swept} +experiments={each.name} {chosen_model} output.root=elsewhere threads=1"
     for key, value in more.items():
         record[key] = value
     return RecordStore(root).write(record)

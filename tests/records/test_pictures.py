@@ -68,3 +68,13 @@ def test_files(tmp_path: Path) -> None:
     nothing["metrics"]["dense"] = {"perplexity": {}, "zeroshot": {}}
     (tmp_path / "nothing").mkdir()
     assert save_pictures(nothing, tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("name", ["$", r"a$\\frac{$", "n" * 300, "some/where", "a\nb", "\x1b[2J"])
+def test_no_name_of_a_model_breaks_a_picture(tmp_path: Path, name: str) -> None:
+    record = sample_record()
+    record["model"]["name"] = name
+    for side in ("dense", "compressed"):
+        scores = record["metrics"][side]["perplexity"]
+        scores["ppl_a$b$_256"] = scores.pop("ppl_tiny_256")
+    assert all(path.stat().st_size for path in save_pictures(record, tmp_path))

@@ -92,6 +92,42 @@ def test_compare_says_how_sure_a_difference_is(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+def test_a_listing_shows_control_characters_and_does_not_obey_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    record = sample_record()
+    record["name"] = record["model"]["name"] = record["command"] = "a\x1b[2J\u202eb\x9b"
+    store = RecordStore(tmp_path / "results")
+    path = store.write(record)
+    store.write(sample_record(seed=1) | {"name": "other\x1b[2J", "experiment": "demo"})
+    store.write_error(
+        experiment="demo", name="c\x1b[2J", decides={"a": 1}, stage="x\x1b[2J", message="m\x1b[2J", command="modegpt"
+    )
+    found = json.loads(path.read_text())["identity"]["hash"]
+    other = next(entry.load()["identity"]["hash"] for entry in store.entries() if entry.path != path)
+    for command in (["list"], ["show", found], ["compare", found, other], ["show", "no\x1b[2J"]):
+        _, out, err = run(store.root, capsys, *command)
+        assert not {"\x1b", "\x9b", "\u202e"} & set(out + err) and r"\x1b[2J" in out + err, command
+    shown = run(store.root, capsys, "show", "--json", found)[1]
+    assert "\x9b" not in shown and json.loads(shown) == load_record(path)
+    damaged = tmp_path / "results" / "demo" / "x\x1b[2J" / "record.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{}")
+    for command in (["list"], ["verify"], ["export", "--csv", str(tmp_path / "all.csv")]):
+        assert "\x1b" not in "".join(run(store.root, capsys, *command)[1:])
+
+
+def test_an_exported_table_holds_no_formula(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = sample_record()
+    record["name"] = record["model"]["name"] = '=HYPERLINK("http://x")'
+    store = RecordStore(tmp_path / "results")
+    store.write(record)
+    assert run(store.root, capsys, "export", "--csv", str(tmp_path / "all.csv"))[0] == 0
+    [row] = pandas.read_csv(tmp_path / "all.csv").to_dict("records")
+    assert row["name"] == row["model"] == '\'=HYPERLINK("http://x")'
+    assert row["ppl_tiny_256"] == pytest.approx(5.5) and row["target_sparsity"] == 0.3
+
+
 def test_verify(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(root, capsys, "verify")[:2] == (0, "2 records, all whole and unchanged\n")
     path = RecordStore(root).paths()[1]
