@@ -60,7 +60,7 @@ class WandbTracker:
     """A W&B run a record: configuration, summary metrics, tables, pictures, and an artifact of the record with both.
 
     ``group`` (default: the experiment's name) gathers a sweep. Offline runs lie in ``wandb/`` beside the record, with
-    everything else W&B writes, until ``wandb sync`` sends them.
+    everything else W&B writes, until ``wandb sync``, run in the record's directory, sends them.
     """
 
     mode: str
@@ -106,13 +106,16 @@ class WandbTracker:
                 init_timeout=ONLINE_TIMEOUT_SECONDS,
             ),
         )
+        if self.mode == "offline":
+            log_artifact = run.log_artifact  # which W&B calls too, for every table
+            run.log_artifact = lambda artifact: log_artifact(_relative(artifact, record_path.parent))  # type: ignore[method-assign]
         try:
             run.summary.update(headline(record))
             logged = {
-                name: wandb.Table(columns=[*columns], data=[*rows]) for name, (columns, rows) in tables(record).items()
+                f"tables/{name}": wandb.Table(columns=[*columns], data=[*rows])
+                for name, (columns, rows) in tables(record).items()
             }
-            run.log(logged)
-            run.log({picture.stem: wandb.Image(str(picture)) for picture in pictures})
+            run.log(logged | {f"pictures/{picture.stem}": wandb.Image(str(picture)) for picture in pictures})
             artifact = wandb.Artifact(
                 f"record-{short}", type="record", metadata={"identity": record["identity"]["hash"]}
             )
@@ -170,6 +173,14 @@ def tables(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
         ]
         logged["layers"] = (columns, rows)
     return logged
+
+
+def _relative(artifact: Any, directory: Path) -> Any:
+    """``artifact``, whose staged files ``wandb sync`` finds from ``directory``, wherever that has moved meanwhile."""
+    for entry in artifact.manifest.entries.values():
+        if entry.local_path:  # None of what another artifact holds
+            entry.local_path = os.path.relpath(entry.local_path, directory.resolve())
+    return artifact
 
 
 @contextmanager

@@ -19,7 +19,7 @@ GROUPS = ("model", "method", "decomposition", "allocation", "calibration", "reco
 SECTIONS = ("compression", "output", "cache", "out_of_core", "seed", "threads", "quiet")
 SETTING = re.compile(rf"'?\+?(?:{'|'.join(GROUPS + SECTIONS)})[\w/.]*=\S")
 PROGRAMS = {"modegpt-records": records.main, "modegpt-cut": cut.main, "modegpt-export": export.main}
-ELSEWHERE = ("lm_eval run", "git clone", "cd ", "pre-commit ")
+ELSEWHERE = ("lm_eval run", "git clone", "cd ", "pre-commit ", "wandb sync ")
 """How commands of other programs begin, which are not checked."""
 
 

@@ -15,6 +15,7 @@ from modegpt.records.pictures import save_pictures
 from modegpt.records.store import RecordStore, load_record
 from modegpt.records.tracking import NoTracker, headline, make_tracker, tables
 from tests.records.sample import NUM_LAYERS, sample_record
+from tests.records.wandb_server import WandbServer
 
 
 @pytest.fixture
@@ -38,8 +39,14 @@ def test_offline_writes_a_run_beside_the_record_and_nowhere_else(
     (run,) = (path.parent / "wandb").glob("offline-run-*")
     content = next(run.glob("run-*.wandb")).read_bytes()
     assert b"ppl_tiny_256" in content and b"demo" in content and b"nystrom" in content
-    media = sorted(file.name.partition("_")[0] for file in (run / "files" / "media").rglob("*.*") if file.is_file())
-    assert media == ["layers", "layers", "scores", "scores"]  # a table and a picture each
+    media = run / "files" / "media"
+    logged = [file.relative_to(media).as_posix().partition("_")[0] for file in media.rglob("*.*") if file.is_file()]
+    assert sorted(logged) == [
+        "images/pictures/layers",
+        "images/pictures/scores",
+        "table/tables/layers",
+        "table/tables/scores",
+    ]
     staged = [file for file in (path.parent / "wandb" / "data" / "artifacts").rglob("*") if file.is_file()]
     held = [file.read_bytes() for file in staged]
     assert path.read_bytes() in held and (path.parent / "scores.png").read_bytes() in held, (
@@ -51,11 +58,48 @@ def test_offline_writes_a_run_beside_the_record_and_nowhere_else(
         "record.json",
         "scores.png",
         "layers.png",
-        "scores.table.json",
-        "layers.table.json",
+        "tables/scores.table.json",
+        "tables/layers.table.json",
     ):
         assert entry.encode() in content, "what `wandb sync` will send names every entry of the artifact"
     assert list(home.rglob("*")) == [] and dict(os.environ) == before
+
+
+def test_sync_sends_everything_after_results_was_moved(
+    saved: tuple[dict, Path], tmp_path: Path, repository: Path
+) -> None:
+    """The command is that of the docs, in a folder that was moved as a whole."""
+    record, path = saved
+    warnings: list[str] = []
+    pictures = save_pictures(record, path.parent)
+    make_tracker(mode="offline", warn=warnings.append).mirror(record, record_path=path, pictures=pictures)
+    assert warnings == []
+    stored, drawn = path.read_bytes(), {picture.name: picture.read_bytes() for picture in pictures}
+    moved = tmp_path / "elsewhere" / path.parent.relative_to(tmp_path)
+    moved.parent.parent.mkdir(parents=True)
+    (tmp_path / "results").rename(tmp_path / "elsewhere" / "results")
+    command = "wandb sync wandb/offline-run-*"
+    assert command in (repository / "docs" / "experiments.md").read_text(encoding="utf-8")
+    kept = WandbServer()
+    with kept.serve() as url:
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        program = Path(sys.executable).parent
+        environment |= {
+            "WANDB_BASE_URL": url,
+            "WANDB_API_KEY": "0" * 40,
+            "HOME": str(tmp_path),
+            "PATH": f"{program}{os.pathsep}{os.environ['PATH']}",
+        }
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=moved, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    sent = kept.artifacts[f"record-{record['identity']['hash'][:8]}"]
+    assert {"record.json": stored, **drawn}.items() <= sent.items()
+    shown = json.loads(kept.files["wandb-summary.json"])
+    for name in ("scores", "layers"):
+        assert shown[f"tables/{name}"]["_type"] == "table-file" and shown[f"pictures/{name}"]["_type"] == "image-file"
+        assert any(f"tables/{name}.table.json" in files for files in kept.artifacts.values())
 
 
 def test_disabled_does_not_import_wandb(saved: tuple[dict, Path]) -> None:
