@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 STARTED := $(VENV)/.install-started
 DOCS_INSTALLED := $(VENV)/.docs-installed
+MUTANTS_INSTALLED := $(VENV)/.mutants-installed
 PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 JOBS ?= 2
 
@@ -12,7 +13,7 @@ JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo lint test test-slow coverage docs slurm-test tiny-models experiments bench paper install clean
+.PHONY: demo lint test test-slow coverage mutants docs slurm-test tiny-models experiments bench paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -33,6 +34,10 @@ test-slow: $(INSTALLED)
 # The share of lines under modegpt/ that the tests run, its subprocesses included.
 coverage: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --cov --cov-report=term:skip-covered
+
+# Which of a sample of small wrong changes the tests see, in tests/mutants.md: about an hour. It takes up where it stopped.
+mutants: $(MUTANTS_INSTALLED)
+	@$(PY) -m tools.mutants
 
 # The site in site/; a broken link fails.
 docs: $(DOCS_INSTALLED)
@@ -75,6 +80,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+$(MUTANTS_INSTALLED): $(INSTALLED)
+	@$(PIP_INSTALL) -e '.[mutants]'
 	@touch $@
 
 clean:

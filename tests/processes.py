@@ -6,11 +6,24 @@ A child of the test process itself would have its locks and its memory, and none
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["torch", "transformers", "modegpt.run"])
+
+STUCK_SECONDS = 3600
+"""What waits for a process waits for its end, not for a time: only one that is stuck for good takes so long."""
+
+
+def ended_well(processes: Sequence[BaseProcess]) -> None:
+    """Start ``processes`` and wait until all have ended, without an error."""
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(STUCK_SECONDS)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 def killed_when(owner: object, name: str, moment: Callable[..., bool], *, after: bool) -> None:

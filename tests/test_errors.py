@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modegpt.records.store import RecordStore
+from tests.processes import STUCK_SECONDS
 from tests.records.sample import sample_record
 
 
@@ -20,6 +21,6 @@ def test_a_terminal_of_ascii_alone_shows_what_it_can(command: str, tmp_path: Pat
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=STUCK_SECONDS,
     ).stdout.decode("ascii")
     assert "tiny-llama" in shown and "?" in shown

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from modegpt.allocation.policies import (
+    POLICIES,
     Entropic,
     EntropicCap,
     Explicit,
@@ -91,7 +92,7 @@ def test_epsilon_for_cap_just_meets_it(weighted):
         weights = weights if weighted else [1.0] * len(influence)
         lowest = weights[influence.index(min(influence))]
         if sparsity * math.fsum(weights) / lowest <= cap:
-            with pytest.raises(UserError, match="no epsilon brings a layer to the cap"):
+            with pytest.raises(UserError, match=r"no epsilon brings a layer to allocation\.cap"):
                 epsilon_for_cap(influence, sparsity, cap=cap, weights=weights)
             continue
         phi = entropic_cap(influence, sparsity, cap=cap, weights=weights)
@@ -115,6 +116,28 @@ def test_uniform_and_explicit():
         allocated(Explicit([0.1, 0.2]), 0.25)
     with pytest.raises(UserError, match="layer 1"):
         allocated(Explicit([0.1, 1.0, 0.2]), 0.25)
+
+
+@pytest.mark.parametrize("cap", [0.5, 0.7])
+def test_each_policy_by_its_name_is_its_own_formula_under_its_own_cap(cap):
+    """Influences so far apart that each of them takes something else of every layer."""
+    influence, sparsity, epsilon = [0.0, 0.3, 0.1, 0.28], 0.3, 0.1
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(2)).tolist()
+    expected = {
+        "uniform": [sparsity] * 4,
+        "entropic": entropic(influence, sparsity, epsilon=epsilon, cap=cap),
+        "entropic_cap": entropic_cap(influence, sparsity, cap=cap),
+        "inverse": entropic([-s for s in influence], sparsity, epsilon=epsilon, cap=cap),
+        "random": entropic([influence[layer] for layer in order], sparsity, epsilon=epsilon, cap=cap),
+        "explicit": [0.1, 0.2, 0.3, 0.4],
+    }
+    options = {"uniform": {}, "entropic_cap": {"cap": cap}, "explicit": {"values": [0.1, 0.2, 0.3, 0.4]}}
+    assert expected.keys() == POLICIES.keys() and len(set(map(tuple, expected.values()))) == len(expected)
+    assert max(expected["entropic"]) == cap, "the cap shows"
+    for name, phi in expected.items():
+        policy = POLICIES[name](**options.get(name, {"epsilon": epsilon, "cap": cap}))
+        assert allocated(policy, sparsity, influence=influence, num_layers=4, seed=2) == pytest.approx(phi), name
+        assert policy.needs_influence == (name not in ("uniform", "explicit"))
 
 
 def test_inverse_compresses_the_most_influential():

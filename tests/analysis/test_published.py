@@ -1,11 +1,13 @@
 """A published figure stands beside ours only where everything matches."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
-from analysis.published import Published, beside, load_published, metric_of, same_model
+from analysis.published import PAPER_TASKS, Published, beside, load_published, metric_of, same_model
 from analysis.runs import Run, load_runs
 
 
@@ -31,20 +33,29 @@ def paper_run(
     samples: int = 128,
     allocation: str = "entropic",
     sparsity: float = 0.3,
+    text: str = "wikitext2",
+    length: int = 2048,
+    method: str = "modegpt",
+    mlp: str = "nystrom",
+    tasks: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Run]:
     """One run in the paper's setting, but for what is asked for."""
     score = {"value": 7.0, "window": window, "num_windows": 9, "num_predicted_tokens": 9, "mean_nll": 1.9}
-    scores = {"perplexity": {f"ppl_wikitext2_{window}": score}, "zeroshot": {}}
+    right = {"value": 0.6, "stderr": 0.01, "num_items": 100}
+    zeroshot = {task: right | {"metric": metric} for task, metric in tasks.items()}
+    zeroshot |= {"mean": {"value": 0.6, "stderr": 0.01, "num_tasks": len(tasks), "limit": None}} if tasks else {}
+    scores = {"perplexity": {f"ppl_wikitext2_{window}": score}, "zeroshot": zeroshot}
     metrics = {"dense": scores, "compressed": scores, "retention": {}, "limited": False}
     calibration = {
-        "source": "wikitext2",
+        "source": text,
         "num_samples": samples,
-        "sequence_length": 2048,
+        "sequence_length": length,
         "seed": 0,
         "num_tokens": 1,
         "tokens_sha256": "c" * 64,
     }
-    settings = {"method": "modegpt", "compression.sparsity": sparsity, "allocation": allocation, "seed": 0}
+    settings = {"method": method, "compression.sparsity": sparsity, "allocation": allocation, "seed": 0}
+    settings |= {"decomposition/mlp": mlp}
     store.write_one(root, store.experiment("methods"), settings, model=model, metrics=metrics, calibration=calibration)
     return load_runs(root)
 
@@ -57,12 +68,40 @@ def test_the_same_setting_matches(store, tmp_path: Path, figure: Published) -> N
 
 @pytest.mark.parametrize(
     "change",
-    [{"window": 2048}, {"model": "llama3-8b"}, {"samples": 64}, {"allocation": "uniform"}, {"sparsity": 0.2}],
+    [
+        {"window": 2048},
+        {"model": "llama3-8b"},
+        {"samples": 64},
+        {"length": 1024},
+        {"text": "alpaca"},
+        {"allocation": "uniform"},
+        {"sparsity": 0.2},
+        {"method": "slicegpt"},
+        {"mlp": "columns"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_any_difference_keeps_them_apart(store, tmp_path: Path, figure: Published, change: dict) -> None:
     [match] = beside(paper_run(store, tmp_path, **change), lambda each: each == figure)
     assert match.ours.values == () and match.difference is None
+
+
+def test_a_mean_over_other_metrics_is_another_number(store, tmp_path: Path) -> None:
+    """The same five tasks, one of them by plain accuracy, or four of them."""
+    [mean] = [
+        each
+        for each in load_published()
+        if (each.model, each.method, each.rate) == ("Llama-2-7B", "MoDeGPT BI allocation", "30")
+        and each.metric == "zeroshot5_avg_pct"
+    ]
+    others = [
+        PAPER_TASKS,
+        {**PAPER_TASKS, "piqa": "acc"},
+        {task: metric for task, metric in PAPER_TASKS.items() if task != "piqa"},
+    ]
+    for number, (tasks, values) in enumerate(zip(others, [(60.0,), (), ()], strict=True)):
+        [match] = beside(paper_run(store, tmp_path / str(number), tasks=tasks), lambda each: each == mean)
+        assert match.ours.values == pytest.approx(values)
 
 
 def test_other_scales_never_match(figure: Published) -> None:

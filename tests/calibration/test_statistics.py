@@ -55,6 +55,16 @@ def test_a_new_statistic_is_one_entry_and_a_new_decomposition_one_class(monkeypa
     assert statistic.num_elements(Sizes(d_h=2, n=5, H=3, H_kv=1, d=4)) == 5
 
 
+def test_tokens_are_counted_and_means_are_over_them() -> None:
+    """Not windows, nor batches: 8 windows of 20 tokens in batches of 3."""
+    calibration = task_of(dense_model("llama"), 0.0).calibration
+    for statistics in calibration.statistics(frozenset({"layer.num_tokens", "mlp.mean", "mlp.C"})):
+        num_tokens, mean, C = (statistics[name] for name in ("layer.num_tokens", "mlp.mean", "mlp.C"))
+        assert num_tokens == 160
+        spread = torch.linalg.eigvalsh(C / num_tokens - torch.outer(mean, mean))
+        assert spread.min() > -1e-9 and 0.1 < spread.sum() / (C.trace() / num_tokens) < 1, "a covariance"
+
+
 def test_sizes_follow_from_shapes() -> None:
     sizes = Sizes(d_h=2, n=5, H=3, H_kv=1, d=4)
     counts = {name: statistic.num_elements(sizes) for name, statistic in STATISTICS.items()}

@@ -5,66 +5,49 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from modegpt.calibration.world import World, join_world
+from modegpt.cli.main import main
 from modegpt.errors import UserError
 from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model
+from tests.processes import CLEAN, STUCK_SECONDS, ended_well
 
 NAMES = frozenset({"mlp.C", "mlp.mean", "query_key.C_Q", "value_output.G", "layer.influence"})
-WORKER = """
-import sys, torch
-from torch import distributed
-from modegpt.calibration.world import join_world
-from tests.models.family_table import dense_model
-from tests.methods.task_of import task_of
-from tests.calibration.test_world import NAMES
-torch.manual_seed(0)
-world, calls = join_world("cpu"), []
-reduce = distributed.all_reduce
-distributed.all_reduce = lambda *args, **kwargs: (calls.append(1), reduce(*args, **kwargs))
-calibration = task_of(dense_model("llama"), 0.0).calibration
-calibration.world = world
-statistics = list(calibration.statistics(NAMES))
-flops = calibration.meter.stages["statistics"].flops
-found = {"statistics": statistics, "calls": len(calls), "flops": flops}
-torch.save(found, f"{sys.argv[1]}/{world.rank}.pt")
-world.leave()
-"""
+PATIENT = f"read_timeout={STUCK_SECONDS},join_timeout={STUCK_SECONDS},keep_alive_max_attempt={STUCK_SECONDS}"
+"""A busy machine may take longer than torchrun's own clocks allow."""
 
 
-def torchrun(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        *arguments,
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+def work(rank: int, port: int, folder: Path) -> None:
+    """A process as torchrun starts it: the statistics of its share, the calls that pooled them, and their cost."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    world, calls = join_world("cpu"), []
+    reduce = distributed.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return reduce(*args, **kwargs)
+
+    distributed.all_reduce = counted
+    calibration = task_of(dense_model("llama"), 0.0).calibration
+    calibration.world = world
+    statistics = list(calibration.statistics(NAMES))
+    flops = calibration.meter.stages["statistics"].flops
+    torch.save({"statistics": statistics, "calls": len(calls), "flops": flops}, folder / f"{world.rank}.pt")
+    world.leave()
 
 
-def test_pooled_statistics_are_those_of_one_process(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.models.family_table import dense_model
-
-    monkeypatch.chdir(repository)
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = torchrun(str(tmp_path / "worker.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_pooled_statistics_are_those_of_one_process(tmp_path: Path) -> None:
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended_well([CLEAN.Process(target=work, args=(rank, store.port, tmp_path)) for rank in range(2)])
     calibration = task_of(dense_model("llama"), 0.0).calibration
     alone = list(calibration.statistics(NAMES))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -78,9 +61,8 @@ def test_pooled_statistics_are_those_of_one_process(
 
 
 def test_a_run_under_torchrun_writes_the_record_of_one_process(
-    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    results: Path, repository: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.chdir(repository)
     options = [
         "quiet=true",
         "tracking=disabled",
@@ -89,29 +71,27 @@ def test_a_run_under_torchrun_writes_the_record_of_one_process(
         "calibration.sequence_length=32",
         "cache.max_bytes=0",
         "output.pictures=false",
+        "threads=1",
     ]
-    runs = {"two": torchrun("-m", "modegpt", f"output.root={tmp_path / 'two'}", *options)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs["one"] = subprocess.run(
-        [sys.executable, "-m", "modegpt", f"output.root={tmp_path / 'one'}", *options],
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "127.0.0.1:0", "--rdzv-conf", PATIENT]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "modegpt", f"output.root={results / 'two'}", *options],
         capture_output=True,
         text=True,
-        env=environment,
+        timeout=STUCK_SECONDS,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])},
         check=False,
     )
-    records = {}
-    for name, done in runs.items():
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("record.json") == 1
-        (path,) = (tmp_path / name).glob("**/record.json")
-        records[name] = json.loads(path.read_text())
-    assert records["one"]["identity"] == records["two"]["identity"]
-    for one, two in zip(records["one"]["compression"]["layers"], records["two"]["compression"]["layers"], strict=True):
-        assert one["ranks"] == two["ranks"]
-        assert one["relative_error"] == pytest.approx(two["relative_error"], rel=1e-9)
-    assert records["one"]["compression"]["influence"] == pytest.approx(
-        records["two"]["compression"]["influence"], rel=1e-10
-    )
+    assert done.returncode == 0, done.stderr
+    assert main([f"output.root={results / 'one'}", *options]) == 0
+    assert done.stdout.count("record.json") == capsys.readouterr().out.count("record.json") == 1
+    one, two = (json.loads(next((results / name).glob("**/record.json")).read_text()) for name in ("one", "two"))
+    assert one["identity"] == two["identity"]
+    for of_one, of_two in zip(one["compression"]["layers"], two["compression"]["layers"], strict=True):
+        assert of_one["ranks"] == of_two["ranks"]
+        assert of_one["relative_error"] == pytest.approx(of_two["relative_error"], rel=1e-9)
+    assert one["compression"]["influence"] == pytest.approx(two["compression"]["influence"], rel=1e-10)
 
 
 def test_shares_are_disjoint_and_complete() -> None:

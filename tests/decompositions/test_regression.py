@@ -77,9 +77,15 @@ def test_the_ridge_is_the_best_of_all_that_could_be_tried() -> None:
         z, t = rows(40, noise=10.0 ** (seed % 8 - 5))
         W_0 = torch.linalg.lstsq(z, t).solution + 10.0 ** (seed % 5 - 2) * torch.randn(7, 3, dtype=torch.float64)
         fit, held = moments(z[: 8 + seed % 13], t[: 8 + seed % 13]), moments(z[20:], t[20:])
-        refit, solve = held_out_refit(fit, held, (W_0, W_0)), ridge_towards(fit, W_0)
+        W_all = W_0 + 0.1 * torch.randn(7, 3, dtype=torch.float64)
+        refit, solve = held_out_refit(fit, held, (W_0, W_all)), ridge_towards(fit, W_0)
         errors = {float("inf"): held.error(W_0), **{ridge: held.error(solve(ridge)[0]) for ridge in RIDGES}}
         assert refit.ridge == min(errors, key=errors.__getitem__)
         assert refit.held_out[1] == pytest.approx(errors[refit.ridge] / float(held.energy))
+        if refit.ridge != float("inf"):
+            torch.testing.assert_close(refit.fitted, solve(refit.ridge)[0])
+            torch.testing.assert_close(refit.W, ridge_towards(fit + held, W_all)(refit.ridge)[0])
+        else:
+            assert refit.fitted is W_0 and refit.W is W_all
         chosen.add(refit.ridge)
     assert {0.0, 1e-2, 1e-1, 1.0, 10.0, float("inf")} <= chosen

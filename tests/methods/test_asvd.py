@@ -6,7 +6,14 @@ import torch
 from modegpt.errors import UserError
 from modegpt.methods.asvd import ASVD, channel_scale
 from modegpt.methods.low_rank import truncated
-from tests.methods.protocol_checks import FORMS, check_compression, check_saved_and_generating, check_zero_sparsity
+from tests.methods.protocol_checks import (
+    FORMS,
+    check_compression,
+    check_saved_and_generating,
+    check_what_decides,
+    check_zero_sparsity,
+    linear_errors,
+)
 
 
 def inputs(channels: int = 10, num_rows: int = 200) -> torch.Tensor:
@@ -64,7 +71,12 @@ def test_alpha_is_checked():
 @pytest.mark.parametrize("form", FORMS)
 def test_protocol(form: str):
     check_zero_sparsity(ASVD(), form)
-    check_compression(ASVD(), form, 0.4, tolerance=0.01)
+    scaled = linear_errors(lambda C: C.diagonal().sqrt().diag())
+    check_compression(ASVD(), form, 0.4, tolerance=0.01, errors=scaled)
+
+
+def test_the_calibration_text_decides() -> None:
+    check_what_decides(ASVD(), "llama")
 
 
 def test_saved_and_generating(tmp_path):

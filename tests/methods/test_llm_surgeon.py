@@ -1,5 +1,8 @@
 """LLM Surgeon: curvature, costs and updates against brute force."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,12 +17,14 @@ from modegpt.methods.llm_surgeon import (
     removal_costs,
     without_rows,
 )
+from modegpt.methods.structures import StructureSizes
 from modegpt.models import decoder_layers
 from tests.methods.protocol_checks import (
     FORMS,
     achieved_sparsity,
     check_compression,
     check_saved_and_generating,
+    check_what_decides,
     check_zero_sparsity,
 )
 from tests.methods.task_of import task_of
@@ -178,6 +183,62 @@ def test_one_shot_removes_the_cheapest_channels_and_updates_the_rest():
     assert len({layer["ranks"]["mlp"] for layer in compressed.layers}) > 1, "the threshold is global"
 
 
+def test_the_cheapest_a_weight_go_of_heads_and_channels_alike():
+    """Every structure of the model in one list, by its cost for each weight that it holds."""
+    model, method = dense_model("llama").double(), LLMSurgeon(shots=1)
+    curvature = method._curvature(task_of(model, 0.45), model)
+    compressed, family = method.compress(task_of(model, 0.45)), task_of(model, 0.45).family
+    sizes = {"num_kv_heads": 32 * (16 + 8 + 8 + 16), "mlp": 3 * 32}
+    found = []
+    for index, layer in enumerate(decoder_layers(model)):
+        for name, role, gram, rows in (
+            ("num_kv_heads", "output", "value_output.C_o", 16),
+            ("mlp", "down", "mlp.C", 1),
+        ):
+            A, G = curvature.A(f"{index}.{gram}", 160), curvature.G(f"{index}.{role}", 160)
+            W = getattr(family, role)(layer).weight.T
+            costs = removal_costs(W, inverse(damped(A, 0.01)), damped(G, 0.01), rows)
+            found += [(cost, sizes[name], index, name) for cost in costs.tolist()]
+
+    def removed(key) -> list[tuple[int, str]]:
+        gone, left = [], math.floor(0.45 * 20736 + 1e-6)
+        for _, size, index, name in sorted(found, key=key):
+            if size <= left:
+                gone.append((index, name))
+                left -= size
+        return gone
+
+    expected, unweighted = removed(lambda each: each[0] / each[1]), removed(lambda each: each[0])
+    assert sorted(expected) != sorted(unweighted), "the division shows"
+    dense = {"num_kv_heads": 2, "mlp": 40}
+    for layer in compressed.layers:
+        assert layer["ranks"] == {name: size - expected.count((layer["index"], name)) for name, size in dense.items()}
+
+
+def test_each_shot_takes_its_share_on_the_curvature_of_what_the_last_one_left(monkeypatch: pytest.MonkeyPatch):
+    """After shot k of K about k/K of the budget is gone, and what is gone weighs nothing in the next curvature."""
+    taken, gone = [], []
+    shoot = LLMSurgeon._shoot
+
+    def watched(self, task, model, shape, curvature, kept, budget):
+        for index, of_layer in enumerate(kept):
+            channels = curvature.A(f"{index}.mlp.C", 160).diagonal()
+            written = decoder_layers(model)[index].mlp.down_proj.weight.T
+            assert (written[~of_layer.channels] == 0).all() and (channels > 0).all()
+        gone.append(curvature.G("0.down", 160))
+        kept = shoot(self, task, model, shape, curvature, kept, budget)
+        sizes = StructureSizes.of(task.family, decoder_layers(task.model)[0], shape)
+        taken.append(sum(sizes.removed(of_layer) for of_layer in kept))
+        return kept
+
+    monkeypatch.setattr(LLMSurgeon, "_shoot", watched)
+    task = task_of(dense_model("llama"), 0.4)
+    LLMSurgeon(shots=4).compress(task)
+    budget, channel = 0.4 * 20736, 3 * 32
+    assert all(budget * shot / 4 - channel <= weights <= budget * shot / 4 for shot, weights in enumerate(taken, 1))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(gone))
+
+
 @pytest.mark.parametrize("form", ["llama", "opt"])
 def test_every_weight_of_a_structure_is_compensated_when_both_sides_count(form: str):
     model = dense_model(form)
@@ -216,6 +277,10 @@ def test_protocol(form: str):
     method = LLMSurgeon(shots=2, coupling="both" if form in ("qwen3", "phi3") else "inputs")
     check_zero_sparsity(method, form)
     check_compression(method, form, 0.3, tolerance=0.01)
+
+
+def test_the_calibration_text_decides():
+    check_what_decides(LLMSurgeon(shots=2), "llama")
 
 
 def test_nearly_everything_can_go():

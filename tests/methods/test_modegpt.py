@@ -11,10 +11,13 @@ from modegpt.backend import InMemory
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.decompositions import (
     VARIANTS,
+    MLPMagnitude,
     MLPNystrom,
     MLPRandom,
     QueryKeyCR,
+    QueryKeyMagnitude,
     QueryKeyRandom,
+    ValueOutputMagnitude,
     ValueOutputRandom,
     ValueOutputSVD,
 )
@@ -28,7 +31,9 @@ from tests.methods.protocol_checks import (
     achieved_sparsity,
     check_compression,
     check_saved_and_generating,
+    check_what_decides,
     check_zero_sparsity,
+    module_errors,
 )
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model, tokens
@@ -59,12 +64,22 @@ def test_the_budget_is_met_within_half_a_step(name: str, allocation: Policy) -> 
     model = dense_model(name)
     width, gated = model.config.hidden_size, name not in ("opt", "opt-post-norm-projected")
     half_step = width * (3 if gated else 2) / 2 / block_linear_parameters(model)
-    check_compression(paper(allocation), name, 0.3, tolerance=half_step * 1.0001)
+    check_compression(paper(allocation), name, 0.3, tolerance=half_step * 1.0001, errors=module_errors)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "opt"])
 def test_compressed_models_save_and_generate(name: str, tmp_path: Path) -> None:
     check_saved_and_generating(paper(Entropic()), name, 0.3, tmp_path / "model")
+
+
+def test_the_calibration_text_decides_the_paper_and_the_seed_the_control() -> None:
+    controls = (
+        {"mlp": MLPRandom(), "query_key": QueryKeyRandom(), "value_output": ValueOutputRandom()},
+        {"mlp": MLPMagnitude(), "query_key": QueryKeyMagnitude(), "value_output": ValueOutputMagnitude()},
+    )
+    check_what_decides(paper(Entropic()), "llama")
+    for variants, seed in zip(controls, (True, False), strict=True):
+        check_what_decides(paper(**variants), "llama", data=False, seed=seed)
 
 
 def test_head_norms_keep_queries_and_keys_and_the_rest_pays() -> None:
@@ -190,7 +205,7 @@ def test_every_variant_runs_where_it_applies(form: str) -> None:
                 with pytest.raises(UserError, match=f"decomposition/{module} does not apply to {form}"):
                     method.check(task_of(dense_model(form), 0.3))
             else:
-                check_compression(method, form, 0.3, tolerance=0.05)
+                check_compression(method, form, 0.3, tolerance=0.05, errors=module_errors)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"explicit", "entropic_cap"}))

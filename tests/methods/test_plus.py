@@ -99,7 +99,8 @@ def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch
     monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", unridged)
     beta = 0.5
     model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
-    compressed = MoDeGPTPlus(beta=beta, allocation="uniform", bias="none").compress(task).model
+    done = MoDeGPTPlus(beta=beta, allocation="uniform", bias="none").compress(task)
+    compressed, report = done.model, done.layers[-1]
     family, ids = task.family, task.calibration.tokens.ids
     last = [decoder_layers(m)[-1] for m in (model, compressed)]
     seen: list[dict] = [{}, {}]
@@ -118,16 +119,17 @@ def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch
     for store in (dense, ours):
         store["middle"] = store["u"] if "post-norm" in name else store["x"] + store["attention"]
 
-    def check(features: str, output: str, before: str, linear: torch.nn.Linear) -> None:
+    def check(features: str, output: str, before: str, linear: torch.nn.Linear, module: str) -> None:
         target = dense[output] + beta * (dense[before] - ours[before])
         if linear.bias is not None:
             target = target - linear.bias.double()
         W = torch.linalg.lstsq(ours[features], target).solution
         best, got = ((ours[features] @ M - target).square().sum() for M in (W, linear.weight.detach().double().T))
         assert got <= best * (1 + 1e-5)
+        assert report["relative_error"][module] == pytest.approx(float(got / target.square().sum()), rel=1e-3)
 
-    check("z", "attention", "x", family.output(last[1]))
-    check("h", "mlp", "middle", family.down(last[1]))
+    check("z", "attention", "x", family.output(last[1]), "value_output")
+    check("h", "mlp", "middle", family.down(last[1]), "mlp")
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm-projected"])
@@ -250,6 +252,8 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
     model = dense_model("llama")
     compressed = MoDeGPTPlus(skip_layers=(1,)).compress(task_of(model, 0.3))
     assert layer_shapes(compressed.model.config)[1] == layer_shapes(model.config)[1]
+    skipped, dense = (decoder_layers(each)[1].state_dict() for each in (compressed.model, model))
+    assert all(torch.equal(skipped[name], weight) for name, weight in dense.items()), "it corrects nothing either"
     assert achieved_sparsity(compressed, model) == pytest.approx(0.3, abs=0.02)
     own = MoDeGPTPlus(module_sparsity={"query_key": 0.5}, rank_multiple={"mlp": 4}).compress(task_of(model, 0.3))
     assert all(layer["ranks"]["query_key"] == 4 and layer["ranks"]["mlp"] % 4 == 0 for layer in own.layers)

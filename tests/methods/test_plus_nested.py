@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from modegpt.cli.cut import main
 from modegpt.decompositions import MLPElimination, ValueOutputSVD
+from modegpt.decompositions.attention import output_sensitivity
 from modegpt.errors import UserError
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.nested import FILE, cut, nest
-from modegpt.methods.plus.query_key import sample
+from modegpt.methods.plus.query_key import SampledStates, sample
 from modegpt.methods.plus.streams import Split
 from modegpt.models import decoder_layers, read_mlp, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model, save_checkpoint
@@ -59,6 +60,22 @@ def test_a_checkpoint_without_orders_is_refused(tmp_path: Path, capsys: pytest.C
     assert FILE in capsys.readouterr().err
 
 
+def relative_block_errors(states: SampledStates, *, pairs: bool, kept: torch.Tensor) -> float:
+    """What all heads lose to first order by removing the other blocks than ``kept``, over what they lose by all but the
+    last: ``1_R^T M 1_R`` of the removed R, M summed over all states that were sampled.
+    """
+    M = sum(output_sensitivity(part, pairs=pairs) for part in (*states.fit, *states.held))
+    size = M.shape[-1] // (2 if pairs else 1)
+    M = M.unflatten(0, (len(states.C_K), -1)).sum(dim=1)[:, :size, :size]
+    lost = everything = 0.0
+    for of_head, dims in zip(M, kept, strict=True):
+        gone = torch.ones(size, dtype=torch.bool)
+        gone[dims[: len(dims) // (2 if pairs else 1)]] = False
+        lost += float(of_head[gone][:, gone].sum())
+        everything += float(of_head.sum())
+    return lost / everything
+
+
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: str) -> None:
     model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
@@ -91,6 +108,8 @@ def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: st
         )
         svd = ValueOutputSVD()(value_output, statistics, dims, torch.Generator())
         assert reduced["value_output"].relative_error == pytest.approx(svd.relative_error, rel=1e-4, abs=1e-8)
+        shares = relative_block_errors(states, pairs=query_key.rope, kept=reduced["query_key"].kept)
+        assert reduced["query_key"].relative_error == pytest.approx(shares, rel=1e-3, abs=1e-7)
         sets = [set(head.tolist()) for head in reduced["query_key"].kept]
         assert kept is None or all(small <= large for small, large in zip(sets, kept, strict=True))
         kept = sets

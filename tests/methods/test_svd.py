@@ -6,7 +6,14 @@ import torch
 from modegpt.methods.low_rank import block_linears, factor_ranks, truncated
 from modegpt.methods.svd import SVD
 from modegpt.models import decoder_layers
-from tests.methods.protocol_checks import FORMS, check_compression, check_saved_and_generating, check_zero_sparsity
+from tests.methods.protocol_checks import (
+    FORMS,
+    check_compression,
+    check_saved_and_generating,
+    check_what_decides,
+    check_zero_sparsity,
+    linear_errors,
+)
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
 
@@ -59,8 +66,13 @@ def test_every_linear_of_the_model_is_its_own_truncation():
 @pytest.mark.parametrize("form", FORMS)
 def test_protocol(form: str):
     check_zero_sparsity(SVD(), form)
-    compressed = check_compression(SVD(), form, 0.4, tolerance=0.01)
+    plain = linear_errors(lambda C: torch.eye(len(C)).double())
+    compressed = check_compression(SVD(), form, 0.4, tolerance=0.01, errors=plain)
     assert set(compressed.layers[0]["relative_error"]) == set(compressed.layers[0]["ranks"])
+
+
+def test_nothing_but_the_weights_decides() -> None:
+    check_what_decides(SVD(), "llama", data=False)
 
 
 def test_saved_and_generating(tmp_path):

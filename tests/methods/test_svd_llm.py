@@ -9,7 +9,14 @@ from modegpt.methods.asvd import ASVD
 from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, block_linears
 from modegpt.methods.svd_llm import SVDLLM, refit_output_factor, whitened_truncation
 from modegpt.models import decoder_layers
-from tests.methods.protocol_checks import FORMS, check_compression, check_saved_and_generating, check_zero_sparsity
+from tests.methods.protocol_checks import (
+    FORMS,
+    check_compression,
+    check_saved_and_generating,
+    check_what_decides,
+    check_zero_sparsity,
+    linear_errors,
+)
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
 
@@ -123,7 +130,13 @@ def test_relative_error_is_that_of_each_linears_output():
 def test_protocol(form: str, update: bool):
     method = SVDLLM(update=update)
     check_zero_sparsity(method, form)
-    check_compression(method, form, 0.4, tolerance=0.01)
+    outputs = None if update else linear_errors(lambda C: C)
+    check_compression(method, form, 0.4, tolerance=0.01, errors=outputs)
+
+
+def test_the_calibration_text_decides() -> None:
+    check_what_decides(SVDLLM(), "llama")
+    check_what_decides(SVDLLM(update=True), "opt")
 
 
 def test_passes_are_counted():

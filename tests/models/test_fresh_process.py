@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modegpt.models.checkpoints import load_model, save_checkpoint
 from tests.models.family_table import tokens
 from tests.models.saved import RECORD, compressed, tiny_tokenizer
+from tests.processes import STUCK_SECONDS
 
 CASES = [
     ("llama", "float32"),
@@ -75,7 +76,7 @@ def start(arguments: list[str], tmp_path: Path) -> subprocess.Popen[str]:
 
 
 def output(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=STUCK_SECONDS)
     assert process.returncode == 0, err[-3000:]
     return out
 

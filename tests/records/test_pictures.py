@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 
 from modegpt.records.pictures import layers_figure, save_pictures, scores_figure
 from tests.records.sample import FULL_RANKS, TASKS, sample_record
@@ -26,6 +27,13 @@ def test_scores() -> None:
     assert accuracy.get_xticklabels()[-1].get_text() == "mean\nof 5"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "compressed"]
     assert "29.9 %" in figure.get_suptitle()
+
+
+def test_each_bar_has_the_error_of_its_own_model() -> None:
+    accuracy = scores_figure(sample_record()).axes[1]
+    drawn = [container for container in accuracy.containers if isinstance(container, ErrorbarContainer)]
+    reach = [[(line[1][1] - line[0][1]) / 2 for line in each.lines[2][0].get_segments()] for each in drawn]
+    assert reach == [pytest.approx([2.0] * 5 + [0.9]), pytest.approx([3.0] * 5 + [1.3])]
 
 
 def test_far_perplexities_share_a_logarithmic_axis() -> None:

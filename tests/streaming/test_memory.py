@@ -20,7 +20,7 @@ from modegpt.streaming.hidden import embedded
 from modegpt.streaming.memory import FLOAT64, Prediction, check_fits, predict, resident_bytes
 from modegpt.streaming.model import StreamedModel
 from tests.models.family_table import CONFIGS
-from tests.processes import CLEAN
+from tests.processes import CLEAN, STUCK_SECONDS
 from tests.streaming.streamed_task import save_dense, task_on
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -59,7 +59,7 @@ def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
     results = CLEAN.Queue()
     process = CLEAN.Process(target=measure, args=(name, n, d_h, rank, results))
     process.start()
-    measured = results.get(timeout=120)
+    measured = results.get(timeout=STUCK_SECONDS)
     process.join()
     assert 0.5 * predicted < measured < 1.05 * predicted + 2**24, (name, measured / 2**20, predicted / 2**20)
 
