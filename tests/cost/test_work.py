@@ -57,6 +57,46 @@ def test_the_formula_and_the_counter_agree_to_the_flop(name: str) -> None:
     assert watched.work == seen.work
 
 
+def test_of_forwards_that_are_alike_one_is_watched_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two shapes: as many calls are looked at as for one batch of each, and the account is the same."""
+    names, looks = frozenset({"mlp.C", "query_key.C_Q", "layer.influence"}), []
+    look = WorkCounter.__torch_function__
+    monkeypatch.setattr(
+        WorkCounter, "__torch_function__", lambda self, func, *rest: looks.append(func) or look(self, func, *rest)
+    )
+
+    def account(num_windows: int) -> tuple[dict[str, float], float, int]:
+        looks.clear()
+        calibration = task_of(dense_model("llama"), 0.0, num_samples=num_windows).calibration
+        list(calibration.statistics(names))
+        stage = calibration.meter.stages["statistics"]
+        return stage.work, stage.bytes, looks.count(torch.nn.functional.linear)
+
+    work, num_bytes, watched = account(7)
+    (three, three_bytes, once), (one, one_bytes, _) = account(3), account(1)
+    assert work == {kind: 2 * three[kind] + one[kind] for kind in work}
+    assert num_bytes == 2 * three_bytes + one_bytes
+    assert watched == 2 * once
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(5)])
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(4, 3), torch.ones(2, 4, 3), torch.ones(2, 3, 4).mT, torch.ones(0, 3), torch.ones(3)],
+    ids=["matrix", "batch", "transposed", "empty", "vector"],
+)
+def test_linear_maps_count_as_the_products_inside(x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """They are counted from outside, and nothing else sees more."""
+    W, outside, inside = torch.ones(5, 3), Stage("outside"), Stage("inside")
+    with WorkCounter(outside.add):
+        torch.nn.functional.linear(x, W, bias)
+    with WorkCounter(inside.add).operations:
+        torch.nn.functional.linear(x, W, bias)
+    assert outside.work == inside.work
+    if x.is_contiguous():
+        assert outside.bytes == inside.bytes
+
+
 def test_gram_products_are_counted_apart_and_as_far_as_they_are_formed() -> None:
     rows, stage = torch.randn(64, 3, 10), Stage("here")
     moment = SecondMoment.zeros(3, 10)
