@@ -7,7 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import advance, embed
 from modegpt.cost.metering import CostMeter, Stage
-from modegpt.cost.work import WorkCounter, forward, forward_cost, metered_forwards
+from modegpt.cost.work import Alike, WorkCounter, forward, forward_cost, metered_forwards
+from modegpt.methods.llm_pruner import LLMPruner
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.sleb import SLEB
 from modegpt.models import decoder_layers
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model
@@ -77,6 +80,21 @@ def test_of_forwards_that_are_alike_one_is_watched_and_all_are_counted(monkeypat
     assert work == {kind: 2 * three[kind] + one[kind] for kind in work}
     assert num_bytes == 2 * three_bytes + one_bytes
     assert watched == 2 * once
+
+
+@pytest.mark.parametrize("method", [MoDeGPTPlus, SLEB, LLMPruner])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_methods_count_as_if_every_forward_were_watched(monkeypatch: pytest.MonkeyPatch, name: str, method) -> None:
+    accounts = []
+    for watch_all in (False, True):
+        if watch_all:
+            monkeypatch.setattr(Alike, "forward", lambda self, shape: forward())
+        task = task_of(dense_model(name), 0.3)
+        method().compress(task)
+        stages = task.calibration.meter.stages.values()
+        accounts.append([(stage.name, stage.work, stage.bytes) for stage in stages])
+    assert accounts[0] == accounts[1]
+    assert sum(stage.flops for stage in stages) > 0
 
 
 @pytest.mark.parametrize("bias", [None, torch.ones(5)])
