@@ -175,11 +175,13 @@ def measured(
     device: str,
     dtype: torch.dtype,
     compiler: Mapping[str, Any] | None = None,
+    captured: bool = False,
     of_layers: int | None = None,
 ) -> dict[str, Any]:
     """The dense model of ``config`` beside what MoDeGPT makes of it at each of ``sparsities``, with random weights.
 
     ``compiler``: options of ``torch.compile`` for all models, which then have caches of fixed size; None: not compiled.
+    ``captured``: as for ``throughput.measure``.
     ``of_layers``: as for ``planned_shapes``.
     Returns the machine's rates (``ceiling``), the sizes of the ``models`` and the ``measurements``.
     """
@@ -209,6 +211,7 @@ def measured(
         roof=roof,
         say=lambda line: print(line, flush=True),
         fixed_cache=compiler is not None,
+        captured=captured,
     )
     return {"ceiling": vars(roof), "models": about, "measurements": results}
 

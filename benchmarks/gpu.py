@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-SHARES = {"correct": 0.20, "cost": 0.41, "overlap": 0.06, "inference": 0.25, "evaluation": 0.08}
+SHARES = {"correct": 0.20, "cost": 0.40, "overlap": 0.06, "inference": 0.26, "evaluation": 0.08}
 """Of the whole time, by step."""
 FAREWELL_SECONDS = 4.0
 """Kept back at the end of a step: to write, and to end its process."""
 
 
-class OutOfTime(Exception):
-    """The step's time is over."""
+class OutOfTime(BaseException):
+    """The step's time is over. No Exception: what catches those must not go on."""
 
 
 def main() -> int:
@@ -79,11 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         if index + 1 < len(names):
             waiting = _start(names[index + 1], arguments)
         reserved = 60 * arguments.minutes * sum(SHARES[later] for later in names[index + 1 :])
-        seconds, began = deadline - time.monotonic() - reserved, time.monotonic()
-        print(f"{60 * arguments.minutes - (deadline - began):5.0f} s  {name}: {seconds:.0f} s at most", flush=True)
+        end, began = deadline - reserved, time.monotonic()
+        print(f"{60 * arguments.minutes - (deadline - began):5.0f} s  {name}: {end - began:.0f} s at most", flush=True)
         status = "done"
         try:
-            process.communicate(f"{seconds}\n", timeout=max(seconds, 0.0) + FAREWELL_SECONDS)
+            process.communicate(f"{end}\n", timeout=max(end - began, 0.0) + FAREWELL_SECONDS)
             if process.returncode != 0:
                 status = f"ended with status {process.returncode}"
         except subprocess.TimeoutExpired:
@@ -123,23 +123,23 @@ def _conclude(report: list[dict[str, Any]], arguments: argparse.Namespace) -> in
 
 
 def step(arguments: argparse.Namespace) -> int:
-    """One step, in the seconds that standard input names once everything is imported."""
+    """One step, until the moment that standard input names; it imports everything before it asks."""
     import torch
     from gpu_steps import SCALES, STEPS, Setting, rates
 
     setting, line = Setting(device=arguments.device, **SCALES[arguments.scale]), sys.stdin.readline()
     if not line:  # the one who would say when to begin is gone
         return 1
-    seconds = float(line) - FAREWELL_SECONDS
+    end = float(line) - FAREWELL_SECONDS
     if setting.on_gpu:
         rates(setting)  # fails here, and not in each part, where there is no GPU
     else:
         torch.set_num_threads(1)
     took: list[tuple[float, float]] = []
     record = {"kind": "gpu", "step": arguments.step, "settings": vars(setting), "parts": []}
-    began = time.monotonic()
-    for part in STEPS[arguments.step](setting):
-        left = seconds - (time.monotonic() - began)
+    began, parts = time.monotonic(), STEPS[arguments.step](setting)
+    for index, part in enumerate(parts):
+        left = end - time.monotonic() - sum(later.seconds for later in parts[index + 1 :] if later.stretches)
         pace = sum(actual for _, actual in took) / sum(wanted for wanted, _ in took) if took else 1.0
         entry: dict[str, Any]
         if left <= 0 or (pace * part.seconds > left and not part.stretches):
@@ -171,7 +171,7 @@ def attempt(part: Any, seconds: float) -> dict[str, Any]:
             raise ValueError(problem)
     except Absent as error:
         return {"status": "skipped", "reason": str(error)}
-    except Exception as error:
+    except (Exception, OutOfTime) as error:
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
     return {"status": "done", "result": result}

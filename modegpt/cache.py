@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from modegpt.files import json_sha256, partial_file
+
+if TYPE_CHECKING:  # who keeps no tensors need not wait for PyTorch
+    import torch
+    from torch import Tensor
 
 FORMAT = 2
 """Of the files. Folders of another format are never read; they are evicted as those of any other key."""
@@ -57,13 +58,15 @@ class Cache:
         """Where the values of this key are."""
         return self.root / "objects" / f"{self.key}-{FORMAT}"
 
-    def load_tensor(self, name: str, *, device: torch.device | str = "cpu") -> Tensor | None:
+    def load_tensor(self, name: str, *, device: "torch.device | str" = "cpu") -> "Tensor | None":
         """The tensor stored under ``name``; None if there is none, or a damaged one."""
         value = self._load(f"{name}.safetensors", lambda path: self._read_tensor(name, path))
         return None if value is None else value.to(device)
 
-    def store_tensor(self, name: str, value: Tensor) -> None:
+    def store_tensor(self, name: str, value: "Tensor") -> None:
         """Keep ``value``, unless there is one already or it does not fit."""
+        from safetensors.torch import save_file
+
         value = value.cpu().contiguous()
 
         def write(path: Path) -> None:
@@ -84,7 +87,7 @@ class Cache:
         """The checksum of ``content`` (JSON) under ``name`` of this key: it holds nowhere else."""
         return json_sha256({"key": self.key, "name": name, "content": content})
 
-    def _read_tensor(self, name: str, path: Path) -> Tensor:
+    def _read_tensor(self, name: str, path: Path) -> "Tensor":
         with safe_open(path, framework="pt") as file:
             checksum, value = (file.metadata() or {}).get("sha256"), file.get_tensor("value")
         self._check(checksum, name, _described(value))
@@ -148,8 +151,10 @@ class Cache:
         return excess <= 0
 
 
-def _described(value: Tensor) -> dict[str, Any]:
+def _described(value: "Tensor") -> dict[str, Any]:
     """What tells a tensor (on the CPU) from every other."""
+    import torch
+
     content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
     return {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": content}
 

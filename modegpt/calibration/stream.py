@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.cost.work import forward
+from modegpt.cost.work import Alike
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers
@@ -82,8 +82,9 @@ def advance(
     ``observe(x_in, x_out)`` sees each batch's residual stream entering and leaving.
     Raises UserError naming the layer when an activation is not finite.
     """
+    alike = Alike()
     for b, x_in in enumerate(hidden.batches):
-        with forward():
+        with alike.forward(x_in.shape):
             x_out = layer(x_in, **hidden.layer_arguments(index, x_in))
         if not all_finite(x_out):
             raise UserError(

@@ -1,7 +1,9 @@
 """The bridge from Hydra's configuration to the plain dataclasses of ``modegpt.config``."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
@@ -11,7 +13,9 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 import modegpt
-from modegpt.config import RunConfig, defaults
+from modegpt.cache import Cache, cache_directory
+from modegpt.config import CacheConfig, RunConfig, defaults
+from modegpt.files import json_sha256
 
 INGREDIENTS = "experiments/ingredients"
 """The file of combinations of modegpt_plus's switches in ``conf/``, and the group whose options they are."""
@@ -42,33 +46,38 @@ class FileConfigSource(file_config_source.FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         """The file's content over the defaults of what it names."""
         result = super().load_config(config_path)
-        choices = _choices(config_path.rpartition("/")[0])
-        if choices and isinstance(result.config, DictConfig) and (name := result.config.get("name")) in choices:
-            completed = OmegaConf.create({"name": name, **defaults(choices[str(name)])})
+        known = options().get(config_path.rpartition("/")[0], {})
+        if known and isinstance(result.config, DictConfig) and (name := result.config.get("name")) in known:
+            completed = OmegaConf.create({"name": name, **known[str(name)]})
             result.config = OmegaConf.merge(completed, result.config)
         return result
 
 
-def _choices(group: str) -> Mapping[str, type]:
-    """The classes that the options of a group name; none where a group is no choice of a class."""
-    match group.split("/"):  # imported here: the classes bring PyTorch with them
-        case ["method"]:
-            from modegpt.methods.registry import METHODS
+@functools.cache
+def options() -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each group whose choices are classes: these by name, with their options at their defaults.
 
-            return METHODS
-        case ["decomposition", module]:
-            from modegpt.decompositions import VARIANTS
+    The classes bring PyTorch and Transformers with them, which take seconds; so they are asked once, and again when a
+    source file of this package has changed.
+    """
+    package = Path(modegpt.__file__).resolve().parent
+    sources = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    cache = Cache(cache_directory(), json_sha256({"options": sources}), CacheConfig().max_bytes)
+    found = cache.load_json("options")
+    if found is None:
+        found = {group: {name: defaults(cls) for name, cls in classes.items()} for group, classes in _classes().items()}
+        cache.store_json("options", found)
+    return found
 
-            return VARIANTS[module]
-        case ["allocation"]:
-            from modegpt.allocation.policies import POLICIES
 
-            return POLICIES
-        case ["recovery"]:
-            from modegpt.recovery.job import RECOVERIES
+def _classes() -> dict[str, Mapping[str, type]]:
+    from modegpt.allocation.policies import POLICIES
+    from modegpt.decompositions import VARIANTS
+    from modegpt.methods.registry import METHODS
+    from modegpt.recovery.job import RECOVERIES
 
-            return RECOVERIES
-    return {}
+    decompositions = {f"decomposition/{module}": choices for module, choices in VARIANTS.items()}
+    return {"method": METHODS, "allocation": POLICIES, "recovery": RECOVERIES, **decompositions}
 
 
 def ingredients() -> dict[str, dict]:

@@ -18,6 +18,8 @@ from modegpt.models import block_linear_parameters, decoder_layers
 from modegpt.models.shapes import layer_shapes
 
 aten = torch.ops.aten
+Account = tuple[str, torch.dtype, float, float]
+"""Kind, precision, FLOPs and bytes."""
 
 
 class Add(Protocol):
@@ -116,6 +118,10 @@ def _product(*args: Any, **_: Any) -> float:
     return 2.0 * A.numel() * B.shape[-1]
 
 
+def _linear(x: Tensor, W: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * len(W)
+
+
 def _operands(args: tuple) -> tuple[Tensor, Tensor]:
     """A (..., m, k) and B (..., k, n) of a product; a third tensor, before them, is what it is added to."""
     A, B = [leaf for leaf in args if isinstance(leaf, Tensor)][-2:]
@@ -183,6 +189,10 @@ class WorkCounter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run ``func``, under watch where it may be work."""
+        if func is nn.functional.linear and not kwargs and args[0].ndim > 1:  # most of all work, and known from outside
+            result = func(*args)
+            self.operations.report("product", _linear, args, result)
+            return result
         if not _may_be_work(func):
             return func(*args, **kwargs) if kwargs else func(*args)
         with self.operations:
@@ -201,21 +211,38 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **kwargs) if kwargs else func(*args)
         counted = _counted(func)
         if counted is not None:
-            kind, formula = counted
-            if kind == "product":
-                kind = "gram" if formula is _product and _is_gram(args) else "forward" if self.in_forward else kind
-            results = result if isinstance(result, list | tuple) else (result,)
-            num_bytes = sum(leaf.nbytes for leaf in (*args, *results) if isinstance(leaf, Tensor))
-            dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
-            flops = float(formula(*args, **(kwargs or {})))
-            self.add(kind, dtype, flops=flops, bytes=num_bytes)
+            self.report(*counted, args, result, **(kwargs or {}))
         return result
+
+    def report(self, kind: str, formula: Callable[..., float], args: tuple, result: Any, **kwargs: Any) -> None:
+        """Hand on what one operation took."""
+        if kind == "product":
+            kind = "gram" if formula is _product and _is_gram(args) else "forward" if self.in_forward else kind
+        results = result if isinstance(result, list | tuple) else (result,)
+        num_bytes = sum(leaf.nbytes for leaf in (*args, *results) if isinstance(leaf, Tensor))
+        dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
+        self.add(kind, dtype, flops=float(formula(*args, **kwargs)), bytes=num_bytes)
+
+    @contextmanager
+    def written_down(self) -> Iterator[list[Account]]:
+        """All that is handed on inside, as a list too."""
+        add, accounts = self.add, []
+
+        def both(kind: str, dtype: torch.dtype, *, flops: float, bytes: float = 0.0) -> None:
+            add(kind, dtype, flops=flops, bytes=bytes)
+            accounts.append((kind, dtype, flops, bytes))
+
+        self.add = both
+        try:
+            yield accounts
+        finally:
+            self.add = add
 
 
 @contextmanager
 def forward() -> Iterator[None]:
     """A model, or a layer, runs inside: its products are of the kind ``forward``."""
-    operations = [mode.operations for mode in _get_current_function_mode_stack() if isinstance(mode, WorkCounter)]
+    operations = [counter.operations for counter in _counters()]
     before = [each.in_forward for each in operations]
     for each in operations:
         each.in_forward = True
@@ -224,6 +251,40 @@ def forward() -> Iterator[None]:
     finally:
         for each, flag in zip(operations, before, strict=True):
             each.in_forward = flag
+
+
+class Alike:
+    """Forwards of one layer, or model, that do the same work on every input of a shape, hooks included.
+
+    The first of each shape is watched, and the others count as it did: nothing looks at what they do.
+    """
+
+    def __init__(self) -> None:
+        self.accounts: dict[tuple[int, ...], list[Account]] = {}
+
+    @contextmanager
+    def forward(self, shape: tuple[int, ...]) -> Iterator[None]:
+        """As ``forward``; one on inputs of ``shape``."""
+        counters = _counters()
+        if not counters:
+            yield
+        elif shape in self.accounts and len(counters) == len(_get_current_function_mode_stack()) == 1:
+            [counter] = counters
+            for kind, dtype, flops, num_bytes in self.accounts[shape]:
+                counter.operations.add(kind, dtype, flops=flops, bytes=num_bytes)
+            counter.__exit__(None, None, None)
+            try:
+                yield
+            finally:
+                counter.__enter__()
+        else:
+            with forward(), counters[-1].operations.written_down() as account:
+                self.accounts[shape] = account
+                yield
+
+
+def _counters() -> list[WorkCounter]:
+    return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, WorkCounter)]
 
 
 @functools.cache

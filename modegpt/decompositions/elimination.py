@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import wrap_torch_function
 
 from modegpt.decompositions.linalg import equilibrate, psd_cholesky
 from modegpt.decompositions.modules import (
@@ -44,28 +45,39 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
     channels = torch.arange(len(K), device=K.device)
     for start in range(0, num_removed, block):
         width = min(block, num_removed - start)
-        alive = torch.ones(len(P), dtype=torch.bool, device=K.device)
-        diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
-        # pending updates: P - p^T p and E - u^T w - w^T u, a row of p and one of u and of w a removal
-        p, uw = K.new_empty(width, len(P)), K.new_empty(width, 2, len(P))
-        with torch._C.DisableTorchFunction():  # many small steps on vectors, which no mode needs to look at
-            for t in range(width):
-                cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
-                j = int(cost.argmin())
-                column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
-                column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
-                p[t] = column_P / column_P[j].sqrt()
-                u = column_P / column_P[j]
-                w = column_E - 0.5 * column_E[j] * u
-                uw[t, 0], uw[t, 1] = u, w
-                diag_P -= p[t] ** 2
-                diag_E -= 2 * u * w
-                alive[j] = False
-                removed[start + t], costs[start + t] = channels[j], cost[j]
+        steps, costs[start : start + width], alive, p, uw = _panel(P, E, width)
+        removed[start : start + width] = channels[steps]
         p, uw, channels = p[:, alive], uw[:, :, alive], channels[alive]
         P = P[alive][:, alive].addmm_(p.mT, p, alpha=-1)
         E = E[alive][:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
     return removed, costs
+
+
+@wrap_torch_function(lambda P, E, width: (P, E))  # one operation to those that watch: many small steps on vectors
+def _panel(P: Tensor, E: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``width`` removals: their indices and costs, what is left (n,), and the updates of P and E that are pending.
+
+    These are ``P - p^T p`` and ``E - u^T w - w^T u``: a row of p (width, n) and one each of u and w (width, 2, n) a
+    removal.
+    """
+    alive = torch.ones(len(P), dtype=torch.bool, device=P.device)
+    steps, costs = torch.empty(width, dtype=torch.long, device=P.device), P.new_empty(width)
+    diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
+    p, uw = P.new_empty(width, len(P)), P.new_empty(width, 2, len(P))
+    for t in range(width):
+        cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
+        j = int(cost.argmin())
+        column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
+        column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
+        p[t] = column_P / column_P[j].sqrt()
+        u = column_P / column_P[j]
+        w = column_E - 0.5 * column_E[j] * u
+        uw[t, 0], uw[t, 1] = u, w
+        diag_P -= p[t] ** 2
+        diag_E -= 2 * u * w
+        alive[j] = False
+        steps[t], costs[t] = j, cost[j]
+    return steps, costs, alive, p, uw
 
 
 def surviving(removed: Tensor, num_channels: int) -> Tensor:

@@ -60,11 +60,16 @@ def work_of(model: PreTrainedModel, workload: Workload) -> Work:
     )
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> Roof:
+ROOF_SIZE = {"cpu": 2048, "cuda": 4096}
+"""Of the matrices that ``measure_roof`` times: on a GPU large enough for a launch to weigh little."""
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype, *, size: int | None = None, repeats: int = 5) -> Roof:
     """Time a matrix product of ``size`` cubed and one with a single vector, whose matrix is far beyond the caches.
 
-    The best of ``repeats`` counts.
+    The best of ``repeats`` counts. ``size``: by default that of the device.
     """
+    size = size or ROOF_SIZE.get(device.type, 2048)
     rows = 16 * size
     square = torch.ones(size, size, device=device, dtype=dtype)
     tall, vector = torch.ones(rows, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
@@ -83,6 +88,7 @@ def measure(
     roof: Roof,
     say: Callable[[str], None],
     fixed_cache: bool = False,
+    captured: bool = False,
 ) -> list[dict[str, Any]]:
     """Time every workload on every model, the models taking turns within each repeat, in an order that rotates.
 
@@ -91,18 +97,24 @@ def measure(
         repeats: measured rounds, after one to warm up.
         decode_tokens: tokens that are decoded, and then forgotten, in one measurement of a decoding step.
         fixed_cache: keys and values in memory of a fixed size, as compiled models want it.
+        captured: each step is a CUDA graph, which launches the same kernels without Python in between; to decode into
+            memory of a fixed size.
 
     Returns one entry a workload and model:
         ``seconds`` (wall) and ``cpu_seconds`` a step: medians over the rounds, whose samples are given too;
         ``tokens_per_second``;
-        ``peak_memory_bytes``: weights and what the step needed beside them, None where the system does not say;
+        ``peak_memory_bytes``: weights and what the step needed beside them, None where the system does not say, and for
+            a CUDA graph, which has its memory before it runs;
         ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round;
         ``ideal_speedup``: what the work alone would give; ``share_of_ideal``: ``speedup`` over it.
     """
     assert DENSE in models, list(models)
     results = []
     for workload in workloads:
-        steps = {label: _prepare(model, workload, decode_tokens, fixed_cache) for label, model in models.items()}
+        fixed = fixed_cache or (captured and workload.phase == "decode")
+        steps = {label: _prepare(model, workload, decode_tokens, fixed) for label, model in models.items()}
+        if captured:
+            steps = {label: capture(step, models[label].device) for label, step in steps.items()}
         samples: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
         peaks: dict[str, int | None] = {}
         labels = list(models)
@@ -112,7 +124,8 @@ def measure(
                 if turn == 0:
                     with _peak_memory(device) as peak:
                         steps[label]()
-                    peaks[label] = None if peak[0] is None else peak[0] + _weight_bytes(models[label])
+                    known = peak[0] is not None and not captured
+                    peaks[label] = (peak[0] or 0) + _weight_bytes(models[label]) if known else None
                 else:
                     samples[label].append(_seconds(steps[label], device))
         del steps
@@ -233,6 +246,20 @@ def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int, fix
         _forget(filled, decode_tokens)
 
     return decode
+
+
+def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The kernels of ``step`` as one CUDA graph, to be launched again. It runs twice before, on a stream of its own."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _forget(cache: Cache, num_tokens: int) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from tests.scripts import CHECKOUT, load_script
+from tests.test_simulated_gpu import simulated
 
 gpu, steps = load_script("benchmarks/gpu"), load_script("benchmarks/gpu_steps")
 
@@ -32,10 +34,31 @@ def broken(_: float) -> dict:
     raise RuntimeError("a kernel failed")
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The step's clock: only a part moves it, however busy the machine is."""
+    seconds = [0.0]
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def stuck(now: list[float]):
+    """What takes all that it is given, and would take more."""
+
+    def measure(seconds: float) -> dict:
+        try:
+            time.sleep(30)
+        finally:
+            now[0] += seconds
+        return {}
+
+    return measure
+
+
 def run_step(monkeypatch: pytest.MonkeyPatch, folder: Path, parts: list, *, seconds: float) -> tuple[int, list[dict]]:
     """The status and the parts that the record of a step made of ``parts`` holds."""
     monkeypatch.setitem(steps.STEPS, "cost", lambda _: parts)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{seconds + gpu.FAREWELL_SECONDS}\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{gpu.time.monotonic() + seconds + gpu.FAREWELL_SECONDS}\n"))
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
     arguments = argparse.Namespace(step="cost", device="cpu", scale="tiny", minutes=9.0, output=folder)
     status = gpu.step(arguments)
@@ -56,29 +79,21 @@ def test_a_failing_part_stops_nothing_and_holds_no_number(monkeypatch: pytest.Mo
     assert all("result" not in each for each in found[:3]) and found[3]["result"] == {"seconds": 0.5}
 
 
-def test_what_has_no_time_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    now = [0.0]
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def slow(_: float) -> dict:
-        now[0] += 1.0
-        time.sleep(30)
-        raise AssertionError("it was let run to its end")
-
+def test_what_has_no_time_is_skipped_and_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]
+) -> None:
     parts = [
-        part("too long", slow, seconds=100.0),
-        part("stuck", slow),
+        part("too long", absent, seconds=100.0),
+        part("stuck", stuck(now)),
         part("after", lambda _: {"seconds": 0.0}),
     ]
-    _, found = run_step(monkeypatch, tmp_path, parts, seconds=1.0)
+    _, found = run_step(monkeypatch, tmp_path, parts, seconds=0.5)
     assert [each["status"] for each in found] == ["skipped", "failed", "skipped"]
     assert "100 s expected" in found[0]["reason"] and "OutOfTime" in found[1]["reason"]
 
 
-def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]) -> None:
     """The first part takes ten times what was expected, so the second one would not end in time."""
-    now = [0.0]
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(_: float) -> dict[str, Any]:
         now[0] += 0.5
@@ -92,6 +107,52 @@ def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_
     _, found = run_step(monkeypatch, tmp_path, parts, seconds=5.0)
     assert [each["status"] for each in found] == ["done", "skipped", "done"]
     assert found[2]["result"]["given"] == pytest.approx(4.5)
+
+
+def test_no_part_takes_the_time_of_one_that_stretches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]
+) -> None:
+    stretching = part("stretches", lambda seconds: {"given": seconds}, seconds=2.0, stretches=True)
+    _, found = run_step(monkeypatch, tmp_path, [part("stuck", stuck(now)), stretching], seconds=2.5)
+    assert [each["status"] for each in found] == ["failed", "done"]
+    assert found[1]["result"]["given"] == pytest.approx(2.0)
+
+
+def test_what_catches_exceptions_does_not_go_on_when_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]
+) -> None:
+    def goes_on(_: float) -> dict:
+        with suppress(Exception):
+            time.sleep(30)
+        return {"seconds": 0.0}
+
+    _, found = run_step(monkeypatch, tmp_path, [part("goes on", goes_on)], seconds=0.5)
+    assert "OutOfTime" in found[0]["reason"]
+
+
+def test_what_it_takes_to_import_is_part_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]
+) -> None:
+    """A step that is ready after its end measures nothing."""
+    _, found = run_step(monkeypatch, tmp_path, [part("late", lambda _: {})], seconds=-1.0)
+    assert [each["status"] for each in found] == ["skipped"]
+
+
+def test_tests_that_hang_are_ended_with_their_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ran before is in the record."""
+    program = tmp_path / "pytest.py"
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "print('[gw0] [ 25%] PASSED tests/gpu/test_a.py::test_one ')\n"
+        "print('[gw1] [ 50%] FAILED tests/gpu/test_a.py::test_two ', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    began = time.monotonic()
+    found = steps.gpu_tests(3.0)
+    assert time.monotonic() - began < 10
+    assert found["status"] is None and not found["met"]
+    assert found["counts"] == {"passed": 1, "failed": 1} and found["failed"] == ["tests/gpu/test_a.py::test_two"]
 
 
 def test_a_broken_device_ends_the_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,6 +182,20 @@ def run_script(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@simulated
+def test_the_steps_on_a_simulated_gpu() -> None:
+    """All but what is compiled: every tensor is where it should be, and a graph holds kernels alone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.simulated_gpu_steps"], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    for name in ("correct", "cost", "overlap", "inference", "evaluation"):
+        assert any(line.startswith(f"{name}: ") for line in lines), name
+    [replays] = [line for line in lines if line.endswith(" replays")]
+    assert int(replays.split()[0]) == 2 * 2 * 3 * 2, "phases, batches, models, rounds"
+
+
 @pytest.mark.large
 def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     """Small shapes, the same code; without a GPU nothing overlaps, and a gain or a goal may be missed."""
@@ -138,10 +213,13 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     assert whole["70B, by layers"]["num_layers"] == whole["70B, by layers"]["of_layers"] == 2
     assert whole["70B, by layers"]["extrapolated_seconds"] == pytest.approx(whole["70B, by layers"]["seconds"])
     assert set(whole["13B, entropic"]["floor_seconds"]) == {"forward", "gram", "factorisation"}
-    assert found["overlap"][0]["result"]["num_equal"] == 2
-    eager, compiled = (each["result"] for each in found["inference"])
-    assert compiled["layers"] == 1 and eager["layers"] == 2
-    assert {entry["phase"] for entry in compiled["measurements"]} == {"prefill", "decode"}
+    assert found["overlap"][0]["result"]["num_equal"] == {"in line": 2, "beside": 2}
+    ways = {each["name"]: each for each in found["inference"]}
+    assert [ways[f"captured, {phase}"]["status"] for phase in ("decode", "prefill")] == ["skipped"] * 2
+    for phase in ("decode", "prefill"):
+        eager, compiled = (ways[f"{way}, {phase}"]["result"] for way in ("eager", "compiled"))
+        assert compiled["layers"] == 1 and eager["layers"] == 2
+        assert {entry["phase"] for entry in (*eager["measurements"], *compiled["measurements"])} == {phase}
     assert found["evaluation"][1]["result"]["requests_per_second"] > 0
 
 

@@ -7,7 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import advance, embed
 from modegpt.cost.metering import CostMeter, Stage
-from modegpt.cost.work import WorkCounter, forward, forward_cost, metered_forwards
+from modegpt.cost.work import Alike, WorkCounter, forward, forward_cost, metered_forwards
+from modegpt.methods.llm_pruner import LLMPruner
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.sleb import SLEB
 from modegpt.models import decoder_layers
 from tests.methods.task_of import task_of
 from tests.models.family_table import CONFIGS, dense_model
@@ -55,6 +58,61 @@ def test_the_formula_and_the_counter_agree_to_the_flop(name: str) -> None:
     for windows in (2, 1):
         seen.add("forward", cost.dtype, flops=cost.flops(windows, 12))
     assert watched.work == seen.work
+
+
+def test_of_forwards_that_are_alike_one_is_watched_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two shapes: as many calls are looked at as for one batch of each, and the account is the same."""
+    names, looks = frozenset({"mlp.C", "query_key.C_Q", "layer.influence"}), []
+    look = WorkCounter.__torch_function__
+    monkeypatch.setattr(
+        WorkCounter, "__torch_function__", lambda self, func, *rest: looks.append(func) or look(self, func, *rest)
+    )
+
+    def account(num_windows: int) -> tuple[dict[str, float], float, int]:
+        looks.clear()
+        calibration = task_of(dense_model("llama"), 0.0, num_samples=num_windows).calibration
+        list(calibration.statistics(names))
+        stage = calibration.meter.stages["statistics"]
+        return stage.work, stage.bytes, looks.count(torch.nn.functional.linear)
+
+    work, num_bytes, watched = account(7)
+    (three, three_bytes, once), (one, one_bytes, _) = account(3), account(1)
+    assert work == {kind: 2 * three[kind] + one[kind] for kind in work}
+    assert num_bytes == 2 * three_bytes + one_bytes
+    assert watched == 2 * once
+
+
+@pytest.mark.parametrize("method", [MoDeGPTPlus, SLEB, LLMPruner])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_methods_count_as_if_every_forward_were_watched(monkeypatch: pytest.MonkeyPatch, name: str, method) -> None:
+    accounts = []
+    for watch_all in (False, True):
+        if watch_all:
+            monkeypatch.setattr(Alike, "forward", lambda self, shape: forward())
+        task = task_of(dense_model(name), 0.3)
+        method().compress(task)
+        stages = task.calibration.meter.stages.values()
+        accounts.append([(stage.name, stage.work, stage.bytes) for stage in stages])
+    assert accounts[0] == accounts[1]
+    assert sum(stage.flops for stage in stages) > 0
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(5)])
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(4, 3), torch.ones(2, 4, 3), torch.ones(2, 3, 4).mT, torch.ones(0, 3), torch.ones(3)],
+    ids=["matrix", "batch", "transposed", "empty", "vector"],
+)
+def test_linear_maps_count_as_the_products_inside(x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """They are counted from outside, and nothing else sees more."""
+    W, outside, inside = torch.ones(5, 3), Stage("outside"), Stage("inside")
+    with WorkCounter(outside.add):
+        torch.nn.functional.linear(x, W, bias)
+    with WorkCounter(inside.add).operations:
+        torch.nn.functional.linear(x, W, bias)
+    assert outside.work == inside.work
+    if x.is_contiguous():
+        assert outside.bytes == inside.bytes
 
 
 def test_gram_products_are_counted_apart_and_as_far_as_they_are_formed() -> None:

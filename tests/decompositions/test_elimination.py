@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from modegpt.decompositions import MLPElimination, MLPNystrom, ValueOutputColumns, ValueOutputSVD
 from modegpt.decompositions.elimination import eliminate
@@ -131,3 +132,20 @@ def test_larger_problem_stays_accurate():
     removed, costs = eliminate(h.mT @ h, W, 100, ridge=0.0, block=64)
     kept = sorted(set(range(500)) - set(removed.tolist()))
     assert float(costs.sum()) == pytest.approx(residual(h, h @ W, kept), rel=1e-6)
+
+
+def test_its_small_steps_are_one_operation_to_whoever_watches() -> None:
+    class Watch(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    C, W = torch.eye(24, dtype=torch.float64) + 0.1, torch.ones(24, 3, dtype=torch.float64)
+    watched = []
+    for rank in (20, 4):
+        with Watch() as watch:
+            eliminate(C, W, rank, ridge=0.0, block=24)
+        watched.append(watch.calls)
+    assert watched[0] == watched[1]

@@ -15,7 +15,7 @@ from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates, advance, embed, layers_replaced
-from modegpt.cost.work import forward
+from modegpt.cost.work import Alike
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
 from modegpt.decompositions.nystrom import refit
@@ -155,19 +155,21 @@ def rank_costs(
     with float32_forward(model):
         hidden = embed(model, measured, batch_size=calibration.batch_size)
         positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
-        dense = [Predictions.of(_log_probabilities(model, batch, positions, {})) for batch in batches]
+        alike = Alike()
+        dense = [Predictions.of(_log_probabilities(model, batch, positions, {}, alike)) for batch in batches]
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(
         zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)
     ):
         costs.append({})
+        alike = Alike()
         if index not in skip_layers:
             for module in modules:
                 prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
                 for removed in sorted({prospect.removed(share) for share in shares}):
                     with float32_forward(model), _acting_as(*prospect.map(removed)):
-                        points[removed] = _divergence(model, hidden, index, batches, positions, dense)
+                        points[removed] = _divergence(model, hidden, index, batches, positions, dense, alike)
                 costs[-1][module] = expected(prospect.curve, points)
         with float32_forward(model):
             advance(hidden, index, layer)
@@ -313,7 +315,11 @@ class Predictions:
 
 @torch.no_grad()
 def _log_probabilities(
-    model: PreTrainedModel, batch: Tensor, positions: Tensor | None, replaced: Mapping[int, Callable]
+    model: PreTrainedModel,
+    batch: Tensor,
+    positions: Tensor | None,
+    replaced: Mapping[int, Callable],
+    alike: Alike,
 ) -> Tensor:
     """Of the next token, (batch * positions, vocabulary), float32, with ``replaced[i]`` for the forward of layer i."""
     layers, kept = decoder_layers(model), 0 if positions is None else positions.to(batch.device)
@@ -321,7 +327,7 @@ def _log_probabilities(
     def stand_in(index: int) -> Callable:
         return replaced.get(index, partial(type(layers[index]).forward, layers[index]))
 
-    with layers_replaced(layers, stand_in) if replaced else nullcontext(), forward():
+    with layers_replaced(layers, stand_in) if replaced else nullcontext(), alike.forward(batch.shape):
         logits = model(batch, use_cache=False, logits_to_keep=kept).logits
     return logits.float().log_softmax(dim=-1).flatten(0, 1)
 
@@ -333,9 +339,10 @@ def _divergence(
     batches: list[Tensor],
     positions: Tensor | None,
     dense: list[Predictions],
+    alike: Alike,
 ) -> float:
     """Mean KL divergence a prediction of the model as it is now from ``dense``; the layers before ``index`` do not run
-    again.
+    again. ``alike``: that of all forwards from ``index``.
     """
 
     def skip(hidden_states: Tensor, **_: Any) -> Tensor:
@@ -346,7 +353,7 @@ def _divergence(
     for x, batch, predictions in zip(hidden.batches, batches, dense, strict=True):
         replaced: dict[int, Callable] = {earlier: skip for earlier in range(index)}
         replaced[index] = lambda _, x=x, **arguments: type(layer).forward(layer, x, **arguments)
-        total += kl_divergence(predictions, _log_probabilities(model, batch, positions, replaced))
+        total += kl_divergence(predictions, _log_probabilities(model, batch, positions, replaced, alike))
         count += len(predictions.p)
     return total / count
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modegpt.calibration.stream import HiddenStates
-from modegpt.cost.work import forward
+from modegpt.cost.work import Alike
 
 HELD_OUT_EVERY = 4
 """Every fourth calibration window is held out: ridges and selections are chosen on it, then solved on all."""
@@ -52,6 +52,7 @@ def observe(
         attention: the layer's attention module and what it returns on each batch (batch, sequence, d_h), so that it
             does not run again.
     """
+    alike = Alike()
     for b, x in enumerate(hidden.batches):
         seen: dict[str, Tensor] = {}
         with (
@@ -59,7 +60,7 @@ def observe(
             nullcontext() if attention is None else _returning(attention[0], attention[1][b]),
         ):
             try:
-                with forward():
+                with alike.forward(x.shape):
                     output = layer(x, **hidden.layer_arguments(index, x))
             except _Seen:
                 output = None
