@@ -250,8 +250,9 @@ class AttentionVariant(Variant[AnyWeights]):
         return 6 * sizes.d_h * sizes.H * sizes.d
 
 
-HEAD_NORM_FITS = ("pairs", "offset", "scale", "kept")
-"""How the norm of a head is estimated from the dims that stay, see ``decompositions/head_norm.py``."""
+HEAD_NORM_FIT = "pairs"
+HEAD_NORM_FITS = (HEAD_NORM_FIT, "offset", "scale", "kept")
+"""How the norm of a head is estimated from the dims that stay, see ``decompositions/head_norm.py``; first the best."""
 
 
 class QueryKeyVariant(AttentionVariant[QueryKeyWeights]):
@@ -262,7 +263,7 @@ class QueryKeyVariant(AttentionVariant[QueryKeyWeights]):
 class QueryKeySelection(QueryKeyVariant):
     """A variant that keeps dims as they are; ``head_norm`` says how the norm of a head that lost some is fitted."""
 
-    head_norm: str = field(default="pairs", kw_only=True, metadata={"before": "pairs"})
+    head_norm: str = field(default=HEAD_NORM_FIT, kw_only=True, metadata={"before": HEAD_NORM_FIT})
 
     def __post_init__(self) -> None:
         if self.head_norm not in HEAD_NORM_FITS:

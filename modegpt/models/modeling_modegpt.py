@@ -62,6 +62,8 @@ class Family:
     """Norms of queries and keys in front of the rotation; None where there are none."""
     joint_norms: bool = False
     """One norm spans all heads, and not each head."""
+    heads_first: bool = False
+    """Its own attention gives these norms (batch, heads, sequence, d), and not (batch, sequence, heads, d)."""
     final_norm_path: str = "model.norm"
     norm_offset: float = 0.0
     """What a norm adds to its weight."""
@@ -153,7 +155,15 @@ FAMILIES = {
             query_prescaled=True,
         ),
         Family("gemma", "Gemma", norm_offset=1.0),
-        Family("gemma3_text", "Gemma3", config="Gemma3Text", module="gemma3", norm_offset=1.0, **HEAD_NORMS),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            config="Gemma3Text",
+            module="gemma3",
+            norm_offset=1.0,
+            heads_first=True,
+            **HEAD_NORMS,
+        ),
         Family("olmo2", "Olmo2", joint_norms=True, **HEAD_NORMS),
         Family("smollm3", "SmolLM3"),
         Family(

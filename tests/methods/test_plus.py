@@ -10,11 +10,12 @@ from torch import Tensor
 from modegpt.allocation.policies import Uniform
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.head_norm import fit_head_norm
+from modegpt.decompositions.modules import HEAD_NORM_FIT
 from modegpt.decompositions.regression import Moments, Refit, ridge_towards
 from modegpt.errors import UserError
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.query_key import HEAD_NORM_FIT, candidates, sample
+from modegpt.methods.plus.query_key import candidates, sample
 from modegpt.methods.plus.sensitivity import SMALLEST, expected
 from modegpt.methods.plus.streams import Split
 from modegpt.models import block_linear_parameters, decoder_layers, family_of, layer_shapes, read_query_key

@@ -15,10 +15,10 @@ from modegpt.calibration.statistics import Statistics
 from modegpt.decompositions.attention import elimination_order, output_sensitivity
 from modegpt.decompositions.curves import mlp_curve
 from modegpt.decompositions.linalg import psd_cholesky, relative
-from modegpt.decompositions.modules import Reduction
+from modegpt.decompositions.modules import HEAD_NORM_FIT, Reduction
 from modegpt.decompositions.selection import build_value_output, group_heads, keep_mlp, keep_query_key
 from modegpt.decompositions.svd import balance
-from modegpt.methods.plus.query_key import HEAD_NORM_FIT, SampledStates
+from modegpt.methods.plus.query_key import SampledStates
 from modegpt.methods.plus.sensitivity import Costs
 from modegpt.models import Family, read_mlp, read_query_key, read_value_output
 

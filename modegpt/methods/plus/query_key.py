@@ -12,14 +12,12 @@ from modegpt.decompositions.attention import AttentionStates, block_map, elimina
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
 from modegpt.decompositions.linalg import psd_cholesky
-from modegpt.decompositions.modules import QueryKeyWeights, Statistics
+from modegpt.decompositions.modules import HEAD_NORM_FIT, QueryKeyWeights, Statistics
 from modegpt.decompositions.selection import group_heads, keep_query_key, largest, sum_pairs
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.methods.plus.streams import Split, Tap, observe
 from modegpt.models import Family, read_value_output
 from modegpt.models.weights import key_norm, normalised_heads, query_norm
-
-HEAD_NORM_FIT = "pairs"
 
 
 @dataclass(frozen=True)
