@@ -226,7 +226,10 @@ class CacheConfig:
 
 @dataclass
 class ModelConfig:
-    """The dense model. ``path``: a hub name, a directory, or ``embedded:NAME`` for one that ships with the package."""
+    """The dense model.
+
+    ``path``: a hub name, a directory, a GGUF file, or ``embedded:NAME`` for one that ships with the package.
+    """
 
     name: str | None = None
     """What records call it."""

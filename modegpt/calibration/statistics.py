@@ -16,8 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.moments import FirstMoment, SecondMoment, beside
 from modegpt.calibration.world import World
-from modegpt.decompositions.modules import Sizes
+from modegpt.decompositions.head_norm import norm_shares
+from modegpt.decompositions.modules import HeadNorm, Sizes
 from modegpt.models import Family
+from modegpt.models.weights import key_norm, normalised_heads, query_norm
 
 Statistics = dict[str, Tensor]
 """The collected statistics of one layer, by their names in ``STATISTICS``."""
@@ -49,14 +51,27 @@ def head_states(observer: "LayerObserver", states: Tensor) -> Tensor:
 
 def query_states(observer: "LayerObserver", states: Tensor) -> Tensor:
     """Queries as they enter the product: after bias, head norm and rotation."""
-    states = observer.family.normalise_query(observer.layer, head_states(observer, states))
-    return rotate(states, observer.position_embeddings)
+    return observer.rotated(observer.family.query_norm_path, head_states(observer, states))
 
 
 def key_states(observer: "LayerObserver", states: Tensor) -> Tensor:
     """Keys as they enter the product: after bias, head norm and rotation."""
-    states = observer.family.normalise_key(observer.layer, head_states(observer, states))
-    return rotate(states, observer.position_embeddings)
+    return observer.rotated(observer.family.key_norm_path, head_states(observer, states))
+
+
+def query_shares(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """What each pair of a query head adds to the mean square in its norm, see ``decompositions/head_norm.py``."""
+    return _shares(query_norm(observer.family, observer.layer), head_states(observer, states))
+
+
+def key_shares(observer: "LayerObserver", states: Tensor) -> Tensor:
+    """The same of key heads."""
+    return _shares(key_norm(observer.family, observer.layer), head_states(observer, states))
+
+
+def _shares(norm: HeadNorm | None, states: Tensor) -> Tensor:
+    assert norm is not None, "only head norms have shares"
+    return norm_shares(states, norm)
 
 
 def unbiased_states(observer: "LayerObserver", states: Tensor) -> Tensor:
@@ -117,6 +132,9 @@ STATISTICS: dict[str, Statistic] = {
     # the two sides of the product, by query and by key head
     "query_key.C_Q": Statistic(("H", "d", "d"), "query", "output", query_states),
     "query_key.C_K": Statistic(("H_kv", "d", "d"), "key", "output", key_states),
+    # where the family has norms of heads: what pairs contribute to them
+    "query_key.N_Q": Statistic(("G_Q", "F_Q", "F_Q"), "query", "output", query_shares),
+    "query_key.N_K": Statistic(("G_K", "F_K", "F_K"), "key", "output", key_shares),
     # the values, and what the output projection reads of them
     "value_output.G": Statistic(("H_kv", "d", "d"), "value", "output", unbiased_states),
     "value_output.A": Statistic(("H", "d", "d"), "output", "input", unbiased_states),
@@ -157,6 +175,11 @@ class LayerObserver:
     def __post_init__(self) -> None:
         unknown = self.names - STATISTICS.keys()
         assert not unknown, f"unknown statistics {sorted(unknown)}"
+
+    def rotated(self, norm_path: str | None, states: Tensor) -> Tensor:
+        """``states`` (..., heads, d) after the norm at ``norm_path``, if there is one, and the layer's rotation."""
+        states = normalised_heads(self.family, self.layer, norm_path, states)
+        return rotate(states, self.position_embeddings if self.family.rotates(self.layer) else None)
 
     @contextmanager
     def watching(self, arguments: dict[str, Any]) -> Iterator[None]:

@@ -7,7 +7,7 @@ its queries turned by 90 degrees.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,13 +21,16 @@ class AttentionStates:
 
     q (B, H, t, d), k (B, H_kv, s, d), v (B, H, s, m), bias (B or 1, 1, t, s). v are the value states of
     each query head in the metric of its output block (so that norms are those of the attention's output); bias is 0
-    where a key may be attended to and -inf elsewhere.
+    where a key may be attended to and -inf elsewhere. shares_Q (B, G_Q, t, F_Q), shares_K (B, G_K, s, F_K): what
+    norms of heads, where there are any, are fitted on, see ``head_norm.norm_shares``.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor
+    shares_Q: Tensor | None = None
+    shares_K: Tensor | None = None
 
     def keys(self) -> Tensor:
         """K repeated for the query heads, (B, H, s, d)."""
@@ -40,9 +43,21 @@ class AttentionStates:
             q, k = q @ T_Q, k @ T_K.repeat_interleave(len(T_Q) // len(T_K), dim=0)
         return (q @ k.mT + self.bias).softmax(dim=-1) @ self.v
 
+    def estimated(self, factors_Q: Tensor, factors_K: Tensor) -> "AttentionStates":
+        """The states with the norms of their heads estimated: factors (G_Q, F_Q) and (G_K, F_K) of shares."""
+        assert self.shares_Q is not None and self.shares_K is not None, "these heads have no norms"
+        q, k = (
+            states * (shares @ factors.to(shares.dtype).unsqueeze(-1)).rsqrt().to(states.dtype)
+            for states, shares, factors in (
+                (self.q, self.shares_Q, factors_Q),
+                (self.k, self.shares_K, factors_K),
+            )
+        )
+        return replace(self, q=q, k=k)
+
     def mapped(self, T_Q: Tensor, T_K: Tensor) -> "AttentionStates":
         """The states in another basis of each head."""
-        return AttentionStates(self.q @ T_Q, self.k @ T_K, self.v, self.bias)
+        return replace(self, q=self.q @ T_Q, k=self.k @ T_K)
 
 
 def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:

@@ -10,7 +10,7 @@ from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.modules import (
     MLPVariant,
     MLPWeights,
-    QueryKeyVariant,
+    QueryKeySelection,
     QueryKeyWeights,
     Reduction,
     Sizes,
@@ -90,7 +90,7 @@ class MLPRandom(MLPControl):
 
 
 @dataclass(frozen=True)
-class QueryKeyControl(QueryKeyVariant):
+class QueryKeyControl(QueryKeySelection):
     """Keep the dims (pairs under RoPE) of best score. The Grams serve the reported error alone, that of QueryKeyCR."""
 
     required: ClassVar[frozenset[str]] = frozenset({"query_key.C_Q", "query_key.C_K"})
@@ -106,7 +106,8 @@ class QueryKeyControl(QueryKeyVariant):
         scores = self.scores(weights, generator)
         kept = choose_query_key(sum_pairs(scores) if weights.rope else scores, rank, rope=weights.rope)
         error = query_key_relative_error(statistics["query_key.C_Q"], statistics["query_key.C_K"], kept)
-        return Reduction(keep_query_key(weights, kept), relative_error=error, kept=kept)
+        reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
+        return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.modules import QueryKeyVariant, QueryKeyWeights, Reduction, Statistics
+from modegpt.decompositions.modules import QueryKeySelection, QueryKeyWeights, Reduction, Statistics
 from modegpt.decompositions.selection import (
     choose_query_key,
     group_heads,
@@ -31,7 +31,7 @@ def cr_scores(energy_Q: Tensor, energy_K: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class QueryKeyCR(QueryKeyVariant):
+class QueryKeyCR(QueryKeySelection):
     """Keep, per key head, the dims of W_Q and W_K with the largest product of norms.
 
     Pairs (i, i + d/2) stay whole under RoPE.
@@ -52,6 +52,7 @@ class QueryKeyCR(QueryKeyVariant):
     score: str = "dims"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.score not in SCORES:
             raise UserError(f"{type(self).__name__}: score must be one of {', '.join(SCORES)}, got {self.score!r}")
 
@@ -75,7 +76,8 @@ class QueryKeyCR(QueryKeyVariant):
             scores = sum_pairs(scores) if weights.rope else scores
         kept = choose_query_key(scores, rank, rope=weights.rope)
         error = query_key_relative_error(statistics["query_key.C_Q"], statistics["query_key.C_K"], kept)
-        return Reduction(keep_query_key(weights, kept), relative_error=error, kept=kept)
+        reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
+        return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)
 
 
 @dataclass(frozen=True)

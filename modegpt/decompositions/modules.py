@@ -20,13 +20,38 @@ Statistics = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The letters of a layer: d_h hidden size, n MLP width, H query heads and H_kv key/value heads of size d."""
+    """The letters of a layer: d_h hidden size, n MLP width, H query heads and H_kv key/value heads of size d.
+
+    G_Q and G_K count the norms of queries and of keys, each of which is fitted on F_Q or F_K shares (those of the pairs
+    that it spans, and the offset); with ``joint_norms`` one norm spans all heads.
+    """
 
     d_h: int
     n: int
     H: int
     H_kv: int
     d: int
+    joint_norms: bool = False
+
+    @property
+    def G_Q(self) -> int:
+        """Norms of queries."""
+        return 1 if self.joint_norms else self.H
+
+    @property
+    def G_K(self) -> int:
+        """Norms of keys."""
+        return 1 if self.joint_norms else self.H_kv
+
+    @property
+    def F_Q(self) -> int:
+        """Shares that a norm of queries is fitted on."""
+        return self.H // self.G_Q * self.d // 2 + 1
+
+    @property
+    def F_K(self) -> int:
+        """Shares that a norm of keys is fitted on."""
+        return self.H_kv // self.G_K * self.d // 2 + 1
 
 
 @dataclass(frozen=True)
@@ -71,11 +96,25 @@ class MLPWeights(Generic[Matrix]):
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """What each head's states pass through before they are rotated: ``w_i q_i / sqrt(sum_j c_j q_j^2 + eps)``.
+
+    w (heads, d), c (heads, d), eps (heads,). A family's RMSNorm has ``c = 1/d``; one over r kept dims whose weight is
+    ``w sqrt(1 / (r c))`` and whose eps is ``eps / (r c)`` is the same map where c is one number a head.
+    """
+
+    w: Tensor
+    c: Tensor
+    eps: Tensor
+
+
+@dataclass(frozen=True)
 class QueryKeyWeights:
     """W_Q (H, d_h, d), W_K (H_kv, d_h, d), b_Q (H, d), b_K (H_kv, d).
 
     Under ``rope`` the dims ``(i, i + d/2)`` are one rotated pair, and ``rope_index`` (H_kv, d/2), int64, names the
-    original frequency of each pair (None: all of them, in order).
+    original frequency of each pair (None: all of them, in order). ``norm_Q`` and ``norm_K``: the norms of the heads,
+    where the family has them.
     """
 
     W_Q: Tensor
@@ -84,6 +123,8 @@ class QueryKeyWeights:
     b_K: Tensor | None = None
     rope: bool = True
     rope_index: Tensor | None = None
+    norm_Q: HeadNorm | None = None
+    norm_K: HeadNorm | None = None
 
     @property
     def inner_size(self) -> int:
@@ -159,6 +200,10 @@ class Variant(Generic[AnyWeights]):
         """The module at inner size ``rank``, which is below the full one."""
         raise NotImplementedError
 
+    def reads(self, *, head_norms: bool) -> frozenset[str]:
+        """The statistics that it reads where queries and keys have ``head_norms``, or have none."""
+        return self.required
+
     def solver_elements(self, sizes: Sizes, rank: int) -> int:
         """Float64 elements that ``reduce`` holds at most, beside the weights and the statistics."""
         raise NotImplementedError
@@ -176,9 +221,10 @@ class Variant(Generic[AnyWeights]):
             return Reduction(weights=weights, relative_error=0.0)
         if (reason := self.applicable(weights)) is not None:
             raise UserError(f"{name} does not apply: {reason}")
-        if missing := sorted(self.required - statistics.keys()):
+        read = self.reads(head_norms=isinstance(weights, QueryKeyWeights) and weights.norm_Q is not None)
+        if missing := sorted(read - statistics.keys()):
             raise UserError(f"{name} needs the statistics {', '.join(missing)}, which were not collected")
-        for key in sorted(self.required):
+        for key in sorted(read):
             if not all_finite(statistics[key]):
                 raise UserError(
                     f"{name}: the calibration statistic {key} holds NaN or inf; check the model's activations"
@@ -204,8 +250,30 @@ class AttentionVariant(Variant[AnyWeights]):
         return 6 * sizes.d_h * sizes.H * sizes.d
 
 
+HEAD_NORM_FIT = "pairs"
+HEAD_NORM_FITS = (HEAD_NORM_FIT, "offset", "scale", "kept")
+"""How the norm of a head is estimated from the dims that stay, see ``decompositions/head_norm.py``; first the best."""
+
+
 class QueryKeyVariant(AttentionVariant[QueryKeyWeights]):
     """A variant of query-key."""
+
+
+@dataclass(frozen=True)
+class QueryKeySelection(QueryKeyVariant):
+    """A variant that keeps dims as they are; ``head_norm`` says how the norm of a head that lost some is fitted."""
+
+    head_norm: str = field(default=HEAD_NORM_FIT, kw_only=True, metadata={"before": HEAD_NORM_FIT})
+
+    def __post_init__(self) -> None:
+        if self.head_norm not in HEAD_NORM_FITS:
+            raise UserError(
+                f"{type(self).__name__}: head_norm must be one of {', '.join(HEAD_NORM_FITS)}, got {self.head_norm!r}"
+            )
+
+    def reads(self, *, head_norms: bool) -> frozenset[str]:
+        """With the shares of each pair in the norm of its head."""
+        return self.required | {"query_key.N_Q", "query_key.N_K"} if head_norms else self.required
 
 
 class ValueOutputVariant(AttentionVariant[ValueOutputWeights]):

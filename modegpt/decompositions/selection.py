@@ -1,12 +1,14 @@
 """Keeping a subset of a module's inner dimensions: choosing by score, slicing the weights, measuring what is lost."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modegpt.decompositions.head_norm import keep_head_norms
 from modegpt.decompositions.linalg import energy, relative
-from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, Statistics, ValueOutputWeights
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -65,8 +67,13 @@ def sum_pairs(scores: Tensor) -> Tensor:
     return first + second
 
 
-def keep_query_key(weights: QueryKeyWeights, kept: Tensor) -> QueryKeyWeights:
-    """Keep the dims ``kept`` (H_kv, k) of each key head and of the query heads that read it."""
+def keep_query_key(
+    weights: QueryKeyWeights, kept: Tensor, statistics: Statistics, *, head_norm: str
+) -> tuple[QueryKeyWeights, dict[str, Any]]:
+    """Keep the dims ``kept`` (H_kv, k) of each key head and of the query heads that read it.
+
+    The norms of heads, where there are any, are fitted on ``statistics`` as ``head_norm`` says; also returns how well.
+    """
     num_groups, num_heads = len(weights.W_K), len(weights.W_Q)
     query_kept = kept.repeat_interleave(num_heads // num_groups, dim=0)
 
@@ -77,14 +84,17 @@ def keep_query_key(weights: QueryKeyWeights, kept: Tensor) -> QueryKeyWeights:
     if weights.rope:
         pairs = kept[:, : kept.shape[1] // 2]
         rope_index = pairs if weights.rope_index is None else weights.rope_index.gather(-1, pairs)
-    return replace(
+    norms, numerics = keep_head_norms(weights, kept[:, : kept.shape[1] // 2], statistics, fit=head_norm)
+    reduced = replace(
         weights,
         W_Q=columns(weights.W_Q, query_kept),
         W_K=columns(weights.W_K, kept),
         b_Q=None if weights.b_Q is None else weights.b_Q.gather(-1, query_kept),
         b_K=None if weights.b_K is None else weights.b_K.gather(-1, kept),
         rope_index=rope_index,
+        **norms,
     )
+    return reduced, numerics
 
 
 def query_key_relative_error(C_Q: Tensor, C_K: Tensor, kept: Tensor) -> float:

@@ -23,7 +23,7 @@ from modegpt.allocation.ranks import (
 )
 from modegpt.calibration.statistics import Statistics
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
-from modegpt.decompositions import VARIANTS
+from modegpt.decompositions import VARIANTS, QueryKeySVD
 from modegpt.decompositions.modules import LowRank, Reduction, Variant
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
@@ -158,12 +158,9 @@ class MoDeGPT(RankMethod):
         }
         return decomposition, write(POLICIES, self.allocation)
 
-    def variants(self, family: Family) -> dict[str, Variant | None]:
-        """The decomposition of each module for ``family``, which may insist on dense queries and keys."""
-        variants = {module: getattr(self, module) for module in MODULES}
-        if family.query_key_dense is not None:
-            variants["query_key"] = None
-        return variants
+    def variants(self) -> dict[str, Variant | None]:
+        """The decomposition of each module; None where it stays dense."""
+        return {module: getattr(self, module) for module in MODULES}
 
     def budgets(self, task: CompressionTask) -> list[dict[str, ModuleBudget]]:
         """What every layer offers to remove. Raises UserError for a skipped layer that the model has not."""
@@ -173,7 +170,7 @@ class MoDeGPT(RankMethod):
             raise UserError(
                 f"compression.skip_layers names layer {outside[0]}, but the model has layers 0 to {num_layers - 1}"
             )
-        config, variants = task.model.config, self.variants(task.family)
+        config, variants = task.model.config, self.variants()
         frozen = [module for module, variant in variants.items() if variant is None]
         compressible = module_budgets(
             config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen
@@ -202,7 +199,7 @@ class MoDeGPT(RankMethod):
     def check(self, task: CompressionTask) -> None:
         """Refuse a decomposition that does not apply, and ranks that cannot be met where they are known beforehand."""
         layer = decoder_layers(task.model)[0]
-        for module, variant in self.variants(task.family).items():
+        for module, variant in self.variants().items():
             reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
             if reason is not None:
                 raise UserError(f"decomposition/{module} does not apply to {task.family.model_type}: {reason}")
@@ -224,8 +221,9 @@ class MoDeGPT(RankMethod):
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Names of the statistics of a layer that its decompositions read."""
-        variants = self.variants(family).values()
-        return frozenset().union(*(variant.required for variant in variants if variant is not None))
+        variants = self.variants().values()
+        head_norms = family.head_norms
+        return frozenset().union(*(each.reads(head_norms=head_norms) for each in variants if each is not None))
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Allocate, then reduce every layer on the dense model's statistics."""
@@ -270,8 +268,6 @@ class MoDeGPT(RankMethod):
         """Check that the weights of ``model`` changed as planned, and say how."""
         _check_budget(task, plan, model)
         details: dict[str, Any] = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
-        if task.family.query_key_dense is not None and self.query_key is not None:
-            details["query_key_dense"] = task.family.query_key_dense
         warnings = [] if influence is None else self.foresee(task, influence)
         return Compressed(model=model, layers=reports, influence=influence, details=details, warnings=warnings)
 
@@ -286,10 +282,12 @@ class MoDeGPT(RankMethod):
     ) -> dict[str, Reduction]:
         """The reduced modules of one layer; a module at full rank is left out."""
         reductions = {}
-        for module, variant in self.variants(task.family).items():
+        for module, variant in self.variants().items():
             weights = READ[module](task.family, layer)
             if variant is None or ranks[module] == weights.inner_size:
                 continue
+            if module == "query_key" and task.family.rope and not weights.rope:
+                variant = QueryKeySVD()  # the optimum, which a rotation rules out in the family's other layers
             try:
                 reductions[module] = variant(weights, statistics, ranks[module], generator)
             except UserError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.methods.base import Compressed, CompressionTask
 from modegpt.models import (
     Family,
@@ -103,6 +103,8 @@ class LayerWeights:
                 W_K=query_key.W_K[groups],
                 b_Q=cut(query_key.b_Q, heads),
                 b_K=cut(query_key.b_K, groups),
+                norm_Q=_norm_of(query_key.norm_Q, heads),
+                norm_K=_norm_of(query_key.norm_K, groups),
             ),
             value_output=replace(
                 value_output,
@@ -111,6 +113,15 @@ class LayerWeights:
                 b_V=cut(value_output.b_V, groups),
             ),
         )
+
+
+def _norm_of(norm: HeadNorm | None, heads: Tensor) -> HeadNorm | None:
+    """The norm of the ``heads`` (H,) that stay; one over all heads becomes one over these."""
+    if norm is None:
+        return None
+    if len(norm.eps) == len(heads):
+        return HeadNorm(norm.w[heads], norm.c[heads], norm.eps[heads])
+    return HeadNorm(norm.w[heads], norm.c[heads] * len(heads) / max(1, int(heads.sum())), norm.eps)
 
 
 def cheapest_within(

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
 from modegpt.models.fit import check_names, check_sizes, check_tied, check_unquantised, check_vocabulary
+from modegpt.models.gguf import check_gguf, gguf_file, without_quantisation
 from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files
 
 EMBEDDED = "embedded:"
@@ -157,8 +159,9 @@ def load_model(
     """Load a dense or compressed causal language model, in eval mode.
 
     Args:
-        path: a local directory, a name on the hub, or ``embedded:NAME`` for a model that ships with the package.
-        dtype: ``"auto"`` keeps the checkpoint's.
+        path: a local directory, a GGUF file, a name on the hub, or ``embedded:NAME`` for a model that ships with the
+            package.
+        dtype: ``"auto"`` keeps the checkpoint's; of a GGUF file it is float32.
         device: ``"auto"`` is the first CUDA device, or else the CPU.
         device_map, max_memory: spread it over devices, memory and disk instead, by accelerate's strategy of this name
             and within these limits by place; such a model can be run, not changed.
@@ -169,7 +172,9 @@ def load_model(
         UserError: no such model, an unsupported family, a damaged or incomplete checkpoint (the file or
             tensor is named; nothing is ever initialised at random), or NaN or inf in a weight.
     """
-    device = present(device)
+    device, in_file = present(device), gguf_file(path)
+    if in_file and dtype == "auto":
+        dtype = torch.float32
     with located(path) as source:
         config = load_config(path, source, revision)
         if family_of(config).fused and device_map is not None and not is_compressed(config):
@@ -188,10 +193,13 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and refused here
                 **spread,
+                **in_file,
             )
     model, report = loaded
     check_names(path, config, missing=report["missing_keys"], extra=report["unexpected_keys"])
     check_sizes(path, config, report["mismatched_keys"])
+    if in_file:
+        model = without_quantisation(model)
     check_finite(model)
     if device_map is not None:
         return model.eval()
@@ -206,11 +214,12 @@ def load_config(path: str, source: str, revision: str | None = None) -> PreTrain
     Raises:
         UserError: an unsupported family, quantised weights, or a value that Transformers would stumble over.
     """
-    written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    in_file = gguf_file(path)
+    written, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **in_file)
     check_supported(str(written.get("model_type")))
     check_unquantised(written, path)
     check_config(written, path)
-    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **in_file)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -219,8 +228,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises UserError when there is none, an empty one, or one that is larger than the model's embedding.
     """
     with located(path) as source:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf_file(path))
+        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **gguf_file(path))
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise UserError(f"the tokenizer of {path} is empty: it has no token but special ones")
     if isinstance(written.get("vocab_size"), int):
@@ -250,6 +259,11 @@ def located(path: str) -> Iterator[str]:
     """
     embedded = path.startswith(EMBEDDED)
     directory = _embedded(path.removeprefix(EMBEDDED)) if embedded else Path(path).expanduser()
+    if gguf_file(path):
+        check_gguf(directory)
+        with _explained(path, (*LOADING_ERRORS, struct.error)), quiet():
+            yield str(directory.parent)
+        return
     if directory.exists():
         _check_directory(directory)
         with _explained(path, LOADING_ERRORS):

@@ -93,6 +93,11 @@ def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[Pre
             "its layers are joined by maps that no family has"
         )
     family, prefix = family_of(model.config), family_of(model.config).layers
+    if family.head_norms and any(size < model.config.dense_head_dim for size in model.config.qk_head_dims):
+        raise UserError(
+            f"{family.model_type} has one norm for all heads of a layer, and heads that lost dims have norms of their "
+            "own; a model for export needs decomposition/query_key=none"
+        )
     config = _stock_config(model, family, width_multiple)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config, dtype=model.dtype)

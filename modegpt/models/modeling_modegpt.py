@@ -12,9 +12,11 @@ frequencies of those that stayed (``rope_index``, one row per key/value head), a
 # The mixins use what the families' classes define, and each family's ``forward`` has a signature of its own.
 # mypy: disable-error-code="attr-defined, call-arg, misc"
 
+import importlib
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import transformers
 
@@ -25,27 +27,156 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import GemmaConfig, LlamaConfig, MistralConfig, OPTConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaDecoderLayer, GemmaForCausalLM
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    eager_attention_forward,
-    rotate_half,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralAttention,
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralMLP,
-)
-from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, OPTForCausalLM
-from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: its classes in Transformers, where it keeps its linear maps, and what sets it apart.
+
+    Paths are of modules, in the model for ``layers`` and in a layer for the rest.
+    """
+
+    model_type: str
+    classes: str
+    """What the names of its classes in Transformers begin with."""
+    config: str | None = None
+    """The same for its configuration, where that differs."""
+    module: str | None = None
+    """Its folder in ``transformers.models``, where that is not called by its model type."""
+    layers: str = "model.layers"
+    query_path: str = "self_attn.q_proj"
+    key_path: str = "self_attn.k_proj"
+    value_path: str = "self_attn.v_proj"
+    output_path: str = "self_attn.o_proj"
+    gate_path: str | None = "mlp.gate_proj"
+    """None where the MLP is not gated."""
+    up_path: str = "mlp.up_proj"
+    down_path: str = "mlp.down_proj"
+    attention_path: str = "self_attn"
+    query_norm_path: str | None = None
+    key_norm_path: str | None = None
+    """Norms of queries and keys in front of the rotation; None where there are none."""
+    joint_norms: bool = False
+    """One norm spans all heads, and not each head."""
+    heads_first: bool = False
+    """Its own attention gives these norms (batch, heads, sequence, d), and not (batch, sequence, heads, d)."""
+    final_norm_path: str = "model.norm"
+    norm_offset: float = 0.0
+    """What a norm adds to its weight."""
+    rope: bool = True
+    query_prescaled: bool = False
+    """Queries are scaled in front of the attention function, and not in it."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Maps that the family stores as one: path of the fused map to the paths of its parts, in row order."""
+
+    @property
+    def compressed(self) -> str:
+        """The name of its compressed model class."""
+        return f"MoDeGPT{self.classes}ForCausalLM"
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether queries and keys pass through norms."""
+        return self.query_norm_path is not None
+
+    def final_norm(self, model: nn.Module) -> nn.Module | None:
+        """The norm in front of the head; None where the model has none."""
+        parent, _, name = self.final_norm_path.rpartition(".")
+        return getattr(model.get_submodule(parent), name, None)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The attention of a layer."""
+        return layer.get_submodule(self.attention_path)
+
+    def rotates(self, layer: nn.Module) -> bool:
+        """Whether a rotary embedding stands between queries and keys of a layer."""
+        return self.rope and bool(getattr(self.attention(layer), "use_rope", True))
+
+    def query(self, layer: nn.Module) -> nn.Linear:
+        """The query projection of a layer."""
+        return linear_at(layer, self.query_path)
+
+    def key(self, layer: nn.Module) -> nn.Linear:
+        """The key projection of a layer."""
+        return linear_at(layer, self.key_path)
+
+    def value(self, layer: nn.Module) -> nn.Linear:
+        """The value projection of a layer."""
+        return linear_at(layer, self.value_path)
+
+    def output(self, layer: nn.Module) -> nn.Linear:
+        """The output projection of a layer's attention."""
+        return linear_at(layer, self.output_path)
+
+    def gate(self, layer: nn.Module) -> nn.Linear | None:
+        """The gate projection of a layer's MLP; None where the MLP is not gated."""
+        return None if self.gate_path is None else linear_at(layer, self.gate_path)
+
+    def up(self, layer: nn.Module) -> nn.Linear:
+        """The up projection of a layer's MLP."""
+        return linear_at(layer, self.up_path)
+
+    def down(self, layer: nn.Module) -> nn.Linear:
+        """The down projection of a layer's MLP."""
+        return linear_at(layer, self.down_path)
+
+
+def linear_at(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear map at ``path`` in a layer.
+
+    A compressed layer may hold two factors there (``LowRankLinear``), which have the same sizes and the same call, but
+    no weight of their own.
+    """
+    return cast(nn.Linear, layer.get_submodule(path))
+
+
+HEAD_NORMS = {"query_norm_path": "self_attn.q_norm", "key_norm_path": "self_attn.k_norm"}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2"),
+        Family("qwen3", "Qwen3", **HEAD_NORMS),
+        Family(
+            "opt",
+            "OPT",
+            layers="model.decoder.layers",
+            final_norm_path="model.decoder.final_layer_norm",
+            output_path="self_attn.out_proj",
+            gate_path=None,
+            up_path="fc1",
+            down_path="fc2",
+            rope=False,
+            query_prescaled=True,
+        ),
+        Family("gemma", "Gemma", norm_offset=1.0),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            config="Gemma3Text",
+            module="gemma3",
+            norm_offset=1.0,
+            heads_first=True,
+            **HEAD_NORMS,
+        ),
+        Family("olmo2", "Olmo2", joint_norms=True, **HEAD_NORMS),
+        Family("smollm3", "SmolLM3"),
+        Family(
+            "phi3",
+            "Phi3",
+            fused={
+                "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+            },
+        ),
+    )
+}
+"""Every family, by its model type. An entry is all that a new one needs."""
 
 
 @dataclass(kw_only=True)
@@ -180,33 +311,72 @@ def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     return torch.matmul(weights, value).reshape(batch, 1, num_heads, -1)
 
 
+class SlicedHeadNorm(nn.Module):
+    """``w_i q_i / sqrt(sum_j c_j q_j^2 + eps)``: the RMSNorm of heads of which some dims are left.
+
+    Each head has a weight w, a share c of each dim in what stands for the mean square of the whole head, and an eps of
+    its own; where the norm is ``joint`` the sum is over all heads. Buffers, because they are fitted and not learned.
+    """
+
+    def __init__(self, num_heads: int, size: int, joint: bool):
+        super().__init__()
+        self.joint = joint
+        self.register_buffer("weight", torch.ones(num_heads, size))
+        self.register_buffer("energy", torch.full((num_heads, size), 1.0 / size))
+        self.register_buffer("eps", torch.zeros(1 if joint else num_heads))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., heads, size) to the same shape; computed in float32 at least."""
+        x = states.to(torch.promote_types(states.dtype, torch.float32))
+        mean_square = (self.energy * x.square()).sum(-1)
+        mean_square = (mean_square.sum(-1, keepdim=True) if self.joint else mean_square) + self.eps
+        return (self.weight * x * mean_square.rsqrt().unsqueeze(-1)).to(states.dtype)
+
+
 class CompressedAttention:
     """Mixin in front of a family's attention: the same computation on the sizes of its layer."""
 
-    query_prescaled = False
-    output = "o_proj"
+    family: Family
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
+        _take_apart(self, self.family, self.family.attention_path)
         self.num_kv_heads = config.kv_head_counts[layer_idx]
         self.qk_dim, self.v_dim = config.qk_head_dims[layer_idx], config.v_head_dims[layer_idx]
         self.num_key_value_groups = config.num_attention_heads // config.dense_kv_heads
         self.attention_dropout = config.attention_dropout
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
-        self.has_rope_index = hasattr(config, "rope_parameters") and self.qk_dim < self.head_dim
+        self.rotated = self.family.rope and getattr(self, "use_rope", True)
+        self.has_rope_index = self.rotated and self.qk_dim < self.head_dim
         if self.has_rope_index:
             # Persistent: from_pretrained leaves non-persistent buffers of custom modules uninitialised.
             self.register_buffer(
                 "rope_index", torch.arange(self.qk_dim // 2).repeat(self.num_kv_heads, 1), persistent=True
             )
+        joint = self.family.joint_norms
+        self.has_sliced_norms = self.family.head_norms and (
+            self.qk_dim < self.head_dim or (joint and self.num_kv_heads < config.dense_kv_heads)
+        )
+        if self.has_sliced_norms:
+            self.q_norm = SlicedHeadNorm(self.num_kv_heads * self.num_key_value_groups, self.qk_dim, joint)
+            self.k_norm = SlicedHeadNorm(self.num_kv_heads, self.qk_dim, joint)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (batch, sequence, heads, qk_dim) and values (batch, sequence, heads, v_dim)."""
-        shape, query = hidden_states.shape[:-1], self.q_proj(hidden_states)
-        if self.query_prescaled:  # here and not in the softmax, as the family does, so that rounding agrees to the bit
+        """Queries, keys (batch, sequence, heads, qk_dim) and values (batch, sequence, heads, v_dim).
+
+        Queries and keys are those after the norms of their heads, where the family has these.
+        """
+        shape, query, key = hidden_states.shape[:-1], self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if (
+            self.family.query_prescaled
+        ):  # and not in the softmax, as the family does, so that rounding agrees to the bit
             query = query * self.scaling
-        query = query.view(*shape, -1, self.qk_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_dim)
+        spans_all = self.family.joint_norms and not self.has_sliced_norms
+        if spans_all:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (states.view(*shape, -1, self.qk_dim) for states in (query, key))
+        if self.family.head_norms and not spans_all:
+            query, key = self.q_norm(query), self.k_norm(key)
         return query, key, self.v_proj(hidden_states).view(*shape, -1, self.v_dim)
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +409,7 @@ class CompressedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """``hidden_states`` (batch, sequence, d_h) to the same shape, with the attention weights if asked for."""
-        output = getattr(self, self.output)
+        output = getattr(self, self.family.output_path.rpartition(".")[2])
         if self.num_kv_heads == 0:
             if past_key_values is not None:
                 # A cache counts positions by what its layers store, so a layer without heads stores a blank.
@@ -247,7 +417,8 @@ class CompressedAttention:
                 past_key_values.update(blank, blank, self.layer_idx)
             return output(hidden_states[..., :0]), None
         query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states))
-        if position_embeddings is not None:
+        if self.rotated:
+            assert position_embeddings is not None, "the model gives its layers a rotary embedding"
             query, key = self.rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -259,16 +430,40 @@ class CompressedAttention:
             value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=1.0 if self.query_prescaled else self.scaling,
+            scaling=1.0 if self.family.query_prescaled else self.scaling,
             sliding_window=self.window,
             **kwargs,
         )
         return output(states.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``: the MLP of a family that stores gate and up as one map, taken apart."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.act_fn = ACT2FN[config.hidden_act]
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, nn.Linear(1, 1, bias=False, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_h) to the same shape."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _take_apart(attention: Any, family: Family, path: str) -> None:
+    """Empty maps in place of one that ``family`` stores as one in its ``attention``, which is at ``path``."""
+    for fused, parts in family.fused.items():
+        if fused.startswith(f"{path}."):
+            delattr(attention, fused.rpartition(".")[2])
+            for part in parts:
+                setattr(attention, part.rpartition(".")[2], nn.Linear(1, 1, bias=False, device="meta"))
+
+
 class CompressedCausalLM:
     """Mixin in front of a family's causal language model: gives each layer its size."""
 
+    family: Family
     attention_class: type
     layer_class: type
 
@@ -297,6 +492,8 @@ class CompressedCausalLM:
     def resize_layer(cls, layer: Any, config: Any, index: int) -> None:
         """Give a family's decoder ``layer`` the sizes of layer ``index``."""
         layer.self_attn = cls.attention_class(config, index)
+        if any(path.startswith("mlp.") for path in cls.family.fused):
+            layer.mlp = GatedMLP(config)
         ranks, biases = config.linear_ranks[index], config.extra_biases[index]
         for path, (in_features, out_features) in cls.linear_sizes(config, index).items():
             owner, _, name = path.rpartition(".")
@@ -310,178 +507,46 @@ class CompressedCausalLM:
         query, key, value = config.head_sizes(index)
         hidden, width = config.hidden_size, config.intermediate_sizes[index]
         group = config.num_attention_heads // config.dense_kv_heads
-        return {
-            "self_attn.q_proj": (hidden, query),
-            "self_attn.k_proj": (hidden, key),
-            "self_attn.v_proj": (hidden, value),
-            f"self_attn.{cls.attention_class.output}": (group * value, hidden),
-            **cls.mlp_sizes(hidden, width),
+        family = cls.family
+        sizes = {
+            family.query_path: (hidden, query),
+            family.key_path: (hidden, key),
+            family.value_path: (hidden, value),
+            family.output_path: (group * value, hidden),
+            family.up_path: (hidden, width),
+            family.down_path: (width, hidden),
         }
-
-    @classmethod
-    def mlp_sizes(cls, hidden: int, width: int) -> dict[str, tuple[int, int]]:
-        """(in, out) features of the MLP's linear maps, by their path in the layer."""
-        return {"mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width), "mlp.down_proj": (width, hidden)}
-
-
-@strict
-class MoDeGPTLlamaConfig(CompressedFields, LlamaConfig):
-    """``LlamaConfig`` with a size for each layer."""
-
-    model_type = "modegpt_llama"
-
-
-class MoDeGPTLlamaAttention(CompressedAttention, LlamaAttention):
-    """``LlamaAttention`` with head sizes of its layer's own."""
-
-
-class MoDeGPTLlamaForCausalLM(CompressedCausalLM, LlamaForCausalLM):
-    """``LlamaForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTLlamaConfig, MoDeGPTLlamaAttention, LlamaDecoderLayer
-
-
-@strict
-class MoDeGPTMistralConfig(CompressedFields, MistralConfig):
-    """``MistralConfig`` with a size for each layer."""
-
-    model_type = "modegpt_mistral"
-
-
-class MoDeGPTMistralAttention(CompressedAttention, MistralAttention):
-    """``MistralAttention`` with head sizes of its layer's own."""
-
-
-class MoDeGPTMistralForCausalLM(CompressedCausalLM, MistralForCausalLM):
-    """``MistralForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTMistralConfig, MoDeGPTMistralAttention, MistralDecoderLayer
-
-
-@strict
-class MoDeGPTQwen2Config(CompressedFields, Qwen2Config):
-    """``Qwen2Config`` with a size for each layer."""
-
-    model_type = "modegpt_qwen2"
-
-
-class MoDeGPTQwen2Attention(CompressedAttention, Qwen2Attention):
-    """``Qwen2Attention`` with head sizes of its layer's own."""
-
-
-class MoDeGPTQwen2ForCausalLM(CompressedCausalLM, Qwen2ForCausalLM):
-    """``Qwen2ForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTQwen2Config, MoDeGPTQwen2Attention, Qwen2DecoderLayer
-
-
-@strict
-class MoDeGPTQwen3Config(CompressedFields, Qwen3Config):
-    """Queries and keys stay dense: their norm's statistics span the whole head."""
-
-    model_type = "modegpt_qwen3"
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if any(size != self.dense_head_dim for size in self.qk_head_dims or ()):
-            raise ValueError(
-                f"qk_head_dims must stay {self.dense_head_dim}: the head norm of queries and keys spans the whole head"
-            )
-
-
-class MoDeGPTQwen3Attention(CompressedAttention, Qwen3Attention):
-    """``Qwen3Attention`` with head sizes of its layer's own."""
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys after their norm, and values."""
-        query, key, value = super().project(hidden_states)
-        return self.q_norm(query), self.k_norm(key), value
-
-
-class MoDeGPTQwen3ForCausalLM(CompressedCausalLM, Qwen3ForCausalLM):
-    """``Qwen3ForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTQwen3Config, MoDeGPTQwen3Attention, Qwen3DecoderLayer
-
-
-@strict
-class MoDeGPTOPTConfig(CompressedFields, OPTConfig):
-    """``OPTConfig`` with a size for each layer."""
-
-    model_type = "modegpt_opt"
-
-
-class MoDeGPTOPTAttention(CompressedAttention, OPTAttention):
-    """``OPTAttention`` with head sizes of its layer's own."""
-
-    query_prescaled = True
-    output = "out_proj"
-
-
-class MoDeGPTOPTForCausalLM(CompressedCausalLM, OPTForCausalLM):
-    """``OPTForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTOPTConfig, MoDeGPTOPTAttention, OPTDecoderLayer
-
-    @classmethod
-    def mlp_sizes(cls, hidden: int, width: int) -> dict[str, tuple[int, int]]:
-        """(in, out) features of the MLP's linear maps, by their path in the layer."""
-        return {"fc1": (hidden, width), "fc2": (width, hidden)}
-
-
-@strict
-class MoDeGPTGemmaConfig(CompressedFields, GemmaConfig):
-    """``GemmaConfig`` with a size for each layer."""
-
-    model_type = "modegpt_gemma"
-
-
-class MoDeGPTGemmaAttention(CompressedAttention, GemmaAttention):
-    """``GemmaAttention`` with head sizes of its layer's own."""
-
-
-class MoDeGPTGemmaForCausalLM(CompressedCausalLM, GemmaForCausalLM):
-    """``GemmaForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTGemmaConfig, MoDeGPTGemmaAttention, GemmaDecoderLayer
-
-
-@strict
-class MoDeGPTPhi3Config(CompressedFields, Phi3Config):
-    """``Phi3Config`` with a size for each layer."""
-
-    model_type = "modegpt_phi3"
-
-
-class MoDeGPTPhi3Attention(CompressedAttention, Phi3Attention):
-    """The family's fused projection, taken apart."""
-
-    def __init__(self, config: Any, layer_idx: int):
-        super().__init__(config, layer_idx)
-        del self.qkv_proj
-        for name, size in zip(("q_proj", "k_proj", "v_proj"), config.head_sizes(layer_idx), strict=True):
-            setattr(self, name, nn.Linear(config.hidden_size, size, bias=False))
-
-
-class MoDeGPTPhi3ForCausalLM(CompressedCausalLM, Phi3ForCausalLM):
-    """``Phi3ForCausalLM`` with layers of free sizes."""
-
-    config_class, attention_class, layer_class = MoDeGPTPhi3Config, MoDeGPTPhi3Attention, Phi3DecoderLayer
-
-    @classmethod
-    def resize_layer(cls, layer: Any, config: Any, index: int) -> None:
-        """Give a decoder ``layer`` the sizes of layer ``index``, its fused projections taken apart."""
-        layer.mlp = MistralMLP(config)  # the same gated MLP with gate and up apart
-        super().resize_layer(layer, config, index)
-
-
-MODELS = (
-    MoDeGPTLlamaForCausalLM,
-    MoDeGPTMistralForCausalLM,
-    MoDeGPTQwen2ForCausalLM,
-    MoDeGPTQwen3ForCausalLM,
-    MoDeGPTOPTForCausalLM,
-    MoDeGPTGemmaForCausalLM,
-    MoDeGPTPhi3ForCausalLM,
-)
-"""Every compressed model class; a new family joins here."""
+        return sizes if family.gate_path is None else sizes | {family.gate_path: (hidden, width)}
+
+
+def _declare(family: Family) -> type:
+    """The compressed model class of ``family``, with those of its configuration and attention, in this module."""
+    folder = family.module or family.model_type
+    native = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+
+    def declare(kind: str, *bases: type, **attributes: Any) -> Any:
+        name = f"MoDeGPT{family.classes}{kind}"
+        about = f"``{bases[-1].__name__}`` with layers of free sizes."
+        globals()[name] = type(name, bases, {"__module__": __name__, "__doc__": about, **attributes})
+        return globals()[name]
+
+    config = declare(
+        "Config",
+        CompressedFields,
+        getattr(native, f"{family.config or family.classes}Config"),
+        model_type=f"modegpt_{family.model_type}",
+    )
+    attention = declare("Attention", CompressedAttention, getattr(native, f"{family.classes}Attention"), family=family)
+    return declare(
+        "ForCausalLM",
+        CompressedCausalLM,
+        getattr(native, f"{family.classes}ForCausalLM"),
+        family=family,
+        config_class=strict(config),
+        attention_class=attention,
+        layer_class=getattr(native, f"{family.classes}DecoderLayer"),
+    )
+
+
+MODELS = tuple(_declare(family) for family in FAMILIES.values())
+"""Every compressed model class."""

@@ -7,10 +7,11 @@ rows ``h d .. (h+1) d`` of its weight. All that is read is a view of the layer's
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.decompositions.modules import LowRank, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import HeadNorm, LowRank, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.models.families import Family, family_of
 from modegpt.models.shapes import LayerShape, empty_dense_layer
 
@@ -46,7 +47,46 @@ def read_query_key(family: Family, layer: nn.Module) -> QueryKeyWeights:
     (W_Q, b_Q), (W_K, b_K) = (
         _by_head(linear, _head_dim(layer, family)) for linear in (family.query(layer), family.key(layer))
     )
-    return QueryKeyWeights(W_Q=W_Q, W_K=W_K, b_Q=b_Q, b_K=b_K, rope=family.rope, rope_index=None)
+    return QueryKeyWeights(
+        W_Q=W_Q,
+        W_K=W_K,
+        b_Q=b_Q,
+        b_K=b_K,
+        rope=family.rotates(layer),
+        norm_Q=query_norm(family, layer),
+        norm_K=key_norm(family, layer),
+    )
+
+
+def query_norm(family: Family, layer: nn.Module) -> HeadNorm | None:
+    """The norm of queries in a dense layer, w and c (H, d), eps (H,) or (1,) over all heads; None without."""
+    return _head_norm(family, layer, family.query_norm_path, family.query(layer))
+
+
+def key_norm(family: Family, layer: nn.Module) -> HeadNorm | None:
+    """The norm of keys in a dense layer, w and c (H_kv, d), eps (H_kv,) or (1,) over all heads; None without."""
+    return _head_norm(family, layer, family.key_norm_path, family.key(layer))
+
+
+def _head_norm(family: Family, layer: nn.Module, path: str | None, linear: nn.Linear) -> HeadNorm | None:
+    if path is None:
+        return None
+    norm: Any = layer.get_submodule(path)
+    size, weight = _head_dim(layer, family), family.norm_offset + norm.weight.detach()
+    num_heads = linear.out_features // size
+    w = weight.view(num_heads, size) if family.joint_norms else weight.expand(num_heads, size)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    count = 1 if family.joint_norms else num_heads
+    return HeadNorm(w=w, c=torch.full_like(w, 1 / weight.numel()), eps=w.new_full((count,), eps))
+
+
+@torch.no_grad()
+def normalised_heads(family: Family, layer: nn.Module, norm_path: str | None, states: Tensor) -> Tensor:
+    """Query or key states (..., heads, d) of a dense layer after the norm at ``norm_path``, if there is one."""
+    if norm_path is None:
+        return states
+    norm = layer.get_submodule(norm_path)
+    return norm(states.flatten(-2)).view(states.shape) if family.joint_norms else norm(states)
 
 
 def read_value_output(family: Family, layer: nn.Module) -> ValueOutputWeights:
@@ -126,15 +166,28 @@ def layer_tensors(
         assert (num_kv_heads, size) == (shape.num_kv_heads, shape.qk_head_dim), (query_key.W_K.shape, shape)
         put(family.query_path, _joined(query_key.W_Q), _flat(query_key.b_Q))
         put(family.key_path, _joined(query_key.W_K), _flat(query_key.b_K))
-        if family.rope and size < _head_dim(dense, family):
+        if query_key.rope and size < _head_dim(dense, family):
             pairs = query_key.rope_index
             assert pairs is not None and pairs.shape == (num_kv_heads, size // 2), (pairs, num_kv_heads, size)
             tensors[f"{family.attention_path}.rope_index"] = pairs.contiguous()
+        fewer = family.joint_norms and num_kv_heads * size < family.key(dense).out_features
+        if family.head_norms and (fewer or size < _head_dim(dense, family)):
+            tensors |= _norm_tensors(family, query_key)
     if value_output is not None:
         num_kv_heads, _, size = value_output.W_V.shape
         assert (num_kv_heads, size) == (shape.num_kv_heads, shape.v_head_dim), (value_output.W_V.shape, shape)
         put(family.value_path, _joined(value_output.W_V), _flat(value_output.b_V))
         put(family.output_path, value_output.W_O.flatten(0, 1), value_output.b_O)
+    return tensors
+
+
+def _norm_tensors(family: Family, query_key: QueryKeyWeights) -> dict[str, Tensor]:
+    """The tensors of norms of heads that lost dims."""
+    tensors = {}
+    for path, norm in ((family.query_norm_path, query_key.norm_Q), (family.key_norm_path, query_key.norm_K)):
+        assert norm is not None, f"{path} needs a norm for the dims that stay"
+        for name, part in (("weight", norm.w), ("energy", norm.c), ("eps", norm.eps)):
+            tensors[f"{path}.{name}"] = part.to(query_key.W_Q.dtype).contiguous()
     return tensors
 
 

@@ -73,6 +73,7 @@ def predict(
         H=config.num_attention_heads,
         H_kv=shape.num_kv_heads,
         d=shape.qk_head_dim,
+        joint_norms=task.family.joint_norms,
     )
     state = model.state_dict()
 
@@ -132,7 +133,7 @@ def solver_bytes(method: MoDeGPT, task: CompressionTask, sizes: Sizes) -> int:
     widest = sizes.n
     if not method.allocation.needs_influence:
         widest = max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
-    variants = [variant for variant in method.variants(task.family).values() if variant is not None]
+    variants = [variant for variant in method.variants().values() if variant is not None]
     return FLOAT64 * max((variant.solver_elements(sizes, widest) for variant in variants), default=0)
 
 

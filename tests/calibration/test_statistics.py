@@ -12,7 +12,7 @@ from modegpt.calibration.statistics import STATISTICS, Statistic
 from modegpt.decompositions.modules import MLPVariant, MLPWeights, Reduction, Sizes, Statistics
 from modegpt.decompositions.selection import keep_mlp, largest
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.models import decoder_layers, read_mlp
+from modegpt.models import decoder_layers, dense_shape, read_mlp
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
 
@@ -71,5 +71,37 @@ def test_sizes_follow_from_shapes() -> None:
     assert counts["mlp.C"] == 25 and counts["query_key.C_K"] == 16 and counts["query_key.C_Q"] == 48
     assert counts["value_output.C_o"] == 144 and counts["layer.num_tokens"] == 1
     assert {name for name, statistic in STATISTICS.items() if statistic.is_gram} == {
-        name for name in STATISTICS if name.rpartition(".")[2] in ("C", "C_x", "C_Q", "C_K", "C_o", "G", "A")
+        name
+        for name in STATISTICS
+        if name.rpartition(".")[2] in ("C", "C_x", "C_Q", "C_K", "C_o", "G", "A", "N_Q", "N_K")
     }
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2"])
+def test_shares_of_head_norms_are_those_of_the_states_in_front_of_them(name: str) -> None:
+    model = dense_model(name)
+    task = task_of(model, 0.3)
+    layer, config = decoder_layers(model)[1], model.config
+    shape = dense_shape(config)
+    H, d = config.num_attention_heads, shape.qk_head_dim
+    sizes = Sizes(d_h=32, n=40, H=H, H_kv=shape.num_kv_heads, d=d, joint_norms=task.family.joint_norms)
+    seen: dict[str, list[Tensor]] = {"N_Q": [], "N_K": []}
+    handles = [
+        linear(layer).register_forward_hook(lambda _, __, out, states=seen[role]: states.append(out.flatten(0, 1)))
+        for role, linear in (("N_Q", task.family.query), ("N_K", task.family.key))
+    ]
+    with torch.no_grad():
+        model(task.calibration.tokens.ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    found = list(task.calibration.statistics(frozenset({"query_key.N_Q", "query_key.N_K"})))[1]
+    for role, states in seen.items():
+        x = torch.cat(states).double()
+        x = x.unsqueeze(1) if task.family.joint_norms else x.unflatten(1, (-1, d))  # tokens, norms, dims
+        n = x.square().mean(dim=-1, keepdim=True) + config.rms_norm_eps
+        by_head = (x.square() / x.shape[-1] / n).unflatten(-1, (-1, 2, d // 2)).sum(dim=-2).flatten(-2)
+        shares = torch.cat([by_head, 1 / n], dim=-1)
+        expected = torch.einsum("tgi,tgj->gij", shares, shares)
+        N = found[f"query_key.{role}"]
+        torch.testing.assert_close(N, expected, rtol=1e-4, atol=1e-6)
+        assert N.numel() == STATISTICS[f"query_key.{role}"].num_elements(sizes)

@@ -26,6 +26,7 @@ REGISTRIES: dict[str, Mapping[str, type]] = {
 }
 FILES = {
     "local": ["model.path=x"],
+    "gguf": ["model.path=x.gguf"],
     "hub": ["model.path=x/y"],
     "jsonl": ["calibration.path=x"],
     "text": ["calibration.path=x"],

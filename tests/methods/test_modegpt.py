@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from modegpt.allocation.policies import POLICIES, Entropic, EntropicCap, Explicit, Policy, Uniform
 from modegpt.backend import InMemory
@@ -24,7 +25,7 @@ from modegpt.decompositions import (
 from modegpt.errors import UserError
 from modegpt.methods.base import CompressionTask
 from modegpt.methods.modegpt import MODULES, MoDeGPT
-from modegpt.models import block_linear_parameters, layer_shapes
+from modegpt.models import block_linear_parameters, decoder_layers, family_of, layer_shapes
 from modegpt.progress import Progress
 from modegpt.records.recording import compression_facts
 from tests.methods.protocol_checks import (
@@ -62,7 +63,7 @@ def test_zero_sparsity_is_the_dense_model_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("allocation", [Uniform(), Entropic()], ids=["uniform", "entropic"])
 def test_the_budget_is_met_within_half_a_step(name: str, allocation: Policy) -> None:
     model = dense_model(name)
-    width, gated = model.config.hidden_size, name not in ("opt", "opt-post-norm-projected")
+    width, gated = model.config.hidden_size, family_of(model.config).gate_path is not None
     half_step = width * (3 if gated else 2) / 2 / block_linear_parameters(model)
     check_compression(paper(allocation), name, 0.3, tolerance=half_step * 1.0001, errors=module_errors)
 
@@ -82,11 +83,26 @@ def test_the_calibration_text_decides_the_paper_and_the_seed_the_control() -> No
         check_what_decides(paper(**variants), "llama", data=False, seed=seed)
 
 
-def test_head_norms_keep_queries_and_keys_and_the_rest_pays() -> None:
-    compressed = paper().compress(task_of(dense_model("qwen3"), 0.3))
-    assert "query_key_dense" in compressed.details
-    assert {layer["ranks"]["query_key"] for layer in compressed.layers} == {16}
-    assert achieved_sparsity(compressed, dense_model("qwen3")) == pytest.approx(0.3, abs=0.02)
+def test_heads_with_norms_lose_pairs_and_the_record_says_what_that_costs() -> None:
+    """The norm of what is left is fitted on the states that the projections of this layer give."""
+    model = dense_model("qwen3")
+    task = task_of(model, 0.3)
+    compressed = paper().compress(task)
+    assert {layer["ranks"]["query_key"] for layer in compressed.layers} == {12}
+    assert achieved_sparsity(compressed, model) == pytest.approx(0.3, abs=0.02)
+    seen: list[Tensor] = []
+    dense, smaller = (decoder_layers(each)[1].self_attn for each in (model, compressed.model))
+    handle = dense.q_proj.register_forward_hook(lambda _, __, out: seen.append(out.flatten(0, 1)))
+    with torch.no_grad():
+        model(task.calibration.tokens.ids, use_cache=False)
+    handle.remove()
+    states, pairs = torch.cat(seen).double().unflatten(-1, (4, 16)), smaller.rope_index.repeat_interleave(2, dim=0)
+    whole = states.square().mean(dim=-1) + model.config.rms_norm_eps
+    kept = states.gather(-1, torch.cat([pairs, pairs + 8], dim=1).expand(len(states), -1, -1))
+    estimated = (kept.square() * smaller.q_norm.energy).sum(dim=-1) + smaller.q_norm.eps
+    error = float((estimated / whole - 1).square().mean())
+    assert compressed.layers[1]["numerics"]["query_key"]["norm_error"]["query"] == pytest.approx(error, rel=1e-3)
+    assert 0 < error < float((kept.square().mean(dim=-1) / whole - 1).square().mean())
 
 
 @pytest.mark.parametrize("module", MODULES)

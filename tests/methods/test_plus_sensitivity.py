@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from modegpt.allocation.policies import Uniform
+from modegpt.decompositions import QueryKeyCR
+from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus import sensitivity
 from modegpt.methods.plus.sensitivity import (
     SMALLEST,
@@ -22,11 +25,13 @@ from modegpt.methods.plus.sensitivity import (
     measured_windows,
     mlp_prospect,
     perturbed_passes,
+    query_key_prospect,
     rank_costs,
 )
-from modegpt.models import decoder_layers
+from modegpt.models import decoder_layers, dense_shape
 from modegpt.models.checkpoints import load_model
 from tests.methods.task_of import task_of
+from tests.models.family_table import dense_model, tokens
 
 STATISTICS = {
     "mlp": frozenset({"mlp.C"}),
@@ -134,10 +139,10 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     layer = decoder_layers(model)[0]
     some = replace(calibration.tokens, ids=calibration.tokens.ids[: sensitivity._curve_windows(calibration)])
     [statistics] = itertools.islice(replace(calibration, tokens=some, cache=None).statistics(STATISTICS["mlp"]), 1)
-    down, weight, _ = mlp_prospect(calibration.family, layer, statistics).map(removed)
+    [(down, reduced)] = mlp_prospect(calibration.family, layer, statistics).map(removed)
     with torch.no_grad():
         dense = model(measured).logits[:, positions].double().log_softmax(-1)
-        down.weight.copy_(weight)
+        down.weight.copy_(reduced(torch.eye(down.in_features)).T)
         moved = model(measured).logits[:, positions].double().log_softmax(-1)
     assert dense.shape[:2] == (13, 10)
     assert divergence == pytest.approx(float((dense.exp() * (dense - moved)).sum() / 130), rel=1e-3)
@@ -150,3 +155,28 @@ def test_what_the_measurements_cost_is_counted() -> None:
         perturbed_passes(calibration, num_modules=3, num_shares=2)
         == (2 + 3 * 2 * 7 / 2) * measured.numel() / calibration.tokens.ids.numel()
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "olmo2"])
+def test_what_stands_in_for_lost_pairs_is_the_model_without_them(name: str) -> None:
+    """Estimated norms included: ranks are not spent on queries and keys as if their norms cost nothing."""
+    model = dense_model(name)
+    task = task_of(model, 0.3)
+    names = QueryKeyCR().reads(head_norms=task.family.head_norms)
+    *_, statistics = itertools.islice(task.calibration.statistics(names), 2)
+    method = MoDeGPT(
+        mlp=None,
+        query_key=QueryKeyCR(),
+        value_output=None,
+        allocation=Uniform(),
+        module_sparsity={"query_key": 0.25},
+        skip_layers=(0, 2),
+    )
+    compressed, size = method.compress(task).model, dense_shape(model.config).qk_head_dim
+    layer = decoder_layers(model)[1]
+    with torch.no_grad(), sensitivity._acting_as(query_key_prospect(task.family, layer, statistics).map(size // 4)):
+        moved = model(tokens()).logits
+    with torch.no_grad():
+        expected, dense = compressed(tokens()).logits, model(tokens()).logits
+    torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert (moved - dense).abs().max() > 1e-3 * dense.abs().max()

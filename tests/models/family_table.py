@@ -6,21 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
-    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
-    Qwen3Config,
 )
 
-from modegpt.decompositions.modules import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.models import (
-    Family,
+    FAMILIES,
     LayerShape,
     build_compressed,
     decoder_layers,
@@ -42,6 +40,19 @@ SIZES = {
 }
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED = {**SIZES, "intermediate_size": 40, "num_key_value_heads": 2}
+OWN = {"opt": {"ffn_dim": 40, "dropout": 0.0}, "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}}
+OWN["gemma3_text"] = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6}
+OWN["gemma3_text"]["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+OWN["smollm3"] = {"no_rope_layers": [1, 0, 1]}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The tiny form of a family, from the sizes that all have, as far as its configuration has a place for them."""
+    fields = AutoConfig.for_model(model_type).to_dict()
+    sizes = {name: value for name, value in (GROUPED | OWN.get(model_type, {})).items() if name in fields}
+    return AutoConfig.for_model(model_type, **sizes)
+
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -53,22 +64,18 @@ LLAMA3_ROPE = {
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 
 CONFIGS = {
-    "llama": LlamaConfig(**GROUPED),
+    **{name: tiny_config(name) for name in FAMILIES},
     "llama-multihead-biased": LlamaConfig(**{**GROUPED, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True),
     "llama3-rope-tied": LlamaConfig(**GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "llama-wide-heads": LlamaConfig(**GROUPED, head_dim=16),
-    "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "mistral-no-window": MistralConfig(**GROUPED, sliding_window=None),
     "mistral-window": MistralConfig(**GROUPED, sliding_window=6),
-    "qwen2": Qwen2Config(**GROUPED),
     "qwen2-windows": Qwen2Config(**GROUPED, **WINDOWS),
-    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
-    "opt": OPTConfig(**SIZES, ffn_dim=40, dropout=0.0),
     "opt-post-norm-projected": OPTConfig(
         **SIZES, ffn_dim=40, dropout=0.0, do_layer_norm_before=False, word_embed_proj_dim=16
     ),
-    "gemma": GemmaConfig(**GROUPED, head_dim=16),
-    "phi3": Phi3Config(**GROUPED),
 }
+"""Each family by its model type, and then its other forms."""
 
 
 def native_model(name: str, **changes) -> PreTrainedModel:
@@ -106,20 +113,19 @@ class Selection:
 def smaller_shape(config: PreTrainedConfig) -> LayerShape:
     """About 30 % less of everything that the family allows, with different query-key and value head sizes."""
     dense = dense_shape(config)
-    qk_head_dim = dense.qk_head_dim if family_of(config).query_key_dense else dense.qk_head_dim * 3 // 4
     return dataclasses.replace(
-        dense, qk_head_dim=qk_head_dim, v_head_dim=dense.v_head_dim * 5 // 8, intermediate_size=28
+        dense, qk_head_dim=dense.qk_head_dim * 3 // 4, v_head_dim=dense.v_head_dim * 5 // 8, intermediate_size=28
     )
 
 
-def random_selection(family: Family, dense: LayerShape, shape: LayerShape, generator: torch.Generator) -> Selection:
+def random_selection(rotated: bool, dense: LayerShape, shape: LayerShape, generator: torch.Generator) -> Selection:
     def choose(size: int, count: int) -> Tensor:
         return torch.randperm(size, generator=generator)[:count].sort().values
 
     heads = range(dense.num_kv_heads)
     mlp = choose(dense.intermediate_size, shape.intermediate_size)
     value = torch.stack([choose(dense.v_head_dim, shape.v_head_dim) for _ in heads])
-    if not family.rope:
+    if not rotated:
         return Selection(mlp, torch.stack([choose(dense.qk_head_dim, shape.qk_head_dim) for _ in heads]), None, value)
     half = dense.qk_head_dim // 2
     pairs = torch.stack([choose(half, shape.qk_head_dim // 2) for _ in heads])
@@ -143,9 +149,15 @@ def sliced_mlp(mlp: MLPWeights, S: Tensor) -> MLPWeights:
 
 
 def sliced_query_key(weights: QueryKeyWeights, selection: Selection) -> QueryKeyWeights:
+    """With the norms of heads, where there are any, over the dims that stay as if the others were zero."""
     W = {name: _take(getattr(weights, name), selection.query_key, 2) for name in ("W_Q", "W_K")}
     b = {name: _take(getattr(weights, name), selection.query_key, 1) for name in ("b_Q", "b_K")}
-    return dataclasses.replace(weights, rope_index=selection.rope_index, **W, **b)
+    norms = {
+        name: HeadNorm(_take(norm.w, selection.query_key, 1), _take(norm.c, selection.query_key, 1), norm.eps)
+        for name in ("norm_Q", "norm_K")
+        if (norm := getattr(weights, name)) is not None
+    }
+    return dataclasses.replace(weights, rope_index=selection.rope_index, **W, **b, **norms)
 
 
 def sliced_value_output(weights: ValueOutputWeights, S: Tensor) -> ValueOutputWeights:
@@ -162,7 +174,7 @@ def sliced_layer(model: PreTrainedModel, index: int, shape: LayerShape, selectio
         model.config,
         shape,
         mlp=sliced_mlp(read_mlp(family, layer), selection.mlp),
-        query_key=None if family.query_key_dense else sliced_query_key(query_key, selection),
+        query_key=sliced_query_key(query_key, selection),
         value_output=sliced_value_output(read_value_output(family, layer), selection.value),
     )
 
@@ -173,6 +185,6 @@ def sliced_model(
     """``model`` with random columns removed from every layer, and what was kept."""
     shape = smaller_shape(model.config) if shape is None else shape
     generator, family, dense = torch.Generator().manual_seed(seed), family_of(model.config), dense_shape(model.config)
-    selections = [random_selection(family, dense, shape, generator) for _ in decoder_layers(model)]
+    selections = [random_selection(family.rotates(layer), dense, shape, generator) for layer in decoder_layers(model)]
     tensors = [sliced_layer(model, index, shape, selection) for index, selection in enumerate(selections)]
     return build_compressed(model, [shape] * len(selections), tensors), selections

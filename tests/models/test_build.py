@@ -28,6 +28,7 @@ from modegpt.models import (
     read_query_key,
     read_value_output,
 )
+from modegpt.models.families import check_supported
 from modegpt.models.modeling_modegpt import _attend_once
 from tests.models.family_table import (
     dense_model,
@@ -35,6 +36,7 @@ from tests.models.family_table import (
     random_selection,
     sliced_layer,
     sliced_model,
+    sliced_query_key,
     smaller_shape,
     tokens,
 )
@@ -274,9 +276,13 @@ def test_dtype_mode_attention_and_generation_settings_carry_over() -> None:
 
 def test_unsupported_models_are_refused_by_name() -> None:
     with pytest.raises(
-        UserError, match="'gpt2' is not supported; supported are gemma, llama, mistral, opt, phi3, qwen2, qwen3"
+        UserError,
+        match="'gpt2' is not supported; supported are gemma, gemma3_text, llama, mistral, olmo2, opt, phi3, qwen2, "
+        "qwen3, smollm3",
     ):
         family_of(GPT2Config())
+    with pytest.raises(UserError, match=r"'gemma3' is not supported.*\(the nearest is gemma3_text\)"):
+        check_supported("gemma3")
     with pytest.raises(UserError, match=r"partial_rotary_factor 0.5"):
         family_of(Phi3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}))
     compressed, _ = sliced_model(dense_model("llama"))
@@ -300,11 +306,13 @@ def test_configurations_are_checked(field: str, value: list, message: str) -> No
         type(config)(**{**config.to_dict(), field: value})
 
 
-def test_head_norms_keep_queries_and_keys_whole() -> None:
+def test_heads_that_lost_dims_need_norms_of_their_own() -> None:
     dense = dense_model("qwen3")
-    assert "RMSNorm" in family_of(dense.config).query_key_dense
-    with pytest.raises(ValueError, match="spans the whole head"):
-        compressed_config(dense.config, [dataclasses.replace(dense_shape(dense.config), qk_head_dim=8)] * 3)
+    family, layer, shape = family_of(dense.config), decoder_layers(dense)[0], smaller_shape(dense.config)
+    selection = random_selection(True, dense_shape(dense.config), shape, torch.Generator().manual_seed(0))
+    bare = dataclasses.replace(sliced_query_key(read_query_key(family, layer), selection), norm_Q=None)
+    with pytest.raises(AssertionError, match="q_norm needs a norm for the dims that stay"):
+        layer_tensors(family, dense.config, shape, query_key=bare)
 
 
 def test_tensors_that_contradict_the_shape_are_refused() -> None:
@@ -316,7 +324,7 @@ def test_tensors_that_contradict_the_shape_are_refused() -> None:
     with pytest.raises(AssertionError, match="has a bias"):
         mlp: MLPWeights = dataclasses.replace(read_mlp(family, layer), b_D=torch.zeros(32))
         layer_tensors(family, dense.config, dense_shape(dense.config), mlp=mlp)
-    selection = random_selection(family, dense_shape(dense.config), shape, torch.Generator().manual_seed(0))
+    selection = random_selection(True, dense_shape(dense.config), shape, torch.Generator().manual_seed(0))
     good = sliced_layer(dense, 0, shape, selection)
     incomplete = {key: tensor for key, tensor in good.items() if "rope_index" not in key}
     with pytest.raises(RuntimeError, match="rope_index"):

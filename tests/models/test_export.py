@@ -10,7 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modegpt.cli import export as command
 from modegpt.errors import UserError
-from modegpt.models import build_compressed, cache_bytes_per_token, decoder_layers, dense_shape, layer_shapes
+from modegpt.models import (
+    build_compressed,
+    cache_bytes_per_token,
+    decoder_layers,
+    dense_shape,
+    family_of,
+    layer_shapes,
+)
 from modegpt.models.checkpoints import save_checkpoint
 from modegpt.models.export import stock_model
 from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
@@ -28,10 +35,10 @@ def assert_same_function(stock: PreTrainedModel, model: PreTrainedModel) -> None
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_compressed_model(name: str) -> None:
     dense = dense_model(name)
-    wide, narrow = (
-        smaller_shape(dense.config),
-        dataclasses.replace(smaller_shape(dense.config), intermediate_size=17, v_head_dim=3),
-    )
+    wide = smaller_shape(dense.config)
+    if family_of(dense.config).head_norms:
+        wide = dataclasses.replace(wide, qk_head_dim=dense_shape(dense.config).qk_head_dim)
+    narrow = dataclasses.replace(wide, intermediate_size=17, v_head_dim=3)
     layers = [sliced_model(dense, shape)[0] for shape in (wide, narrow, dense_shape(dense.config))]
     tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(layers)]
     model = build_compressed(dense, [layer_shapes(each.config)[0] for each in layers], tensors)
@@ -42,6 +49,13 @@ def test_logits_are_those_of_the_compressed_model(name: str) -> None:
     assert report.padding > 0 and report.gains_nothing and report.dense == report.exported
     assert report.exported.cache_bytes == cache_bytes_per_token(dense.config, torch.float32)
     assert report.compressed.weight_bytes == 4 * model.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2"])
+def test_heads_that_lost_dims_of_their_norm_have_no_stock_form(name: str) -> None:
+    model, _ = sliced_model(dense_model(name))
+    with pytest.raises(UserError, match=f"{name} has one norm for all heads of a layer.*query_key=none"):
+        stock_model(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "phi3"])

@@ -65,9 +65,8 @@ def test_slicing_equals_the_stock_model_with_the_rest_zeroed(name: str) -> None:
 
     with torch.no_grad():
         for layer, selection in zip(decoder_layers(zeroed), selections, strict=True):
-            if not family.query_key_dense:
-                keep_rows(family.query(layer), selection.query_key)
-                keep_rows(family.key(layer), selection.query_key)
+            keep_rows(family.query(layer), selection.query_key)
+            keep_rows(family.key(layer), selection.query_key)
             keep_rows(family.value(layer), selection.value)
             mask = torch.zeros(family.down(layer).in_features).index_fill_(0, selection.mlp, 1.0)
             family.down(layer).weight.mul_(mask)
@@ -174,7 +173,7 @@ def test_weights_are_read_in_the_orientation_of_the_paper(name: str) -> None:
         torch.testing.assert_close(
             output if vo.b_O is None else output + vo.b_O, family.output(layer)(states.flatten(1))
         )
-    assert qk.rope is family.rope
+    assert qk.rope is family.rotates(layer)
     assert qk.W_Q.untyped_storage().data_ptr() == family.query(layer).weight.untyped_storage().data_ptr(), (
         "reading copies nothing"
     )
@@ -188,7 +187,8 @@ def test_building_shares_what_is_untouched_and_leaves_the_dense_model_alone(name
         compressed, _ = sliced_model(dense)
     family, own, theirs = family_of(dense.config), compressed.state_dict(), dense.state_dict()
     linears = {name for name, module in decoder_layers(dense)[0].named_modules() if isinstance(module, torch.nn.Linear)}
-    untouched = {key for key in own if not any(f".{path}." in key for path in linears)} & theirs.keys()
+    changed = linears | {family.query_norm_path, family.key_norm_path}
+    untouched = {key for key in own if not any(f".{path}." in key for path in changed)} & theirs.keys()
     assert "norm" in " ".join(untouched) and all(own[key].data_ptr() == theirs[key].data_ptr() for key in untouched)
     rewritten = {key for key in own if key.endswith(f".{family.down_path}.weight")}
     assert rewritten and not any(own[key].data_ptr() == theirs[key].data_ptr() for key in rewritten)

@@ -43,6 +43,15 @@ ARCHITECTURES = {
         "head_dim": 32,
     },
     "tiny-opt": {**_SHARED, "model_type": "opt", "ffn_dim": 512, "word_embed_proj_dim": 128, "dropout": 0.0},
+    "tiny-qwen3": {
+        **_SHARED,
+        "model_type": "qwen3",
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "intermediate_size": 256,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
 }
 
 
@@ -71,7 +80,11 @@ class Recipe:
 
 
 # OPT learns its positions and its facts more slowly
-RECIPES = {"tiny-llama": Recipe(), "tiny-opt": Recipe(num_steps=4000, cosine_steps=4000)}
+RECIPES = {
+    "tiny-llama": Recipe(),
+    "tiny-opt": Recipe(num_steps=4000, cosine_steps=4000),
+    "tiny-qwen3": Recipe(),
+}
 
 
 def build_model(architecture: dict, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> PreTrainedModel:

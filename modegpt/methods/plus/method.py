@@ -119,8 +119,11 @@ class MoDeGPTPlus(Switches, RankMethod):
 
     def _modules(self, task: CompressionTask) -> dict[str, frozenset[str]]:
         """The modules that may be reduced, and the statistics that their decompositions read."""
-        variants = self.faithful().variants(task.family)
-        return {module: variant.required for module, variant in variants.items() if variant is not None}
+        variants = self.faithful().variants()
+        head_norms = task.family.head_norms
+        return {
+            module: variant.reads(head_norms=head_norms) for module, variant in variants.items() if variant is not None
+        }
 
     def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
         """The weight of every token for each layer and module with an output solve. One backward pass."""

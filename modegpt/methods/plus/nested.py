@@ -15,7 +15,7 @@ from modegpt.calibration.statistics import Statistics
 from modegpt.decompositions.attention import elimination_order, output_sensitivity
 from modegpt.decompositions.curves import mlp_curve
 from modegpt.decompositions.linalg import psd_cholesky, relative
-from modegpt.decompositions.modules import Reduction
+from modegpt.decompositions.modules import HEAD_NORM_FIT, Reduction
 from modegpt.decompositions.selection import build_value_output, group_heads, keep_mlp, keep_query_key
 from modegpt.decompositions.svd import balance
 from modegpt.methods.plus.query_key import SampledStates
@@ -40,6 +40,7 @@ class NestedLayer:
         block_errors: share of it, to first order, that keeping k of its b blocks loses, k = 0 ... b - 1, (b,).
         value_root: L (H_kv, d, d), ``G = L L^T``.
         vectors: U (H_kv, d, d), the left singular vectors of ``L^T W_O``, largest first.
+        N_Q, N_K: what the norms of heads are fitted on, (heads, e, e), where the family has these.
     """
 
     channels: Tensor | None = None
@@ -48,6 +49,8 @@ class NestedLayer:
     block_errors: Tensor | None = None
     value_root: Tensor | None = None
     vectors: Tensor | None = None
+    N_Q: Tensor | None = None
+    N_K: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are not None, by name."""
@@ -70,6 +73,7 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
     vectors = torch.linalg.eigh(MMt).eigenvectors.flip(-1)
     root = psd_cholesky(C[channels][:, channels]).root().float()
     blocks = block_errors = None
+    norms: dict[str, Tensor] = {}
     if states is not None:
         rope = read_query_key(family, layer).rope
         parts = (*states.fit, *states.held)
@@ -80,7 +84,8 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
         blocks = torch.stack(orders).flip(1)
         lost = torch.stack(errors).sum(dim=0).clamp(min=0).cummax(0).values
         block_errors = (lost / lost[-1].clamp(min=1e-300)).flip(0).float()
-    return NestedLayer(channels, root, blocks, block_errors, value_root, vectors.float())
+        norms = {name.removeprefix("query_key."): N.float() for name, N in states.norms.items()}
+    return NestedLayer(channels, root, blocks, block_errors, value_root, vectors.float(), **norms)
 
 
 def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[str, int]) -> dict[str, Reduction]:
@@ -105,8 +110,10 @@ def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[st
         num_blocks = k // query_key.rank_unit
         blocks = nested.blocks[:, :num_blocks]
         dims = torch.cat([blocks, blocks + query_key.inner_size // 2], dim=1) if query_key.rope else blocks
+        norms = {"query_key.N_Q": nested.N_Q, "query_key.N_K": nested.N_K} if nested.N_Q is not None else {}
+        reduced, numerics = keep_query_key(query_key, dims, norms, head_norm=HEAD_NORM_FIT)
         reductions["query_key"] = Reduction(
-            keep_query_key(query_key, dims), relative_error=float(nested.block_errors[num_blocks]), kept=dims
+            reduced, relative_error=float(nested.block_errors[num_blocks]), kept=dims, numerics=numerics
         )
     value_output = read_value_output(family, layer)
     if (k := ranks["value_output"]) < value_output.inner_size:

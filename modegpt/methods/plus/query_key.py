@@ -1,6 +1,6 @@
 """Query-key selection for the compressed stream: several candidates, the best on held-out windows for each key head."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,14 @@ from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
 from modegpt.decompositions.attention import AttentionStates, block_map, eliminate_blocks, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
+from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
 from modegpt.decompositions.linalg import psd_cholesky
-from modegpt.decompositions.modules import QueryKeyWeights
-from modegpt.decompositions.selection import group_heads, largest, sum_pairs
+from modegpt.decompositions.modules import HEAD_NORM_FIT, QueryKeyWeights, Statistics
+from modegpt.decompositions.selection import group_heads, keep_query_key, largest, sum_pairs
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.methods.plus.streams import Split, Tap, observe
 from modegpt.models import Family, read_value_output
+from modegpt.models.weights import key_norm, normalised_heads, query_norm
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class SampledStates:
         C_Q, C_K: Gram matrices (H, d, d) and (H_kv, d, d).
         k_sum: sum of the keys, (H_kv, d).
         num_tokens: how many tokens these are summed over.
+        norms: the statistics that head norms are fitted on, where the family has these.
         fit, held: attention states of some queries, to select on and to check with.
     """
 
@@ -35,6 +38,7 @@ class SampledStates:
     num_tokens: int
     fit: list[AttentionStates]
     held: list[AttentionStates]
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def centred_C_K(self) -> Tensor:
@@ -63,12 +67,13 @@ def sample(
     ``queries_per_window`` positions of at most ``num_windows`` windows of either part.
     """
     attention: Any = family.attention(layer)
-    rotary = next(iter(stream.arguments[index].values())).get("position_embeddings")
+    rotary = next(iter(stream.arguments[index].values())).get("position_embeddings") if family.rotates(layer) else None
     taps: dict[str, Tap] = {
         "q": (family.query(layer), "output"),
         "k": (family.key(layer), "output"),
         "v": (family.value(layer), "output"),
     }
+    norm_Q, norm_K = query_norm(family, layer), key_norm(family, layer)
     W_O = read_value_output(family, layer).W_O.double()
     metric = psd_cholesky(W_O @ W_O.mT).root()
     some = HiddenStates(stream.batches[: split.batches_with(num_windows)], stream.arguments)
@@ -77,12 +82,17 @@ def sample(
     left, num_tokens = [num_windows] * 2, 0
     for seen in observe(layer, index, some, taps, stop=True):
         q, k, v = (seen.seen[name].unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
-        q, k = rotate(family.normalise_query(layer, q), rotary), rotate(family.normalise_key(layer, k), rotary)
+        shares = (
+            {} if norm_Q is None or norm_K is None else {"N_Q": norm_shares(q, norm_Q), "N_K": norm_shares(k, norm_K)}
+        )
+        q = rotate(normalised_heads(family, layer, family.query_norm_path, q), rotary)
+        k = rotate(normalised_heads(family, layer, family.key_norm_path, k), rotary)
         num_tokens += q.shape[:2].numel()
         of_batch = {
             "C_Q": _gram(q, precision),
             "C_K": _gram(k, precision),
             "k_sum": k.sum(dim=(0, 1), dtype=torch.float64),
+            **{name: _gram(states, torch.float64) for name, states in shares.items()},
         }
         sums = {name: value + sums[name] if sums else value for name, value in of_batch.items()}
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2) @ metric.to(v.dtype)
@@ -94,10 +104,15 @@ def sample(
                 left[held] -= len(windows)
                 queries = q[windows][:, positions.to(q.device)].transpose(1, 2) * attention.scaling
                 own_bias = bias if len(bias) == 1 else bias[windows]
+                own_shares = {}
+                if shares:
+                    shares_Q = shares["N_Q"][windows][:, positions.to(q.device)].transpose(1, 2)
+                    own_shares = {"shares_Q": shares_Q, "shares_K": shares["N_K"][windows].transpose(1, 2)}
                 states[held].append(
-                    AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias)
+                    AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias, **own_shares)
                 )
-    return SampledStates(**sums, num_tokens=num_tokens, fit=states[False], held=states[True])
+    norms = {f"query_key.{name}": sums.pop(name) for name in ("N_Q", "N_K") if name in sums}
+    return SampledStates(**sums, num_tokens=num_tokens, fit=states[False], held=states[True], norms=norms)
 
 
 def _gram(states: Tensor, precision: torch.dtype) -> Tensor:
@@ -197,14 +212,25 @@ def candidates(
     T_Q, T_K = (T.to(states.fit[0].q.dtype) for T in basis)
     parts = [part if pairs else part.mapped(T_Q, T_K) for part in states.fit]
     sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=pairs) for part in parts))
+    turned = pairs and weights.norm_Q is None  # behind a norm with a weight for each dim, pairs cannot be turned
     for ridge in (None, *ridges):
         choices = [
-            eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge) for M in group_heads(sensitivity, num_groups)
+            _eliminated(M, num_kept, pairs=pairs, turned=turned, ridge=ridge)
+            for M in group_heads(sensitivity, num_groups)
         ]
         found.append(
             _candidate("output" if ridge is None else f"output, rescaled at ridge {ridge:g}", choices, basis, pairs)
         )
     return found
+
+
+def _eliminated(M: Tensor, num_kept: int, *, pairs: bool, turned: bool, ridge: float | None) -> tuple[Tensor, Tensor]:
+    """``eliminate_blocks``; pairs that are not ``turned`` keep their real features alone."""
+    if turned or not pairs:
+        return eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge)
+    num_blocks = M.shape[-1] // 2
+    kept, real = eliminate_blocks(M[:, :num_blocks, :num_blocks], num_kept, pairs=False, ridge=ridge)
+    return kept, torch.cat([real, torch.zeros_like(real)], dim=1)
 
 
 def _candidate(
@@ -226,18 +252,20 @@ def _singular_basis(C_Q: Tensor, C_K: Tensor) -> tuple[Tensor, Tensor]:
     return reduced.W_Q, reduced.W_K
 
 
-def choose(weights: QueryKeyWeights, found: list[Candidate], held: list[AttentionStates]) -> QueryKeyChoice:
-    """For each key head the candidate whose attention output errs least on ``held``, softmax included; ties go to the
-    earlier.
+def choose(weights: QueryKeyWeights, found: list[Candidate], states: SampledStates) -> QueryKeyChoice:
+    """For each key head the candidate whose attention output errs least on held-out queries, softmax and the estimated
+    norms of heads included; ties go to the earlier.
     """
     num_groups = len(weights.W_K)
     errors, energy = torch.zeros(len(found), num_groups, dtype=torch.float64, device=weights.W_K.device), 0.0
-    for states in held:
-        dense = states.output()
+    factors = [_norm_factors(weights, candidate.kept, states.norms) for candidate in found]
+    for part in states.held:
+        dense = part.output()
         energy += float(dense.double().square().sum())
         for c, candidate in enumerate(found):
-            T_Q, T_K = (T.to(states.q.dtype) for T in (candidate.T_Q, candidate.T_K))
-            lost = (states.output(T_Q, T_K) - dense).double().square().sum(dim=(0, 2, 3))
+            T_Q, T_K = (T.to(part.q.dtype) for T in (candidate.T_Q, candidate.T_K))
+            seen = part if factors[c] is None else part.estimated(*factors[c])
+            lost = (seen.output(T_Q, T_K) - dense).double().square().sum(dim=(0, 2, 3))
             errors[c] += group_heads(lost, num_groups).sum(dim=1)
     best = errors.argmin(dim=0)
     group_size = len(weights.W_Q) // num_groups
@@ -251,10 +279,31 @@ def choose(weights: QueryKeyWeights, found: list[Candidate], held: list[Attentio
         for candidate, error in zip(found, errors, strict=True)
     }
     chosen = float(errors.min(dim=0).values.sum()) / energy if energy else 0.0
-    return QueryKeyChoice(_mapped(weights, T_Q, T_K, kept), [found[c].name for c in best.tolist()], relative, chosen)
+    reduced = _mapped(weights, T_Q, T_K, kept, states.norms)
+    return QueryKeyChoice(reduced, [found[c].name for c in best.tolist()], relative, chosen)
 
 
-def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor, kept: Tensor) -> QueryKeyWeights:
+def _norm_factors(weights: QueryKeyWeights, kept: Tensor, norms: Statistics) -> tuple[Tensor, Tensor] | None:
+    """What estimates the norms of heads that keep the pairs ``kept`` (H_kv, k), as factors of their shares."""
+    fitted, _ = keep_head_norms(weights, kept, norms, fit=HEAD_NORM_FIT)
+    if weights.norm_Q is None or weights.norm_K is None:
+        return None
+    of_queries = kept.repeat_interleave(len(weights.W_Q) // len(weights.W_K), dim=0)
+    return (
+        share_factors(weights.norm_Q, fitted["norm_Q"], of_queries),
+        share_factors(weights.norm_K, fitted["norm_K"], kept),
+    )
+
+
+def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor, kept: Tensor, norms: Statistics) -> QueryKeyWeights:
+    if weights.norm_Q is not None:
+        dims = torch.cat([kept, kept + weights.inner_size // 2], dim=1)
+        reduced, _ = keep_query_key(weights, dims, norms, head_norm=HEAD_NORM_FIT)
+        assert reduced.norm_Q is not None
+        # the queries' coefficients come behind their norm
+        scaled = torch.einsum("hd,hdr->hr", weights.norm_Q.w.double(), T_Q)
+        return replace(reduced, norm_Q=replace(reduced.norm_Q, w=scaled))
+
     def times(tensor: Tensor, T: Tensor) -> Tensor:
         rows = tensor.double() if tensor.ndim == 3 else tensor.double().unsqueeze(1)
         return (rows @ T).reshape(*tensor.shape[:-1], -1).to(tensor.dtype)

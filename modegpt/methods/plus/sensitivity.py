@@ -18,6 +18,8 @@ from modegpt.calibration.stream import HiddenStates, advance, embed, layers_repl
 from modegpt.cost.work import Alike
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
+from modegpt.decompositions.head_norm import keep_head_norms
+from modegpt.decompositions.modules import HEAD_NORM_FIT, HeadNorm
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 from modegpt.files import json_sha256
@@ -38,6 +40,9 @@ TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel, or from a quarter of all where that is more."""
 
 
+StandIns = list[tuple[nn.Module, Callable[[Tensor], Tensor]]]
+
+
 @dataclass(frozen=True)
 class Prospect:
     """What one module would lose.
@@ -45,13 +50,13 @@ class Prospect:
     Args:
         unit: dims that go together.
         curve: squared error of removing k of its dims, k = 0 ... size.
-        map: from k to (module, weight, bias) that acts as if k were removed: it replaces one linear of the dense layer
-            at its full size, weight (out, in).
+        map: from k to what acts as if k were removed: modules of the dense layer, each with another forward at its full
+            size.
     """
 
     unit: int
     curve: list[float]
-    map: Callable[[int], tuple[nn.Linear, Tensor, Tensor | None]]
+    map: Callable[[int], "StandIns"]
 
     @property
     def size(self) -> int:
@@ -69,12 +74,12 @@ def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Pr
     weights, C = read_mlp(family, layer), statistics["mlp.C"]
     curve, order = mlp_curve(C, weights.W_D)
 
-    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+    def lifted(removed: int) -> StandIns:
         kept = order[removed:].sort().values
         W_D = torch.zeros_like(weights.W_D, dtype=_exact(weights.W_D)).index_copy(
             0, kept, refit(C, weights.W_D, kept)[0].to(_exact(weights.W_D))
         )
-        return family.down(layer), W_D.T, weights.b_D
+        return [(family.down(layer), _linear(W_D.T, weights.b_D))]
 
     return Prospect(1, curve.tolist(), lifted)
 
@@ -86,7 +91,7 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
     curve, P, B = value_output_curve(G, weights.W_O)
 
-    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+    def lifted(removed: int) -> StandIns:
         rank = P.shape[-1] - removed
         W_O = (P[..., :rank].unsqueeze(1) @ B[:, :, :rank]).flatten(0, 1).to(_exact(weights.W_O))
         b_O = weights.b_O
@@ -97,18 +102,35 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
                 weights.W_O - W_O,
             )
             b_O = lost if b_O is None else b_O + lost
-        return family.output(layer), W_O.flatten(0, 1).T, b_O
+        return [(family.output(layer), _linear(W_O.flatten(0, 1).T, b_O))]
 
     return Prospect(1, curve.tolist(), lifted)
 
 
 def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
-    """Rotary pairs, or dims, by the paper's score, set to zero in the key projection."""
+    """Rotary pairs, or dims, by the paper's score, set to zero in the key projection; where heads have norms, behind
+    these, which are the estimates that the heads would get.
+    """
     weights = read_query_key(family, layer)
     curve, order = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope)
     unit = weights.rank_unit
 
-    def lifted(removed: int) -> tuple[nn.Linear, Tensor, Tensor | None]:
+    def normed(removed: int) -> StandIns:
+        kept = order[:, removed // unit :].sort(dim=1).values
+        norms, _ = keep_head_norms(weights, kept, statistics, fit=HEAD_NORM_FIT)
+        group = len(weights.W_Q) // len(weights.W_K)
+        return [
+            (layer.get_submodule(path), _full_norm(family, norms[name], pairs, weights.inner_size))
+            for path, name, pairs in (
+                (family.query_norm_path, "norm_Q", kept.repeat_interleave(group, dim=0)),
+                (family.key_norm_path, "norm_K", kept),
+            )
+            if path is not None
+        ]
+
+    def lifted(removed: int) -> StandIns:
+        if family.head_norms:
+            return normed(removed)
         gone = (
             torch.zeros_like(order, dtype=torch.bool)
             .scatter(1, order[:, : removed // unit], True)
@@ -116,14 +138,33 @@ def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics)
             .flatten()
         )
         key = family.key(layer)
-        return (
-            key,
-            key.weight.masked_fill(gone.unsqueeze(1), 0.0),
-            None if key.bias is None else key.bias.masked_fill(gone, 0.0),
-        )
+        bias = None if key.bias is None else key.bias.masked_fill(gone, 0.0)
+        return [(key, _linear(key.weight.masked_fill(gone.unsqueeze(1), 0.0), bias))]
 
     # a dim that splits a rotary pair costs what the pair costs
     return Prospect(unit, [curve[-(-k // unit)].item() for k in range(weights.inner_size + 1)], lifted)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """A linear map of ``weight`` (out, in), in float32 at least."""
+    weight, bias = weight.to(_exact(weight)), None if bias is None else bias.to(_exact(bias))
+    return lambda x: nn.functional.linear(x, weight, bias)
+
+
+def _full_norm(family: Family, norm: HeadNorm, pairs: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+    """The ``norm`` of heads that keep ``pairs`` (H, k), on states of the full ``size``; the other dims become zero."""
+    dims = torch.cat([pairs, pairs + size // 2], dim=1)
+    w, c = (part.new_zeros(len(pairs), size).scatter(1, dims, part) for part in (norm.w, norm.c))
+
+    def forward(states: Tensor) -> Tensor:
+        shape, rows = states.shape, states.transpose(-2, -3) if family.heads_first else states
+        rows = rows.reshape(*rows.shape[: 2 if family.joint_norms else -2], len(pairs), size)
+        n = (c.to(rows.dtype) * rows.square()).sum(dim=-1)
+        n = (n.sum(dim=-1, keepdim=True) if family.joint_norms else n) + norm.eps.to(rows.dtype)
+        rows = w.to(rows.dtype) * rows * n.rsqrt().unsqueeze(-1)
+        return rows.transpose(-2, -3) if family.heads_first else rows.reshape(shape)
+
+    return forward
 
 
 def _exact(tensor: Tensor) -> torch.dtype:
@@ -168,7 +209,7 @@ def rank_costs(
             for module in modules:
                 prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
                 for removed in sorted({prospect.removed(share) for share in shares}):
-                    with float32_forward(model), _acting_as(*prospect.map(removed)):
+                    with float32_forward(model), _acting_as(prospect.map(removed)):
                         points[removed] = _divergence(model, hidden, index, batches, positions, dense, alike)
                 costs[-1][module] = expected(prospect.curve, points)
         with float32_forward(model):
@@ -290,14 +331,15 @@ def _narrow(narrow: dict[str, Tensor], module: nn.Module, *_: object) -> None:
 
 
 @contextmanager
-def _acting_as(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
-    """``linear`` with another weight (out, in) and bias, which are widened to float32 where they are not."""
-    weight, bias = weight.to(_exact(weight)), None if bias is None else bias.to(_exact(bias))
-    vars(linear)["forward"] = lambda x: nn.functional.linear(x, weight, bias)
+def _acting_as(others: StandIns) -> Iterator[None]:
+    """Modules with other forwards."""
+    for module, other in others:
+        vars(module)["forward"] = other
     try:
         yield
     finally:
-        del linear.forward
+        for module, _ in others:
+            del module.forward
 
 
 @dataclass(frozen=True)

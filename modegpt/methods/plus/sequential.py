@@ -314,7 +314,7 @@ class LayerPass:
         found = candidates(
             weights, states, rank, ridges=ridges, improved=options.query_key != "paper", centred=options.centred
         )
-        choice = choose(weights, found, states.held)
+        choice = choose(weights, found, states)
         counts = {name: choice.names.count(name) for name in dict.fromkeys(choice.names)}
         self.reductions["query_key"] = Reduction(
             choice.weights,

@@ -70,7 +70,7 @@ def sharpen(model: PreTrainedModel, family: Family, s: float) -> None:
     norm: Any = copy.deepcopy(family.final_norm(model))
     assert norm is not None
     with torch.no_grad():
-        norm.weight.copy_(s * (norm.weight.double() + family.final_norm_offset) - family.final_norm_offset)
+        norm.weight.copy_(s * (norm.weight.double() + family.norm_offset) - family.norm_offset)
         if getattr(norm, "bias", None) is not None:
             norm.bias.copy_(s * norm.bias.double())
     model.set_submodule(family.final_norm_path, norm)

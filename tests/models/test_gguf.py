@@ -1,7 +1,7 @@
-"""The conversion of a GGUF file: the weights and tokens of the file, and one line for a mistake."""
+"""Models in GGUF files: the weights and tokens of the file, compressed like any, and one line for a mistake."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+import modegpt
 from modegpt.data.embedded import TINY_MODELS
-from tests.scripts import load_script
+from modegpt.errors import UserError
+from modegpt.models import block_linear_parameters
+from modegpt.models.checkpoints import load_model, load_tokenizer
 
 
 def _interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -67,47 +70,66 @@ def _write(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBa
     return stood_for
 
 
-def test_the_weights_and_tokens_are_those_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    model, tokenizer = (
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """tiny-llama in a GGUF file, and the weights that its blocks stand for."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return file, _write(
+        file,
         AutoModelForCausalLM.from_pretrained(TINY_MODELS["tiny-llama"]),
         AutoTokenizer.from_pretrained(TINY_MODELS["tiny-llama"]),
     )
-    stood_for = _write(tmp_path / "tiny.gguf", model, tokenizer)
+
+
+def test_the_weights_and_tokens_are_those_of_the_file(tiny_file: tuple, tmp_path: Path) -> None:
+    file, stood_for = tiny_file
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODELS["tiny-llama"])
     assert not torch.equal(stood_for["model.layers.0.mlp.down_proj.weight"], model.model.layers[0].mlp.down_proj.weight)
-    script = load_script("tools/from_gguf")
-    monkeypatch.setattr(sys, "argv", ["from_gguf.py", str(tmp_path / "tiny.gguf"), str(tmp_path / "new")])
-    assert script.main() == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
-    converted, text = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "new"),
-        "One day, a little girl named Lily found a needle.",
-    )
     model.load_state_dict(stood_for, strict=False)
-    ids = AutoTokenizer.from_pretrained(tmp_path / "new")(text, return_tensors="pt", add_special_tokens=False).input_ids
-    assert ids.tolist() == tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.tolist()
-    assert {parameter.dtype for parameter in converted.parameters()} == {torch.float32}
+    loaded, tokenizer = modegpt.load(file, device="cpu"), modegpt.load_tokenizer(str(file))
+    text = "One day, a little girl named Lily found a needle."
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    theirs = AutoTokenizer.from_pretrained(TINY_MODELS["tiny-llama"])
+    assert ids.tolist() == theirs(text, return_tensors="pt", add_special_tokens=False).input_ids.tolist()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     with torch.no_grad():
-        torch.testing.assert_close(converted(ids).logits, model(ids).logits)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert not hasattr(loaded.config, "quantization_config") and not getattr(loaded, "is_quantized", False)
+    loaded.save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    again = modegpt.load(tmp_path / "checkpoint", device="cpu")
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+    assert modegpt.load(file, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+
+
+def test_it_is_compressed_like_any_model(tiny_file: tuple) -> None:
+    file, _ = tiny_file
+    smaller = modegpt.compress(str(file), None, "tiny", sparsity=0.3, num_samples=8)
+    share = block_linear_parameters(smaller) / block_linear_parameters(
+        modegpt.load("embedded:tiny-llama", device="cpu")
+    )
+    assert share == pytest.approx(0.7, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    ("file", "folder", "said"),
+    ("name", "content", "said"),
     [
-        ("none.gguf", "new", "none.gguf is not a file"),
-        ("some.gguf", ".", "exists already"),
-        ("some.gguf", "new", "pip install gguf"),
+        ("none.gguf", None, "no GGUF file at"),
+        ("text.gguf", b"a poem", "is not a GGUF file: it does not begin with GGUF"),
+        ("cut.gguf", b"GGUF", "cannot load"),
     ],
 )
-def test_a_mistake_is_one_line(
-    file: str, folder: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    script = load_script("tools/from_gguf")
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_mistake_is_one_line(load: Callable, name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        load(str(tmp_path / name))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_package_that_reads_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["from_gguf.py", str(tmp_path / file), str(tmp_path / folder)])
-    assert script.main() == 2
-    error = capsys.readouterr().err
-    assert said in error and error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("modegpt.models.gguf.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        load_model(str(tmp_path / "some.gguf"))
