@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.config import ModelConfig
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.models.checkpoints import load_model, save_checkpoint
+from modegpt.models.checkpoints import load_model, save_checkpoint, write_card
 from modegpt.models.integrity import check_finite, fingerprint_weights
 from modegpt.progress import Progress
 
@@ -25,12 +26,13 @@ Scores = dict[str, dict]
 class Target:
     """Where the compressed model goes, with its tokenizer; ``directory`` is None where it is not saved.
 
-    ``decides``: everything that decides the result, see ``records.store.identity``.
+    ``decides``: everything that decides the result; ``run``: its identity (see ``records.store.identity``).
     """
 
     directory: Path | None
     tokenizer: PreTrainedTokenizerBase
     decides: Mapping[str, Any]
+    run: str
 
 
 class Backend(Protocol):
@@ -49,19 +51,22 @@ class Backend(Protocol):
     def check(self, method: Method | None, task: CompressionTask | None, evaluation: PreparedEvaluation) -> None:
         """Refuse with a UserError, before any work, what cannot be done."""
 
-    def score(self, evaluation: PreparedEvaluation, *, progress: Progress) -> Scores:
-        """The dense model's scores."""
+    def score(self, evaluation: PreparedEvaluation, *, progress: Progress, begun: Begun) -> Scores:
+        """The dense model's scores, from what an interrupted start has ``begun``."""
 
     def compress(self, method: Method, task: CompressionTask, target: Target) -> Compressed:
         """Run ``method``, and check that the compressed model's weights are finite."""
 
     def score_compressed(
-        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress
+        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress, begun: Begun
     ) -> Scores:
         """The compressed model's scores, said under ``label``."""
 
     def save(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
-        """Write the compressed model's checkpoint to ``target``, whole or not at all, its card made of ``record``."""
+        """Make the compressed model's checkpoint safe, before it is scored; ``record`` is what is known by then."""
+
+    def finish(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
+        """Have the checkpoint in ``target``, whole or not at all, its card made of the whole ``record``."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,9 @@ class InMemory:
             for warning in method.foresee(task, task.calibration.check_activations()):
                 task.calibration.progress.say(f"warning, by the first calibration window: {warning}")
 
-    def score(self, evaluation: PreparedEvaluation, *, progress: Progress) -> Scores:
+    def score(self, evaluation: PreparedEvaluation, *, progress: Progress, begun: Begun) -> Scores:
         """Score the dense model."""
-        return evaluate(self.model, evaluation, label="dense", progress=progress)
+        return evaluate(self.model, evaluation, label="dense", progress=progress, begun=begun)
 
     def compress(self, method: Method, task: CompressionTask, target: Target | None = None) -> Compressed:
         """Run ``method``, part from other processes, and check the weights. Raises UserError for NaN or inf in one."""
@@ -109,12 +114,19 @@ class InMemory:
         return compressed
 
     def score_compressed(
-        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress
+        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress, begun: Begun
     ) -> Scores:
         """Score the compressed model."""
-        return evaluate(compressed.model, evaluation, label=label, progress=progress)
+        return evaluate(compressed.model, evaluation, label=label, progress=progress, begun=begun)
 
     def save(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
         """Save the compressed model. Raises UserError as ``save_checkpoint`` does."""
         assert target.directory is not None
-        save_checkpoint(compressed.model, target.tokenizer, target.directory, record, files=compressed.files)
+        save_checkpoint(
+            compressed.model, target.tokenizer, target.directory, record, files=compressed.files, run=target.run
+        )
+
+    def finish(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
+        """Write the card again. Raises UserError as ``write_card`` does."""
+        assert target.directory is not None
+        write_card(compressed.model, target.directory, record)

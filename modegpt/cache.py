@@ -78,10 +78,10 @@ class Cache:
         """The JSON value stored under ``name``; None if there is none, or a damaged one."""
         return self._load(f"{name}.json", lambda path: self._read_json(name, path))
 
-    def store_json(self, name: str, value: Any) -> None:
-        """Keep ``value``, unless there is one already or it does not fit."""
+    def store_json(self, name: str, value: Any, *, replace: bool = False) -> None:
+        """Keep ``value``, unless it does not fit or there is one already, which only ``replace`` replaces."""
         text = json.dumps({"sha256": self._sealed(name, value), "value": value}, indent=1)
-        self._store(f"{name}.json", len(text), lambda path: path.write_text(text, encoding="utf-8"))
+        self._store(f"{name}.json", len(text), lambda path: path.write_text(text, encoding="utf-8"), replace=replace)
 
     def _sealed(self, name: str, content: Any) -> str:
         """The checksum of ``content`` (JSON) under ``name`` of this key: it holds nowhere else."""
@@ -123,9 +123,9 @@ class Cache:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
 
-    def _store(self, file_name: str, num_bytes: int, write: Callable[[Path], object]) -> None:
+    def _store(self, file_name: str, num_bytes: int, write: Callable[[Path], object], *, replace: bool = False) -> None:
         path = self.directory / file_name
-        if path.exists() or not self._make_room(num_bytes):
+        if (path.exists() and not replace) or not self._make_room(num_bytes):
             return
         try:
             with partial_file(self.root / "partial") as temporary:

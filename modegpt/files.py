@@ -1,12 +1,14 @@
 """Files that appear whole or not at all, and the hash of a JSON value."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,49 @@ def _remove_stale(folder: Path) -> None:
         with suppress(FileNotFoundError):  # its own writer, or another sweeper, was faster
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 left.unlink()
+
+
+@contextmanager
+def partial_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder ``<prefix>...`` in ``parent``, for the block to fill and move away; it is gone at the end.
+
+    Those of the same prefix whose process was killed go first.
+    """
+    remove_abandoned(parent.glob(f"{prefix}*"))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        handle = hold(folder)
+        if folder.exists():  # nobody took it for abandoned before it was held
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def hold(folder: Path) -> int:
+    """Say that this process needs ``folder``, until the handle returned is closed or the process ends, however it does.
+
+    Several processes may. Where the file system has no locks, `remove_abandoned` removes nothing.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return handle
+
+
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove the ``folders`` that no living process holds."""
+    for folder in folders:
+        with suppress(OSError):  # held, or removed by another process
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(handle)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The first step of the main job: load everything, check everything, and say what decides the result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.data.texts import load_documents
 from modegpt.data.tokens import CalibrationTokens, draw_tokens
 from modegpt.errors import UserError
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
 from modegpt.methods.base import CompressionTask, Method, make_task
@@ -34,7 +35,8 @@ class Run:
     """One run's ingredients, loaded and checked; nothing expensive has happened yet.
 
     ``method`` and ``task`` are None for a run that only scores the dense model. ``stage`` is where the run is, for the
-    note that a failure leaves.
+    note that a failure leaves. ``unsaved``: errors of what could not be written beside the record. ``begun``: scores
+    that an interruption leaves to the next start.
     """
 
     config: RunConfig
@@ -52,6 +54,8 @@ class Run:
     world: World
     device: str
     stage: str = "start"
+    unsaved: list[Exception] = field(default_factory=list)
+    begun: list[Begun] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -70,7 +74,7 @@ class Run:
         """Where the compressed model goes."""
         wanted = self.config.output.save_model
         directory = None if wanted is None else self.directory / "model" if wanted == "auto" else Path(wanted)
-        return Target(directory, self.tokenizer, self.decides)
+        return Target(directory, self.tokenizer, self.decides, identity(self.decides))
 
 
 def prepare(config: RunConfig, *, command: str) -> Run:

@@ -11,6 +11,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "modegpt.escaping",
     "modegpt.errors",
+    "modegpt.termination",
     "modegpt.progress",
     "modegpt.files",
     "modegpt.cache",
@@ -28,6 +29,7 @@ ROOMS = (
     "modegpt.streaming",
     "modegpt.records",
     "modegpt.prepare",
+    "modegpt.space",
     "modegpt.run",
     "modegpt.api",
     "modegpt",

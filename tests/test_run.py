@@ -1,14 +1,22 @@
 """The main job from end to end on the embedded models, and everything it refuses before any work."""
 
+import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 import modegpt.backend
+import modegpt.evaluation.harness_model
+import modegpt.evaluation.perplexity
+import modegpt.records.store
 import modegpt.run
 from modegpt.backend import InMemory
 from modegpt.config import (
@@ -21,6 +29,7 @@ from modegpt.config import (
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
+from modegpt.models.checkpoints import load_model
 from modegpt.records.cost import floor_seconds
 from modegpt.records.store import load_record
 from modegpt.run import run
@@ -144,6 +153,147 @@ def test_a_failure_leaves_a_note_that_success_removes(results: Path, monkeypatch
     assert json.loads(note.read_text())["stage"] == "compression" and not list(results.glob("runs/*/record.json"))
     path = run(small(results), command="modegpt")
     assert path.exists() and not note.exists()
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def files_of(results: Path) -> list[str]:
+    """Every file below the results, by name, and every folder that hides one."""
+    return sorted(path.name for path in results.rglob("*") if path.is_file() or ".partial-" in path.name)
+
+
+UNSAVED = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),  # so say tokenizers
+    TypeError("a defect"),
+]
+
+
+@pytest.mark.parametrize("error", UNSAVED, ids=lambda error: type(error).__name__)
+def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_record(
+    error: Exception, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", broken)  # the weights are there by then
+    config = small(results, output=OutputConfig(root=str(results), save_model="auto"))
+    with pytest.raises(type(error) if isinstance(error, TypeError) else UserError) as raised:
+        run(config, command="modegpt")
+    [path] = results.glob("runs/*/record.json")
+    if not isinstance(error, TypeError):
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        assert (
+            str(raised.value)
+            == f"cannot save a model to {path.parent / 'model'}: {reason}; the record is whole: {path}"
+        )
+    assert load_record(path)["metrics"]["compressed"] is not None
+    assert files_of(results) == ["layers.png", "record.json", "scores.png"]
+
+
+def test_a_picture_that_cannot_be_written_does_not_cost_the_record(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(UserError) as raised:
+        run(small(results), command="modegpt")
+    [path] = results.glob("runs/*/record.json")
+    place = path.parent / "scores.png"
+    assert str(raised.value) == f"cannot write {place}: No space left on device; the record is whole: {path}"
+    assert files_of(results) == ["record.json"] and str(path) in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_written_prints_its_metrics(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(modegpt.records.store, "sync", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*record.json: No space left on device; the metrics .* printed"):
+        run(small(results), command="modegpt")
+    assert "ppl_jsonl_128" in capsys.readouterr().out
+    assert files_of(results) == []
+
+
+def test_the_checkpoint_is_saved_before_it_is_scored(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(results, output=OutputConfig(root=str(results), save_model="auto"))
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(InMemory, "score_compressed", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(config, command="modegpt")
+    [checkpoint] = results.glob("runs/*/model")
+    assert (
+        load_model(str(checkpoint)).config.kept_layers and "## Scores" in (card := checkpoint / "README.md").read_text()
+    )
+    assert json.loads((checkpoint.parent / "error.json").read_text())["stage"] == "compressed evaluation"
+    record = load_record(run(config, command="modegpt"))
+    value = record["metrics"]["compressed"]["perplexity"]["ppl_jsonl_128"]["value"]
+    assert f"{value:.4f} |" in card.read_text(encoding="utf-8")
+
+
+def test_an_interruption_in_scoring_keeps_the_scores(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does a disk that has no room for the record; what is in the record is not kept twice."""
+    score, calls = modegpt.evaluation.harness_model.token_log_likelihoods, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*args, **kwargs)
+
+    config = small(results)
+    run(dataclasses.replace(config, method={"name": "dense"}), command="modegpt")  # scored before: not counted
+    monkeypatch.setattr(modegpt.evaluation.harness_model, "token_log_likelihoods", interrupted)
+    config.evaluation.zeroshot.batch_size = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(config, command="modegpt")
+    monkeypatch.setattr(modegpt.evaluation.perplexity, "token_log_likelihoods", lambda *_, **__: pytest.fail("again"))
+    with monkeypatch.context() as full:
+        full.setattr(modegpt.records.store, "sync", full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            run(config, command="modegpt")
+    found = len(calls)
+    record = load_record(run(config, command="modegpt"))
+    assert len(calls) == found > 2, "scored again"
+    monkeypatch.undo()
+    anew = results.parent / "anew"
+    config.output.root, config.cache.dir = str(anew), str(anew / "cache")
+    assert load_record(run(config, command="modegpt"))["metrics"] == record["metrics"]
+    assert not list(results.parent.glob("cache/objects/*/begun.json"))
+
+
+def test_a_finished_run_saves_the_checkpoint_that_it_was_not_asked_for(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run(small(results), command="modegpt")
+    written = path.read_bytes()
+    asked = small(results, output=OutputConfig(root=str(results), save_model="auto"))
+    with monkeypatch.context() as unscored:
+        unscored.setattr(modegpt.backend, "evaluate", lambda *_, **__: pytest.fail("scored again"))
+        assert run(asked, command="modegpt") == path and path.read_bytes() == written
+    checkpoint = path.parent / "model"
+    again = small(results, model=ModelConfig(name="saved", path=str(checkpoint)), method={"name": "dense"})
+    record = load_record(path)
+    assert load_record(run(again, command="modegpt"))["metrics"]["dense"] == record["metrics"]["compressed"]
+    value = record["metrics"]["compressed"]["perplexity"]["ppl_jsonl_128"]["value"]
+    assert f"{value:.4f} |" in (checkpoint / "README.md").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(modegpt.run, "compress", lambda *_: pytest.fail("compressed again"))
+    assert run(asked, command="modegpt") == path
+
+
+def test_a_finished_run_saves_no_other_model_than_it_scored(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(small(results), command="modegpt")
+    compress = InMemory.compress
+
+    def other(self: InMemory, method: Any, task: Any, target: Any) -> Any:
+        return compress(self, method, dataclasses.replace(task, sparsity=0.2), target)
+
+    monkeypatch.setattr(InMemory, "compress", other)
+    with pytest.raises(UserError, match=r"other ranks than those of .*record.json.*output.overwrite=true"):
+        run(small(results, output=OutputConfig(root=str(results), save_model="auto")), command="modegpt")
+    assert not list(results.glob("runs/*/*model*")) and not list(results.glob("runs/*/error.json"))
 
 
 def test_dense_scores_are_computed_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real SLURM sweep on this machine alone: four small jobs through hydra/launcher=cluster, their records checked.
+# A real SLURM sweep on this machine alone: four small jobs through hydra/launcher=cluster, one of them requeued while it is
+# at work, their records checked.
 #
 #   sudo experiments/slurm/single_node.sh          (or: make slurm-test)
 #
@@ -74,14 +75,33 @@ done
 echo "$(slurmctld -V) on one node:"
 sinfo
 
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MODEGPT_CACHE=$DIRECTORY/cache
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 MODEGPT_CACHE=$DIRECTORY/cache
 RESULTS=$DIRECTORY/results
 (set -x; "$PYTHON" -m modegpt --multirun hydra/launcher=cluster hydra.launcher.partition=debug hydra.launcher.gpus_per_node=null \
     hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=2 hydra.launcher.timeout_min=30 hydra.launcher.array_parallelism=2 \
-    compression.sparsity=0.2,0.4 allocation=uniform,entropic calibration.num_samples=4 evaluation.zeroshot=null \
-    'evaluation.perplexity.windows=[128]' threads=1 tracking=disabled output.root="$RESULTS" output.experiment=slurm)
+    compression.sparsity=0.2,0.4 allocation=uniform,entropic calibration.num_samples=64 evaluation.zeroshot=null \
+    'evaluation.perplexity.windows=[128]' threads=1 tracking=disabled output.root="$RESULTS" output.experiment=slurm) &
+SWEEP=$!
+
+# SLURM ends a requeued job by SIGTERM and starts it again
+LOG=
+while [[ -z $LOG ]]; do
+    kill -0 $SWEEP || refuse "the sweep ended before a job began"
+    sleep 0.2
+    LOG=$(grep -ls '^loading' "$RESULTS"/.sweeps/*/.submitit/*/*_log.out | head -n 1 || true)
+done
+JOB=$(basename "$(dirname "$LOG")")
+(set -x; scontrol requeue "$JOB")
+for _ in $(seq 60); do
+    if [[ $(squeue -h -o %T -j "$JOB") == PENDING ]]; then break; fi
+    sleep 1
+done
+[[ $(scontrol show job "$JOB") == *"Restarts=1"* ]] || refuse "the job was not requeued"
+scontrol update JobId="$JOB" StartTime=now
+grep -qs 'terminated (SIGTERM)' "${LOG%.out}.err" || refuse "the requeued job did not heed SIGTERM: see ${LOG%.out}.err"
+wait $SWEEP || refuse "the sweep failed"
 "$PYTHON" -m modegpt.records.cli --root "$RESULTS" list
 "$PYTHON" -m modegpt.records.cli --root "$RESULTS" verify
 [[ $(find "$RESULTS" -name record.json | wc -l) == 4 ]] || refuse "four records were expected"
 FINISHED=yes
-echo "SLURM sweep: 4 of 4 jobs have their record"
+echo "SLURM sweep: 4 of 4 jobs have their record, one after it was requeued"

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.moments import FirstMoment, SecondMoment, beside
 from modegpt.calibration.world import World
 from modegpt.decompositions.head_norm import norm_shares
 from modegpt.decompositions.modules import HeadNorm, Sizes
-from modegpt.models import Family
+from modegpt.models import Family, dense_shape, family_of
 from modegpt.models.weights import key_norm, normalised_heads, query_norm
 
 Statistics = dict[str, Tensor]
@@ -152,6 +153,19 @@ STATISTICS: dict[str, Statistic] = {
     "layer.num_tokens": Statistic(()),
 }
 """Every statistic that a layer can be asked for."""
+
+
+def sizes_of(config: PreTrainedConfig) -> Sizes:
+    """The letters of a layer of a dense model."""
+    shape = dense_shape(config)
+    return Sizes(
+        d_h=config.hidden_size,
+        n=shape.intermediate_size,
+        H=config.num_attention_heads,
+        H_kv=shape.num_kv_heads,
+        d=shape.qk_head_dim,
+        joint_norms=family_of(config).joint_norms,
+    )
 
 
 @dataclass

@@ -1,15 +1,13 @@
 """``modegpt-export``: write a compressed checkpoint as its family's own, for engines that do not know this package."""
 
 import argparse
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from modegpt.errors import UserError, exit_status
 from modegpt.escaping import markdown
-from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet, saving
 from modegpt.models.export import stock_model
 
 README = """# {name}, exported
@@ -51,16 +49,13 @@ def export(checkpoint: str, destination: Path, *, width_multiple: int = 1, force
     print(report)
     if report.gains_nothing and not force:
         raise UserError(f"{destination} would be no smaller than the dense model; --force writes it all the same")
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    try:
+    with saving(destination) as partial:
         with quiet():
             model.save_pretrained(partial)
             load_tokenizer(checkpoint).save_pretrained(partial)
         readme = README.format(name=markdown(Path(checkpoint).name), model_type=model.config.model_type, report=report)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         publish(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"written: {destination}")
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -16,6 +17,10 @@ from modegpt.cli.messages import explain, is_defect
 from modegpt.cli.schema import config_directory, register, run_config
 from modegpt.cli.sweep import Sweep, attempt
 from modegpt.errors import UserError, any_terminal
+from modegpt.termination import EXIT_CODE as TERMINATED
+from modegpt.termination import GRACE_SECONDS, Terminated, heeding_sigterm
+
+INTERRUPTED = 130
 
 
 class Failed(BaseException):
@@ -30,6 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own kind of traceback
     Sweep.current = None
+    with heeding_sigterm():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     error: BaseException | None = None
     try:
         _run_hydra(arguments)
@@ -44,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
             Sweep.current.stop()
     lines = _alone(error) if Sweep.current is None else _swept(Sweep.current, error)
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else int(bool(lines))
+    if isinstance(error, KeyboardInterrupt):
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    return int(bool(lines))
 
 
 def _alone(error: BaseException | None) -> list[str]:
@@ -57,16 +69,18 @@ def _alone(error: BaseException | None) -> list[str]:
 
 def _swept(sweep: Sweep, error: BaseException | None) -> list[str]:
     """What to say after a sweep. ``error`` is the launcher's or the user's: jobs note theirs."""
-    failures = sweep.failures()
-    if not failures or (error is not None and not is_defect(error) and not isinstance(error, KeyboardInterrupt)):
+    failures, unfinished = sweep.failures(), sweep.unfinished()
+    users = error is not None and not is_defect(error) and not isinstance(error, KeyboardInterrupt)
+    if users or not (failures or unfinished):
         sweep.discard()
         return _alone(error)
     trace = traceback.format_exception(error) if error is not None and _traceback_wanted() else []
     cause = f" ({explain(error)[:200]})" if error is not None else ""
+    rest = f", {unfinished} have no outcome (lost, still at work or never begun)" if unfinished else ""
     return [
         *trace,
         *(f"failed: {failure}" for failure in failures),
-        f"error: {len(failures)} of {len(sweep.jobs)} jobs of the sweep failed{cause}; "
+        f"error: {len(failures)} of {len(sweep.jobs)} jobs of the sweep failed{cause}{rest}; "
         f"tracebacks are in {sweep.directory}; the same command again runs those that have no record",
     ]
 
@@ -105,9 +119,13 @@ def run_job(cfg: DictConfig) -> None:
         directory = Path(settings.runtime.output_dir)
         # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is
         quiet = Sweep.current is None and sys.stderr.isatty()
-        return attempt(
-            lambda: _run(cfg, overrides, quiet=quiet), number=settings.job.num, overrides=overrides, directory=directory
-        )
+        with heeding_sigterm(GRACE_SECONDS / 2) if Sweep.current is None else nullcontext():  # one that leads heeds it
+            return attempt(
+                lambda: _run(cfg, overrides, quiet=quiet),
+                number=settings.job.num,
+                overrides=overrides,
+                directory=directory,
+            )
     try:
         return _run(cfg, overrides)
     except Exception as error:

@@ -27,7 +27,7 @@ def explain(error: BaseException) -> str:
     """What was wrong, and what would be right, in one line."""
     match error:
         case KeyboardInterrupt():
-            return "interrupted"
+            return str(error) or "interrupted"
         case MissingConfigException():
             return _missing_option(error)
         case OverrideParseException():
@@ -68,7 +68,7 @@ def _missing_option(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return _one_line(str(error))
-    hint = "; parallel launchers need: pip install 'modegpt[sweep]'" if group == "hydra/launcher" else ""
+    hint = "; cluster needs: pip install 'modegpt[sweep]'" if group == "hydra/launcher" else ""
     return str(unknown(group, name, error.options)) + hint
 
 

@@ -1,46 +1,55 @@
 """What ``--multirun`` adds to Hydra's launchers: no job stops another, and the last lines say which failed.
 
 Every job leaves ``outcome.json`` in its directory of the sweep, whichever launcher ran it and in whichever process; the
-main process knows the planned jobs, so a job whose process was killed is missed. A job that raised counts as returned
+main process knows the planned jobs, so a job without an outcome is missed. A job that raised counts as returned
 for Hydra, because a raised error would stop the sweep after its batch (``hydra.sweeper.max_batch_size``).
 """
 
 import json
 import shutil
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
 from modegpt.cli.messages import explain
-from modegpt.files import write_text
+from modegpt.files import hold, remove_abandoned, write_text
 from modegpt.progress import Progress, duration
 
-OUTCOME = "outcome.json"
+OUTCOME, LOG = "outcome.json", "log.txt"
+SUBMITTED = ".submitit"
+"""What a scheduler's jobs need, those too that wait in its queue and are no process yet."""
 POLL_SECONDS = 0.5
-BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 def attempt(job: Callable[[], object], *, number: int, overrides: list[str], directory: Path) -> None:
-    """Run one job of a sweep and note its outcome in ``directory``; an error is noted, not raised."""
+    """Run one job of a sweep and note its outcome in ``directory``; an error is noted, an interruption raised too."""
     outcome: dict[str, Any] = {"number": number, "overrides": overrides, "error": None}
     try:
         if Sweep.current is not None:
             Sweep.current.announce(number)
         job()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         outcome |= {"error": explain(error), "traceback": traceback.format_exc()}
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / OUTCOME, json.dumps(outcome, indent=2))
+        if isinstance(error, KeyboardInterrupt):
+            raise
+    finally:
+        _note(outcome, directory)
+
+
+def _note(outcome: dict[str, Any], directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / OUTCOME, json.dumps(outcome, indent=2))
+    except OSError as error:  # a full disk must not stop the other jobs
+        print(f"error: cannot write {directory / OUTCOME}: {error.strerror}", file=sys.stderr)
+        if outcome["error"]:
+            print(f"error: {outcome['error']}", file=sys.stderr)
 
 
 @dataclass
@@ -58,9 +67,14 @@ class Sweep:
     _watcher: threading.Thread | None = None
 
     def start(self) -> None:
-        """Forget outcomes of an earlier sweep in the same directory, and show progress of other processes' jobs."""
-        for number in range(len(self.jobs)):
-            self._outcome(number).unlink(missing_ok=True)
+        """Clear what earlier sweeps left, here and in directories of theirs, and show progress of other processes."""
+        others = [path for path in self.directory.parent.glob("*") if path != self.directory]
+        remove_abandoned(path for path in others if not (path / SUBMITTED).exists())
+        with suppress(OSError):  # which Hydra is about to say
+            self.directory.mkdir(parents=True, exist_ok=True)
+            hold(self.directory)
+        for outcome in self._outcomes():
+            outcome.unlink(missing_ok=True)
         if not self.in_process:
             self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()
@@ -73,6 +87,17 @@ class Sweep:
             f", {duration((now - self._announced[0]) / finished * (len(self.jobs) - number))} left" if finished else ""
         )
         self.progress.say(f"[{number + 1}/{len(self.jobs)}{left}] {' '.join(self.jobs[number]) or 'defaults'}")
+
+    def conclude(self, number: int, *, killed_by: str | None) -> None:
+        """Note that the job's process was killed, if it was before the job had an outcome, and show what it printed."""
+        overrides = " ".join(self.jobs[number]) or "defaults"
+        if killed_by is not None and not self._outcome(number).exists():
+            error = f"its process was killed ({killed_by})"
+            _note({"number": number, "overrides": self.jobs[number], "error": error}, self._outcome(number).parent)
+        with suppress(OSError):
+            log = (self._outcome(number).parent / LOG).read_text(encoding="utf-8", errors="replace")
+            if log:
+                Progress().say(f"[job {number}] {overrides}\n{log.rstrip()}")
 
     def stop(self) -> None:
         """Stop watching."""
@@ -87,44 +112,28 @@ class Sweep:
             self.directory.parent.rmdir()
 
     def failures(self) -> list[str]:
-        """One line for each job that failed or left no outcome."""
-        errors = {number: self._error(number) for number in range(len(self.jobs))}
+        """One line for each job that failed."""
+        outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in self._outcomes() if path.exists()]
         return [
-            f"job {number} ({' '.join(self.jobs[number]) or 'defaults'}): {error}"
-            for number, error in errors.items()
-            if error
+            f"job {outcome['number']} ({' '.join(outcome['overrides']) or 'defaults'}): {outcome['error']}"
+            for outcome in outcomes
+            if outcome["error"]
         ]
+
+    def unfinished(self) -> int:
+        """How many jobs have no outcome: lost with their process, still at work in another, or never begun."""
+        return sum(not path.exists() for path in self._outcomes())
+
+    def _outcomes(self) -> list[Path]:
+        return [self._outcome(number) for number in range(len(self.jobs))]
 
     def _outcome(self, number: int) -> Path:
         return self.directory / str(number) / OUTCOME
-
-    def _error(self, number: int) -> str | None:
-        if not self._outcome(number).exists():
-            return "left no outcome: its process was killed, never started or still runs"
-        return json.loads(self._outcome(number).read_text(encoding="utf-8"))["error"]
 
     def _watch(self) -> None:
         with self.progress.bar(len(self.jobs), "sweep", unit="job") as bar:
             finished = False
             while not finished:
                 finished = self._done.wait(POLL_SECONDS)
-                if new := sum(self._outcome(number).exists() for number in range(len(self.jobs))) - bar.n:
+                if new := sum(path.exists() for path in self._outcomes()) - bar.n:
                     bar.update(new)
-
-
-class SweepCallback(Callback):
-    """Tells this process about the sweep Hydra is about to launch (configured in ``conf/config.yaml``)."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """Plan exactly the jobs that Hydra's own sweeper will make of the command line."""
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = parser.parse_overrides([*parameters, *config.hydra.overrides.task])
-        [jobs] = BasicSweeper.split_arguments(overrides, None)
-        Sweep.current = Sweep(
-            directory=Path(config.hydra.sweep.dir),
-            jobs=jobs,
-            progress=Progress(quiet=bool(config.quiet)),
-            in_process=config.hydra.launcher._target_ == BASIC_LAUNCHER,
-        )
-        Sweep.current.start()

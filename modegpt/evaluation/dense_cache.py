@@ -1,11 +1,12 @@
 """The dense model's scores, computed once for each (model, evaluation) and reused by every run that needs them."""
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from modegpt.cache import Cache
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation
 from modegpt.files import json_sha256
 from modegpt.progress import Progress
@@ -16,7 +17,7 @@ PACKAGES = ("lm_eval", "torch", "transformers")
 
 def dense_scores(
     prepared: PreparedEvaluation,
-    compute: Callable[[], dict[str, dict]],
+    compute: Callable[[Begun], dict[str, dict]],
     *,
     weights_sha256: str,
     tokenizer_sha256: str,
@@ -26,14 +27,17 @@ def dense_scores(
     max_bytes: int,
     progress: Progress,
 ) -> dict[str, dict]:
-    """The dense model's scores from the cache in ``directory``, else ``compute()``, which is then kept.
+    """The dense model's scores from the cache in ``directory``, else ``compute(begun)``, which is then kept.
 
-    ``compute`` says the perplexities that it finds, and this function those that were found before. See ``dense_key``.
+    ``begun`` is what an interrupted start scored. ``compute`` says the perplexities that it finds, and this function
+    those that were found before. See ``dense_key``.
     """
     key = dense_key(
         prepared, weights_sha256=weights_sha256, tokenizer_sha256=tokenizer_sha256, dtype=dtype, device=device
     )
-    scores, reused = cached_scores(key, compute, directory=directory, max_bytes=max_bytes)
+    begun = begun_scores(prepared, key, directory=directory, max_bytes=max_bytes)
+    scores, reused = cached_scores(key, lambda: compute(begun), directory=directory, max_bytes=max_bytes)
+    begun.forget()
     for name, score in scores["perplexity"].items() if reused else ():
         progress.say(
             f"dense: {name} = {score['value']:.4f} over {score['num_predicted_tokens']} tokens (scored before)"
@@ -54,6 +58,14 @@ def dense_key(
         "evaluation": prepared.fingerprint(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def begun_scores(prepared: PreparedEvaluation, key: Mapping[str, Any], *, directory: Path, max_bytes: int) -> Begun:
+    """What an interrupted start scored of the model that ``key`` identifies; batch sizes count, as they round."""
+    if max_bytes == 0:
+        return Begun()
+    batches = [prepared.text and prepared.text.batch_tokens, prepared.zeroshot and prepared.zeroshot.batch_size]
+    return Begun(Cache(root=directory, key=json_sha256({"of": key, "batches": batches}), max_bytes=max_bytes))
 
 
 def cached_scores(

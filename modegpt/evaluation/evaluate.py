@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modegpt.data.texts import Documents, load_documents, tokenize_stream
 from modegpt.errors import UserError
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.items import ACCURACIES
 from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
@@ -123,10 +124,12 @@ def evaluate(
     label: str,
     progress: Progress,
     score_windows: Callable[..., dict] = perplexity,
+    begun: Begun | None = None,
 ) -> dict[str, dict]:
     """Score ``model``, which is put in evaluation mode; perplexities first, each said as ``label`` when known.
 
-    ``score_windows`` is called as ``perplexity`` is.
+    ``score_windows`` is called as ``perplexity`` is. ``begun`` holds what an interrupted start scored, and gets what
+    this one scores.
 
     Returns ``{"perplexity": {ppl_<source>_<window>: {...}}, "zeroshot": {task: {...}, "mean": {...}}}``; what is not
     asked for is empty. A task's entry is that of ``zeroshot``. A perplexity's is that of ``perplexity`` with
@@ -134,15 +137,33 @@ def evaluate(
     Raises UserError when the model gives NaN or infinite logits.
     """
     model.eval()
+    begun = begun or Begun()
+    with begun:
+        return _evaluate(model, prepared, label=label, progress=progress, score_windows=score_windows, begun=begun)
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    prepared: PreparedEvaluation,
+    *,
+    label: str,
+    progress: Progress,
+    score_windows: Callable[..., dict],
+    begun: Begun,
+) -> dict[str, dict]:
     scores: dict[str, dict] = {"perplexity": {}, "zeroshot": {}}
     if prepared.text:
         text = prepared.text
         for window in text.windows:
-            result = score_windows(
-                model, text.token_ids, window=window, batch_tokens=text.batch_tokens, progress=progress
-            )
             name = metric_name(text.source, window)
-            progress.say(f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens")
+            before = " (scored before)" if name in begun.parts else ""
+            result = begun.parts.get(name) or score_windows(
+                model, text.token_ids, window=window, batch_tokens=text.batch_tokens, progress=progress, begun=begun
+            )
+            begun.note(name, result)
+            progress.say(
+                f"{label}: {name} = {result['value']:.4f} over {result['num_predicted_tokens']} tokens{before}"
+            )
             scores["perplexity"][name] = result | {"num_tokens": text.token_ids.numel(), "tokens_sha256": text.sha256}
     if prepared.zeroshot and prepared.tasks:
         scores["zeroshot"] = zeroshot(
@@ -154,6 +175,7 @@ def evaluate(
             limit=prepared.zeroshot.limit,
             encodings=prepared.encodings,
             progress=progress,
+            begun=begun,
         )
     return scores
 

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
 
 Encoded = tuple[list[int], list[int]]  # context tokens, continuation tokens
@@ -25,6 +26,7 @@ class HarnessModel(HFLM):
         num_truncated: task name -> requests longer than the context, cut from the left (as the harness does).
         encodings: (context, continuation) -> tokens, shared between models that share a tokenizer.
         bar: a progress bar that counts input tokens.
+        begun: where the answers of each call are kept in the order of its batches, and taken from.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class HarnessModel(HFLM):
         max_length: int,
         encodings: dict[tuple[str, str], Encoded],
         bar: Any,
+        begun: Begun,
     ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
@@ -44,6 +47,8 @@ class HarnessModel(HFLM):
         self.num_truncated: Counter[str] = Counter()
         self.encodings = encodings
         self.bar = bar
+        self.begun = begun
+        self.num_calls = 0
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation after its context, and whether it is the greedy one."""
@@ -122,9 +127,20 @@ class HarnessModel(HFLM):
                 sharing.setdefault(tuple(tokens[:-1]), []).append((index, continuation[-self.max_length :]))
         self.bar.total = (self.bar.total or 0) + sum(map(len, sharing))
         inputs = sorted(sharing, key=len, reverse=True)  # like lengths together: little padding
+        self.num_calls += 1
+        part = f"answers {self.num_calls}"
+        answers: list[tuple[float, bool]] = self.begun.parts.get(part, [])
+        position = 0
         for start in range(0, len(inputs), self.batch_size):
             batch = inputs[start : start + self.batch_size]
-            self._score_batch(batch, [sharing[tokens] for tokens in batch], results)
+            groups = [sharing[tokens] for tokens in batch]
+            indices = [index for group in groups for index, _ in group]
+            if position == len(answers):
+                answers += self._score_batch(batch, groups)
+                self.begun.note(part, answers)
+            for index in indices:
+                results[index] = (answers[position][0], bool(answers[position][1]))
+                position += 1
             self.bar.update(sum(map(len, batch)))
         return results
 
@@ -132,14 +148,14 @@ class HarnessModel(HFLM):
         self,
         inputs: list[tuple[int, ...]],
         groups: list[list[tuple[int, list[int]]]],
-        results: list[tuple[float, bool]],
-    ) -> None:
-        """Score a batch into ``results``.
+    ) -> list[tuple[float, bool]]:
+        """Score a batch.
 
         Args:
             inputs: token ids, the longest first.
             groups: for each input, (index of the request, continuation) of the requests that share it.
-            results: by request, log-likelihood and whether the continuation is the greedy one.
+
+        Returns log-likelihood and whether the continuation is the greedy one, by request in the order of ``groups``.
         """
         width = len(inputs[0])
         # causal attention: what pads the right end changes nothing before it
@@ -152,23 +168,20 @@ class HarnessModel(HFLM):
         rows: list[int] = []
         columns: list[int] = []
         targets: list[int] = []
-        owners: list[int] = []
         lengths: list[int] = []
         for row, (tokens, group) in enumerate(zip(inputs, groups, strict=True)):
-            for index, continuation in group:
+            for _, continuation in group:
                 rows += [row] * len(continuation)
                 columns += range(len(tokens) - len(continuation) - first, len(tokens) - first)
                 targets += continuation
-                owners.append(index)
                 lengths.append(len(continuation))
         target_ids = torch.tensor(targets, device=logits.device)
         # (num_targets, vocabulary)
         picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]
         scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").double().cpu()
         misses = (picked.argmax(-1) != target_ids).double().cpu()
-        owner = torch.arange(len(owners)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to
         totals, num_misses = (
-            torch.zeros(len(owners), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses)
+            torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses)
         )
-        for index, total, missed in zip(owners, totals.tolist(), num_misses.tolist(), strict=True):
-            results[index] = (total, missed == 0)
+        return [(total, missed == 0) for total, missed in zip(totals.tolist(), num_misses.tolist(), strict=True)]

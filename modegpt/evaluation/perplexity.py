@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.errors import UserError
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
 from modegpt.progress import Progress
 
@@ -52,7 +53,13 @@ def token_fingerprint(token_ids: Tensor) -> str:
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, token_ids: Tensor, *, window: int, batch_tokens: int, progress: Progress
+    model: PreTrainedModel,
+    token_ids: Tensor,
+    *,
+    window: int,
+    batch_tokens: int,
+    progress: Progress,
+    begun: Begun | None = None,
 ) -> dict[str, float | int]:
     """``exp`` of the mean negative log-likelihood (nats) of the tokens of non-overlapping windows.
 
@@ -62,15 +69,18 @@ def perplexity(
     Args:
         token_ids: (num_tokens,) int64, the whole text tokenised once.
         batch_tokens: tokens in one forward pass; one window at least.
+        begun: where the sum so far is kept, and goes on from.
 
     Raises UserError when logits are NaN or infinite.
     """
     num_windows = token_ids.numel() // window
     assert num_windows > 0, (token_ids.shape, window)
     batches = token_ids[: num_windows * window].view(num_windows, window).split(max(1, batch_tokens // window))
-    total, device = 0.0, input_device(model)
-    with progress.bar(total=num_windows, description=f"perplexity, windows of {window}", unit="window") as bar:
-        for batch in batches:
+    begun, part = begun or Begun(), f"windows of {window}"
+    (done, total), device = begun.parts.get(part, (0, 0.0)), input_device(model)
+    with progress.bar(total=num_windows, description=f"perplexity, {part}", unit="window") as bar:
+        bar.update(done)
+        for batch in batches[done // len(batches[0]) :]:
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
             scores = token_log_likelihoods(
@@ -78,6 +88,8 @@ def perplexity(
             )
             total -= scores.double().sum().item()
             bar.update(len(batch))
+            done += len(batch)
+            begun.note(part, (done, total))
     num_predicted_tokens = num_windows * (window - 1)
     mean_nll = total / num_predicted_tokens
     if mean_nll > math.log(torch.finfo(torch.float64).max):

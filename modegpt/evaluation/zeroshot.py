@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.items import ACCURACIES, pack
 from modegpt.progress import Progress
@@ -29,6 +30,7 @@ def zeroshot(
     limit: int | None,
     encodings: dict,
     progress: Progress,
+    begun: Begun | None = None,
 ) -> dict[str, dict]:
     """Score ``tasks`` (of ``load_tasks``) without examples in the prompt.
 
@@ -37,6 +39,7 @@ def zeroshot(
         max_length: the model's context in tokens. Longer requests lose tokens on the left and are counted.
         limit: score the first items of each task only.
         encodings: tokens by request, filled here; pass the same dict for another model with this tokenizer.
+        begun: where answers are kept as they are found, and taken from.
 
     Returns, by task name, ``metric, value, stderr, num_items, num_truncated``, of ``acc`` and ``acc_norm`` what the
     task reports (``acc, acc_stderr``), and for an accuracy ``right``: which items were answered right by ``metric``
@@ -50,7 +53,13 @@ def zeroshot(
         from modegpt.evaluation.harness_model import HarnessModel
 
         scorer = HarnessModel(
-            model, tokenizer, batch_size=batch_size, max_length=max_length, encodings=encodings, bar=bar
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            encodings=encodings,
+            bar=bar,
+            begun=begun or Begun(),
         )
         with _observed(tasks) as items:
             raw = evaluate(

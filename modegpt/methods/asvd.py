@@ -19,7 +19,7 @@ from modegpt.methods.low_rank import (
     layer_ranks,
     truncated,
 )
-from modegpt.models import decoder_layers
+from modegpt.models import Family, decoder_layers
 
 SMALLEST_SCALE = 1e-6
 """Scale of an input channel that never fired, relative to the largest: last in importance, yet invertible."""
@@ -54,6 +54,10 @@ class ASVD(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"method.alpha={self.alpha} is outside [0, 1]")
+
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """The Gram matrix of each map's input."""
+        return INPUT_GRAMS
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Truncate every block-linear weight, scaled by its inputs."""

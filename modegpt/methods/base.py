@@ -151,6 +151,10 @@ class Method:
     def check(self, task: CompressionTask) -> None:
         """Raise UserError, before any expensive work, for a task that cannot be done."""
 
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """Names of the statistics of a layer that the calibration keeps for it, in memory and in the cache."""
+        return frozenset()
+
     def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
         """What a user should be warned of where the layers have this block influence, measured or estimated."""
         return []

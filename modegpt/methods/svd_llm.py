@@ -76,6 +76,10 @@ class SVDLLM(Method):
 
     update: bool = False
 
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """The Gram matrix of each map's input."""
+        return INPUT_GRAMS
+
     def compress(self, task: CompressionTask) -> Compressed:
         """Truncate every block-linear weight, whitened by its inputs."""
         if task.sparsity == 0:

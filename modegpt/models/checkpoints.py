@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import (
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.data.hub import hub_access
 from modegpt.errors import UserError
-from modegpt.files import read_json, sync
+from modegpt.files import partial_folder, read_json, replacing, sync
 from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
@@ -62,15 +61,18 @@ def save_checkpoint(
     *,
     max_shard_size: str = "5GB",
     files: Mapping[str, Callable[[Path], None]] | None = None,
+    run: str | None = None,
 ) -> Path:
     """Write ``model`` as a Hugging Face checkpoint that loads with or without this package.
 
     Everything goes to a hidden folder beside ``directory`` first, is synced, sealed by a manifest of
-    sizes and sha256 sums, and moved into place in one step: a kill leaves the old checkpoint or none.
+    sizes and sha256 sums, and moved into place in one step: a kill leaves the old checkpoint or none, and the next
+    call removes the folder.
 
     Args:
         card: the run's record (or as much of it as there is), from which the model card is written.
         files: what goes beside it, by file name: a function that writes it to a path.
+        run: the identity of the run that made it. What the same run made before, with other rounding, is replaced.
 
     Returns the directory. An identical checkpoint there is left alone.
 
@@ -79,33 +81,47 @@ def save_checkpoint(
     """
     directory = Path(directory)
     check_destination(directory)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
-    try:
+    with saving(directory) as partial:
         with quiet():
             model.save_pretrained(partial, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(model, card), encoding="utf-8")
         for name, write in (files or {}).items():
             write(partial / name)
-        publish(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(partial, directory, run=run)
     return directory
 
 
-def publish(partial: Path, directory: Path) -> None:
+@contextmanager
+def saving(directory: Path) -> Iterator[Path]:
+    """A folder beside ``directory`` for the block to fill and publish; whatever cannot be written is a UserError."""
+    try:
+        with partial_folder(directory.parent, f".{directory.name}.partial-") as partial:
+            yield partial
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # as tokenizers raises
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(f"cannot save a model to {directory}: {reason}") from error
+
+
+def publish(partial: Path, directory: Path, *, run: str | None = None) -> None:
     """Seal the complete checkpoint in ``partial`` by its manifest and move it to ``directory``.
 
-    An identical one there is left alone. Raises UserError when something else is there.
+    An identical one there is left alone, another one of the same ``run`` replaced.
+    Raises UserError when something else is there.
     """
-    (partial / MANIFEST).write_text(
-        json.dumps({"format": 1, "files": describe_files(partial)}, indent=1) + "\n", encoding="utf-8"
-    )
+    manifest = {"format": 1, "files": describe_files(partial)} | ({"run": run} if run else {})
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*partial.rglob("*"), partial):  # safetensors and mkdtemp make what they write the owner's alone
         path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         sync(path)
     if _same_checkpoint(partial, directory):
         return
+    if run is not None and saved_by(directory) == run:
+        shutil.rmtree(directory)
     try:
         os.rename(partial, directory)  # replaces an empty directory, refuses any other
     except OSError as error:
@@ -113,6 +129,23 @@ def publish(partial: Path, directory: Path) -> None:
             f"{directory} already holds another checkpoint; choose another or remove it ({error.strerror})"
         ) from None
     sync(directory.parent)
+
+
+def saved_by(directory: Path) -> str | None:
+    """The identity of the run that made the checkpoint in ``directory``, if there is one that says so."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    run = read_json(directory / MANIFEST).get("run")
+    return None if run is None else str(run)
+
+
+def write_card(model: PreTrainedModel, directory: Path, card: Mapping[str, Any]) -> None:
+    """Put a new model card beside a saved ``model``. Raises UserError when it cannot be written."""
+    try:
+        with replacing(directory / "README.md") as temporary:
+            temporary.write_text(model_card(model, card), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {directory / 'README.md'}: {error.strerror}") from error
 
 
 def check_destination(directory: str | Path) -> None:
@@ -138,7 +171,7 @@ def _same_checkpoint(partial: Path, directory: Path) -> bool:
     if not (directory / MANIFEST).is_file():
         return False
     check_files(directory)
-    return read_json(directory / MANIFEST) == read_json(partial / MANIFEST)
+    return bool(read_json(directory / MANIFEST)["files"] == read_json(partial / MANIFEST)["files"])
 
 
 def _umask() -> int:

@@ -40,6 +40,7 @@ UNSEALED = frozenset({MANIFEST, "README.md"})
 """Files outside the manifest: itself, and the model card, which people edit."""
 LONGEST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by the format."""
+SAMPLED = 1021
 DECISIVE = frozenset({".safetensors", ".bin", ".json", ".py"})
 """Endings of files that can change what is loaded, so that one beside the manifest's is refused."""
 
@@ -212,6 +213,22 @@ def check_tensor_finite(name: str, tensor: torch.Tensor) -> None:
 def fingerprint_weights(model: nn.Module) -> str:
     """``fingerprint_tensors`` of the state dict."""
     return fingerprint_tensors(weight_tensors(model))
+
+
+def fingerprint_sample(model: nn.Module) -> str:
+    """``fingerprint_tensors`` of every ``SAMPLED``-th element: tells models of one run apart that round differently.
+
+    A weight without data counts by its shape.
+    """
+    return fingerprint_tensors(
+        (
+            name,
+            torch.tensor(tensor.shape)
+            if tensor.is_meta
+            else tensor.detach().flatten()[::SAMPLED].clone(memory_format=torch.contiguous_format),
+        )
+        for name, tensor in sorted(model.state_dict().items())
+    )
 
 
 def weight_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from modegpt.errors import UserError
 from modegpt.escaping import drawable
 from modegpt.files import replacing
 from modegpt.records.scores import Score, accuracies, perplexities
@@ -28,7 +29,10 @@ LOG_FROM = 10.0  # perplexities further apart than this factor share a logarithm
 
 
 def save_pictures(record: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write ``scores.png`` (if anything was scored) and ``layers.png`` (of a compressed model); returns their paths."""
+    """Write ``scores.png`` (if anything was scored) and ``layers.png`` (of a compressed model); returns their paths.
+
+    Raises UserError naming the picture that cannot be written.
+    """
     figures = {}
     if any((perplexities(record), accuracies(record))):
         figures["scores.png"] = scores_figure(record)
@@ -36,8 +40,11 @@ def save_pictures(record: Mapping[str, Any], directory: Path) -> list[Path]:
         figures["layers.png"] = layers_figure(record)
     paths = [directory / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        with replacing(path) as temporary:  # a run that is killed here leaves no half picture
-            figure.savefig(temporary, dpi=150, format="png")
+        try:
+            with replacing(path) as temporary:  # a run that is killed here leaves no half picture
+                figure.savefig(temporary, dpi=150, format="png")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
     return paths
 
 

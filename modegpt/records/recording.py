@@ -1,8 +1,7 @@
-"""A finished run as a record (see ``records/schema.py``): its name, what decides it, its content, and showing it."""
+"""A finished run as a record (see ``records/schema.py``): its name, what decides it, and its content."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,18 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modegpt.allocation.ranks import missed_target
-from modegpt.config import PAPER, RunConfig, TrackingConfig
+from modegpt.config import PAPER, RunConfig
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
 from modegpt.evaluation.spec import ThroughputSpec
 from modegpt.methods.base import Compressed
 from modegpt.models import block_linear_parameters, decoder_layers, dense_shape, family_of
 from modegpt.records.paths import portable
-from modegpt.records.pictures import save_pictures
 from modegpt.records.provenance import hardware, provenance
-from modegpt.records.store import load_record, timestamp
-from modegpt.records.summary import summary
-from modegpt.records.tracking import make_tracker
+from modegpt.records.store import timestamp
 
 
 def run_name(config: RunConfig, *, recovery: str | None) -> str:
@@ -184,11 +180,3 @@ def layer_sparsities(dense: PreTrainedModel, compressed: PreTrainedModel) -> lis
         )
     )
     return [1 - left.get(index, 0) / weights(layer) for index, layer in enumerate(decoder_layers(dense))]
-
-
-def show(path: Path, *, pictures: bool, tracking: TrackingConfig) -> None:
-    """Draw the record in ``path``, mirror it to the tracker and print its summary."""
-    record = load_record(path)
-    drawn = save_pictures(record, path.parent) if pictures else []
-    make_tracker(**asdict(tracking)).mirror(record, record_path=path, pictures=drawn)
-    print(summary(record, record_path=path, pictures=drawn))

@@ -13,13 +13,13 @@ from modegpt.config import ModelConfig, OutOfCoreConfig
 from modegpt.cost.machine import measure_ceiling
 from modegpt.cost.metering import peak_memory_bytes
 from modegpt.errors import UserError
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.evaluation.spec import EvaluationSpec
 from modegpt.files import json_sha256
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.models.card import model_card
-from modegpt.models.checkpoints import publish
+from modegpt.models.checkpoints import publish, write_card
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.memory import Prediction, check_fits, gib, predict
@@ -83,9 +83,9 @@ class OutOfCore:
         """Whether hidden states wait on disk between layers."""
         return self.options.hidden_states == "disk"
 
-    def score(self, evaluation: PreparedEvaluation, *, progress: Progress) -> Scores:
+    def score(self, evaluation: PreparedEvaluation, *, progress: Progress, begun: Begun) -> Scores:
         """Score the dense model, layer by layer."""
-        return _score(self.streamed, evaluation, label="dense", progress=progress)
+        return _score(self.streamed, evaluation, label="dense", progress=progress, begun=begun)
 
     def compress(self, method: Method, task: CompressionTask, target: Target) -> Compressed:
         """Compress into a workspace beside the target, and go on where an earlier process of the same run stopped."""
@@ -124,23 +124,26 @@ class OutOfCore:
         }
 
     def score_compressed(
-        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress
+        self, compressed: Compressed, evaluation: PreparedEvaluation, *, label: str, progress: Progress, begun: Begun
     ) -> Scores:
         """The compressed model's scores; notes the peak of memory so far beside the predicted one."""
         assert self.workspace is not None
         streamed = StreamedModel.open(str(self.workspace.checkpoint.absolute()), device=str(self.streamed.device))
-        scores = _score(streamed, evaluation, label=label, progress=progress)
+        scores = _score(streamed, evaluation, label=label, progress=progress, begun=begun)
         compressed.details["out_of_core"]["measured_peak_bytes"] = peak_memory_bytes()
         return scores
 
     def save(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
+        """Nothing: it is complete in the workspace, where the next start of the same run finds it."""
+
+    def finish(self, compressed: Compressed, target: Target, record: Mapping[str, Any]) -> None:
         """Seal the checkpoint, move it to the target and leave nothing beside it.
 
-        Raises UserError when the place is taken.
+        Raises UserError when the place is taken, or it cannot be written.
         """
         assert self.workspace is not None and target.directory is not None
-        (self.workspace.checkpoint / "README.md").write_text(model_card(compressed.model, record), encoding="utf-8")
-        publish(self.workspace.checkpoint, target.directory)
+        write_card(compressed.model, self.workspace.checkpoint, record)
+        publish(self.workspace.checkpoint, target.directory, run=target.run)
         self.workspace.remove()
 
 
@@ -167,7 +170,8 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
         )
 
 
-def _score(streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress) -> Scores:
-    return evaluate(
-        streamed.model, evaluation, label=label, progress=progress, score_windows=partial(streamed_perplexity, streamed)
-    )
+def _score(
+    streamed: StreamedModel, evaluation: PreparedEvaluation, *, label: str, progress: Progress, begun: Begun
+) -> Scores:
+    windows = partial(streamed_perplexity, streamed)
+    return evaluate(streamed.model, evaluation, label=label, progress=progress, score_windows=windows, begun=begun)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from modegpt.calibration.moments import CHUNK_ROWS
-from modegpt.calibration.statistics import STATISTICS
+from modegpt.calibration.statistics import STATISTICS, sizes_of
 from modegpt.cost.metering import peak_memory_bytes
 from modegpt.decompositions.modules import Sizes
 from modegpt.errors import UserError
@@ -21,7 +21,6 @@ from modegpt.evaluation.evaluate import PreparedEvaluation
 from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
 from modegpt.methods.base import CompressionTask
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.models import dense_shape
 from modegpt.streaming.model import StreamedModel
 
 FLOAT64 = 8
@@ -66,15 +65,7 @@ def predict(
     ``on_disk``: hidden states of the calibration lie in files.
     """
     config, model = streamed.model.config, streamed.model
-    shape, itemsize = dense_shape(config), model.dtype.itemsize
-    sizes = Sizes(
-        d_h=config.hidden_size,
-        n=shape.intermediate_size,
-        H=config.num_attention_heads,
-        H_kv=shape.num_kv_heads,
-        d=shape.qk_head_dim,
-        joint_norms=task.family.joint_norms,
-    )
+    sizes, itemsize = sizes_of(config), model.dtype.itemsize
     state = model.state_dict()
 
     def stored(names: Iterable[str]) -> list[int]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.calibration.stream import advance, layers_replaced
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.perplexity import perplexity
 from modegpt.models import decoder_layers
 from modegpt.progress import Progress
@@ -21,11 +22,13 @@ def streamed_perplexity(
     window: int,
     batch_tokens: int,
     progress: Progress,
+    begun: Begun | None = None,
 ) -> dict[str, float | int]:
     """``evaluation.perplexity.perplexity``, to the bit, of the model that ``streamed`` holds on disk.
 
     All windows walk through one layer after the other; the model's own forward then runs from the last layer's output.
-    Hidden states of the whole text are held: d_h values a token. ``model`` is the skeleton of ``streamed``.
+    Hidden states of the whole text are held: d_h values a token. ``model`` is the skeleton of ``streamed``. Of what an
+    interrupted start has ``begun`` nothing serves.
     """
     assert model is streamed.model
     num_windows, batch_size = token_ids.numel() // window, max(1, batch_tokens // window)

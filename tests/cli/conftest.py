@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modegpt.config import RunConfig
 
 STAND_IN = '''
 """Replaces the main job in every process of a sweep: notes the run, fails or (once) dies where its sparsity says so."""
-import os, signal, sys, types
+import os, signal, sys, time, types
 from pathlib import Path
 
 def run(config, *, command):
@@ -26,6 +27,10 @@ def run(config, *, command):
     if config.compression.sparsity == 0.6 and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if config.compression.sparsity == 0.7:
+        place.with_name(f"begun-{config.seed}").write_text(str(os.getpid()))
+        time.sleep(300)
+    print("said by", command)
     place.write_text(command)
 
 module = types.ModuleType("modegpt.run")
@@ -47,17 +52,27 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[tuple[
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """``process(*arguments)`` runs ``python -m modegpt`` in a fresh process, from a folder of its own."""
+def process(tmp_path: Path) -> Callable[..., Any]:
+    """``process(*arguments)`` runs ``python -m modegpt`` in a fresh process, from a folder of its own.
+
+    With ``timeout=None`` it is started and not waited for.
+    """
     site, folder = tmp_path / "site", tmp_path / "folder"
     site.mkdir()
     folder.mkdir()
     (site / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
     repository = Path(cli.__file__).resolve().parents[2]
 
-    def run(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
+    def run(*arguments: str, timeout: float | None = 180) -> subprocess.CompletedProcess | subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(site), str(repository)))}
         command = [sys.executable, "-m", "modegpt", *arguments]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+        started = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if timeout is None:
+            return started
+        with started:
+            output, errors = started.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(command, started.returncode, output, errors)
 
     return run

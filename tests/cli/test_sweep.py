@@ -1,20 +1,28 @@
 """Sweeps: one failing job stops no other, the last lines and the exit code say so, whichever launcher ran them."""
 
+import errno
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import modegpt.cli.sweep
+from modegpt.files import hold
 
-JOBLIB = ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2")
+WORKSTATION = ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2")
+NODE = ("hydra/launcher=node", "hydra.sweeper.max_batch_size=2")
+LAUNCHERS = {"basic": (), "workstation": WORKSTATION, "node": NODE}
+PARALLEL = pytest.mark.parametrize("launcher", [WORKSTATION, NODE], ids=["workstation", "node"])
 
 
 def done(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("done-*"))
 
 
-@pytest.mark.parametrize("launcher", [(), JOBLIB], ids=["basic", "joblib"])
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_a_failure_is_named_and_alone(process: Callable, tmp_path: Path, launcher: tuple[str, ...]) -> None:
     finished = process("--multirun", "compression.sparsity=0.1,0.5,0.2", f"output.root={tmp_path}/results", *launcher)
     assert finished.returncode == 1
@@ -23,31 +31,85 @@ def test_a_failure_is_named_and_alone(process: Callable, tmp_path: Path, launche
     assert failed.startswith("failed: job 1 (compression.sparsity=0.5") and failed.endswith(
         "unexpected ValueError: planned failure"
     )
-    assert last.startswith("error: 1 of 3 jobs of the sweep failed")
+    assert last.startswith("error: 1 of 3 jobs of the sweep failed; tracebacks")
 
 
-@pytest.mark.slow
-def test_submitit_loses_neither_a_failed_nor_a_killed_job(process: Callable, tmp_path: Path) -> None:
-    finished = process(
-        "--multirun", "compression.sparsity=0.5,0.6,0.1", f"output.root={tmp_path}/results", "hydra/launcher=node"
-    )
-    assert finished.returncode == 1
-    assert "failed: job 0 (compression.sparsity=0.5" in finished.stderr
-    assert "failed: job 1 (compression.sparsity=0.6" in finished.stderr and "left no outcome" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert "jobs of the sweep failed (unexpected UncompletedJobError" in finished.stderr.splitlines()[-1]
-
-
-def test_joblib_misses_a_killed_worker(process: Callable, tmp_path: Path) -> None:
-    """Jobs that had not finished are lost with it; the same command again runs them."""
-    arguments = ("--multirun", "compression.sparsity=0.6,0.1,0.2,0.3", f"output.root={tmp_path}/results", *JOBLIB)
+@PARALLEL
+def test_a_killed_job_takes_no_other_with_it(process: Callable, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    """More jobs than a batch, or than workers; the same command again runs the one that is missing."""
+    arguments = ("--multirun", "compression.sparsity=0.6,0.1,0.2,0.3,0.4", f"output.root={tmp_path}/results", *launcher)
     finished = process(*arguments)
     assert finished.returncode == 1
-    assert "failed: job 0 (compression.sparsity=0.6" in finished.stderr and "left no outcome" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert "(unexpected TerminatedWorkerError" in finished.stderr.splitlines()[-1]
+    assert done(tmp_path / "results") == ["done-0.1-0", "done-0.2-0", "done-0.3-0", "done-0.4-0"]
+    *_, failed, last = finished.stderr.splitlines()
+    assert failed.startswith("failed: job 0 (compression.sparsity=0.6")
+    assert failed.endswith("its process was killed (SIGKILL)")
+    assert last.startswith("error: 1 of 5 jobs of the sweep failed; ") and "Traceback" not in finished.stderr
     assert process(*arguments).returncode == 0
-    assert done(tmp_path / "results") == ["done-0.1-0", "done-0.2-0", "done-0.3-0", "done-0.6-0"]
+    assert len(done(tmp_path / "results")) == 5 and not (tmp_path / "results" / ".sweeps").exists()
+
+
+def test_jobs_are_shown_whole_when_they_end(process: Callable, tmp_path: Path) -> None:
+    root = f"{tmp_path}/results"
+    finished = process("--multirun", "seed=1,2,3", f"output.root={root}", *WORKSTATION)
+    assert finished.returncode == 0, finished.stderr
+    blocks = sorted(finished.stdout.split("[job ")[1:])
+    assert blocks == [
+        f"{number}] seed={seed} output.root={root}\nsaid by modegpt seed={seed} output.root={root}\n"
+        for number, seed in enumerate((1, 2, 3))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [((), signal.SIGTERM), (WORKSTATION, signal.SIGTERM), (NODE, signal.SIGINT)],
+    ids=["basic-SIGTERM", "workstation-SIGTERM", "node-SIGINT"],
+)
+def test_a_signal_ends_a_sweep_and_its_workers(
+    process: Callable, tmp_path: Path, launcher: tuple[str, ...], number: signal.Signals
+) -> None:
+    root = tmp_path / "results"
+    started = process(
+        "--multirun", "compression.sparsity=0.7", "seed=1,2,3", f"output.root={root}", *launcher, timeout=None
+    )
+    at_work = 1 if launcher == () else 2
+
+    def begun() -> list[int]:
+        return [int(path.read_text() or 0) for path in root.glob("begun-*")]
+
+    while len(begun()) < at_work or 0 in begun():
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(number)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 128 + number
+    reason = "terminated (SIGTERM)" if number == signal.SIGTERM else "interrupted"
+    assert errors.splitlines()[-1].startswith(f"error: {at_work} of 3 jobs of the sweep failed ({reason}), ")
+    assert f"{3 - at_work} have no outcome" in errors
+    assert not [pid for pid in begun() if Path(f"/proc/{pid}").exists()]
+
+
+def test_the_next_sweep_clears_what_no_process_holds(job: Callable, tmp_path: Path) -> None:
+    sweeps = tmp_path / "results" / ".sweeps"
+    for name in ("killed", "at work", "queued/.submitit"):
+        (sweeps / name).mkdir(parents=True)
+    held = hold(sweeps / "at work")
+    code, _ = job("-m", "seed=1,2", f"output.root={tmp_path}/results")
+    assert code == 0 and {path.name for path in sweeps.iterdir()} == {"at work", "queued"}
+    os.close(held)
+
+
+def test_a_full_disk_stops_no_sweep(
+    job: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(modegpt.cli.sweep, "write_text", full)
+    code, calls = job("-m", "seed=1,2", f"output.root={tmp_path}/results")
+    assert code == 1 and [config.seed for config, _ in calls] == [1, 2]
+    errors = capfd.readouterr().err
+    assert errors.count("outcome.json: No space left on device") == 2 and "2 have no outcome" in errors
 
 
 def test_a_faultless_sweep_leaves_only_results(process: Callable, tmp_path: Path) -> None:

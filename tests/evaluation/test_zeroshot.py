@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from modegpt.errors import UserError
 from modegpt.evaluation import tasks as task_module
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.isolation import isolated_harness
 from modegpt.evaluation.items import unpack
 from modegpt.evaluation.tasks import PAPER_TASKS, load_tasks, task_fingerprint
@@ -50,7 +51,15 @@ def our_wrapper(model, tokenizer, *, max_length: int, batch_size: int):
 
         own_tokenizer = copy.deepcopy(tokenizer)
         bar = tqdm(disable=True)
-        return HarnessModel(model, own_tokenizer, batch_size=batch_size, max_length=max_length, encodings={}, bar=bar)
+        return HarnessModel(
+            model,
+            own_tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            encodings={},
+            bar=bar,
+            begun=Begun(),
+        )
 
 
 def both_wrappers(model, tokenizer, requests, *, max_length: int, batch_size: int = 3):

@@ -1,6 +1,7 @@
 """Real sweeps of the main job, killed in the middle and launched again: nothing lost, nothing double, nothing partial.
 
-(Joblib's workers, without the main job: tests/cli/test_sweep.py. A record half written: tests/records/test_store.py.)
+(Without the main job: tests/cli/test_sweep.py. A record half written: tests/records/test_store.py. At random, many
+times: test_soak.py.)
 """
 
 import json
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from modegpt.cli.sweep import LOG
 from modegpt.records.store import PARTIAL, RecordStore
 
 pytestmark = [
@@ -31,6 +34,7 @@ class Launcher:
     """``launch()`` starts the sweep, the same each time, in a session of its own."""
 
     def __init__(self, folder: Path, repository: Path, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True)
         text = folder / "text.jsonl"
         text.write_text(
             json.dumps({"text": "The old baker walked to the market and bought two apples . " * 200}), encoding="utf-8"
@@ -77,7 +81,7 @@ class Launcher:
         """``num_jobs`` records, those of ``before`` untouched, and no other file than records and pictures."""
         after = self.records()
         assert len(after) == num_jobs and before.items() <= after.items()
-        left = [path for path in self.store.root.rglob("*") if path.is_file() and ".sweeps" not in path.parts]
+        left = [path for path in self.store.root.rglob("*") if path.is_file()]
         assert {path.name for path in left} == {"record.json", "layers.png", "scores.png"} and len(left) == 3 * num_jobs
         for partial in (self.store.root / PARTIAL, self.folder / "cache" / "partial"):
             assert not any(partial.iterdir())
@@ -91,13 +95,21 @@ def wait_for(condition: Callable[[], object]) -> object:
     return found
 
 
-def children(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> list[int]:
+    """The processes below ``pid``."""
+    parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            if f"\nPPid:\t{pid}\n" in status.read_text():
-                yield int(status.parent.name)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(status.parent.name)] = int(status.read_text().partition("\nPPid:\t")[2].split()[0])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found[1:]
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that do jobs for ``pid``, the oldest first."""
+    return sorted(child for child in descendants(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
@@ -117,27 +129,30 @@ def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
     sweep.check_complete(4, before)
 
 
-def test_killing_a_worker_of_submitit(tmp_path: Path, repository: Path) -> None:
-    sweep = Launcher(tmp_path, repository, "hydra/launcher=node", "compression.sparsity=0.1,0.2")
+LAUNCHERS = {
+    "workstation": ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2"),
+    "node": ("hydra/launcher=node", "hydra.sweeper.max_batch_size=2"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_killing_a_worker(tmp_path: Path, repository: Path, launcher: tuple[str, ...]) -> None:
+    """With all that it started, while its sibling is at work and others wait."""
+    sweep = Launcher(tmp_path, repository, *launcher, "compression.sparsity=0.1,0.2,0.3,0.4")
     process = sweep.launch()
-
-    def logs(said: str) -> list[Path]:
-        return [
-            log
-            for log in sweep.store.root.glob(".sweeps/*/.submitit/*/*_log.out")
-            if said in log.read_text(encoding="utf-8")
-        ]
-
-    log = wait_for(lambda: logs(WORKING))[0]
-    [worker] = children(int(log.parent.name))  # submitit calls a job by the process that watches over its worker
-    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(f".sweeps/*/*/{LOG}")))
+    victim = workers(process.pid)[0]
+    for pid in (victim, *descendants(victim)):
+        os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 1
-    assert "left no outcome" in errors and errors.splitlines()[-1].startswith("error: 1 of 2 jobs of the sweep failed")
+    *_, failed, last = errors.splitlines()
+    assert failed.startswith("failed: job ") and failed.endswith("its process was killed (SIGKILL)")
+    assert last.startswith("error: 1 of 4 jobs of the sweep failed; ")
     before = sweep.records()
-    assert len(before) == 1
+    assert len(before) == 3
 
     again = sweep.launch()
     _, errors = again.communicate(timeout=TIMEOUT_SECONDS)
     assert again.returncode == 0, errors
-    sweep.check_complete(2, before)
+    sweep.check_complete(4, before)
