@@ -21,6 +21,8 @@ LABELS = {
     "flap": "FLAP",
     "llm_pruner": "LLM-Pruner",
     "llm_surgeon": "LLM Surgeon",
+    "obc": "Structured OBC",
+    "slimgpt": "SlimGPT",
     "nystrom": "Nyström",
     "nystrom_bias": "Nyström, bias corrected",
     "columns": "Columns",
@@ -59,6 +61,8 @@ LOOKS = {
     "flap": ("#009E73", "P", "-"),
     "llm_pruner": ("#CC79A7", "X", "--"),
     "llm_surgeon": ("#882255", "*", "-"),
+    "obc": ("#117733", "p", "--"),
+    "slimgpt": ("#AA4499", "d", "-."),
 }
 """Colour, marker and line of each method."""
 

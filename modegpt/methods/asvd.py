@@ -43,6 +43,9 @@ class ASVD(Method):
     sparsity, where the paper searches ranks per matrix by their effect on calibration perplexity
     (section 3.3).
 
+    Checked line by line against the official code (hahnyuan/ASVD4LLM): it truncates by a randomised SVD
+    (``svd_lowrank``), adds 1e-6 to the scales, and searches the head's rank with those of the blocks.
+
     Args:
         alpha: how much the activations weigh, 0 (plain SVD) to 1; 0.5 in the paper.
     """

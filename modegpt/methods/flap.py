@@ -77,7 +77,9 @@ class FLAP(Method):
     removed channels' mean contribution becomes a bias, so that the projection's mean output is exact on the dense
     model's inputs.
 
-    Checked line by line against the official code (CASIA-IVA-Lab/FLAP, ``lib/prune.py``).
+    Checked line by line against the official code (CASIA-IVA-Lab/FLAP, ``lib/prune.py``), and beside its statistics and
+    threshold on the same tokens: SmolLM2-135M at 30 % has perplexity 115.3 here and 113.7 there, 9 and 8 of 90 groups
+    gone.
 
     Differs from it: whole key/value groups go where it knows no grouped-query attention; a structure that would
     overshoot the budget is passed over where it stops at the nearest threshold; variances are over all tokens where it

