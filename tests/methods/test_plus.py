@@ -358,10 +358,22 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"beta": 2.0},
+        {"beta": 1.01},
+        {"beta": -0.01},
         {"mlp": "best"},
+        {"query_key": "best"},
+        {"value_output": "best"},
+        {"bias": "best"},
+        {"allocation": "best"},
         {"cap": 1.0},
+        {"cap": 1.5},
+        {"cap": 0.0},
         {"shares": ()},
+        {"shares": (0.0,)},
+        {"shares": (0.5, 1.0)},
+        {"fisher": (0.5, 1.01)},
+        {"fisher": (-0.01,)},
+        {"queries_per_window": 0},
         {"sequential": False},
         {"sequential": False, "refit": False},
         {"query_key_windows": 0},
@@ -370,6 +382,12 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
 def test_wrong_options_are_refused(changes: dict) -> None:
     with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.(refit|align)"):
         MoDeGPTPlus(**changes)
+
+
+def test_options_at_their_limits_are_allowed() -> None:
+    for changes in ({"beta": 0.0}, {"beta": 1.0}, {"fisher": (0.0, 1.0)}, {"queries_per_window": 1}):
+        MoDeGPTPlus(**changes)
+    assert MoDeGPTPlus().gammas == (0.0,) and MoDeGPTPlus(fisher=(0.5, 1.0)).gammas == (0.5, 1.0)
 
 
 def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:
