@@ -137,6 +137,8 @@ def tests_of(path: str) -> list[str]:
         patterns = ["analysis/test_[!b]*.py"]
     if place.parts[:2] == ("methods", "plus"):
         patterns = [f"methods/test_plus_{place.stem}.py", "methods/test_plus*.py"]
+    if place.parts[0] in ("methods", "decompositions", "allocation"):
+        patterns.append("methods/test_choices.py")
     found = [
         str(test.relative_to(CHECKOUT)) for pattern in patterns for test in sorted((CHECKOUT / "tests").glob(pattern))
     ]
@@ -158,12 +160,16 @@ def annotations(source: str) -> set[tuple[int, int]]:
     return places
 
 
-def guards(source: str) -> set[tuple[int, int]]:
-    """Where ``strict=True`` and ``frozen=True`` stand: they raise where the code is wrong, and change nothing else."""
+UNSEEN = ("strict", "frozen", "device")
+"""Arguments that change nothing where the code is right, or where there is no GPU."""
+
+
+def unseen(source: str) -> set[tuple[int, int]]:
+    """Lines and columns of ``UNSEEN`` arguments and of their values."""
     return {
         place
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.keyword) and node.arg in ("strict", "frozen")
+        if isinstance(node, ast.keyword) and node.arg in UNSEEN
         for place in ((node.lineno, node.col_offset), (node.value.lineno, node.value.col_offset))
     }
 
@@ -171,7 +177,7 @@ def guards(source: str) -> set[tuple[int, int]]:
 def places(path: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
     """By line and column, the changes that can be made there: operator and occurrence."""
     source = (CHECKOUT / path).read_text(encoding="utf-8")
-    nodes, excluded = list(ast_nodes(get_ast(source))), annotations(source) | guards(source)
+    nodes, excluded = list(ast_nodes(get_ast(source))), annotations(source) | unseen(source)
     found: dict[tuple[int, int], list[tuple[str, int]]] = {}
     for name, operator in OPERATORS.items():
         starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
@@ -227,6 +233,13 @@ def copied(destination: Path) -> None:
             shutil.copy2(CHECKOUT / name, destination / name)
 
 
+def put(module: Path, source: str) -> None:
+    """Make ``source`` that of ``module``, of which nothing compiled is left."""
+    module.write_text(source, encoding="utf-8")
+    for compiled in module.parent.glob(f"__pycache__/{module.stem}.*"):
+        compiled.unlink()
+
+
 def attempt(tree: Path, tests: list[str], cpu_seconds: int, log: Path) -> tuple[str, float]:
     """Run ``tests`` in a child inside ``tree``: ``passed``, ``failed`` or ``timeout``, and its processor time."""
     started = time.monotonic()
@@ -267,8 +280,7 @@ def _child(tree: Path, tests: list[str], cpu_seconds: int, log: Path) -> None:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         os.chdir(tree)
-        sys.dont_write_bytecode = True
-        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         sys.path[:] = [str(tree), *(place for place in sys.path if Path(place or ".").resolve() != CHECKOUT)]
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree.parent / 'tests'}", *tests])
         sys.stdout.flush()
@@ -311,9 +323,9 @@ def run(mutants: list[Mutant], state: Path) -> None:
                 note({"tests": tests, "seconds": round(seconds, 1)})
             changed = mutated(mutant.path, mutant.operator, mutant.occurrence)
             assert changed is not None
-            (tree / mutant.path).write_text(changed, encoding="utf-8")
+            put(tree / mutant.path, changed)
             outcome, seconds = attempt(tree, tests, int(2 * limits[tuple(tests)]) + 20, log)
-            shutil.copy2(CHECKOUT / mutant.path, tree / mutant.path)
+            put(tree / mutant.path, (CHECKOUT / mutant.path).read_text(encoding="utf-8"))
             note({**asdict(mutant), "outcome": {"passed": "survived"}.get(outcome, "killed"), "why": ""})
             print(
                 f"{number}/{len(mutants)} {outcome} {seconds:.0f} s {mutant.path}:{mutant.line} {mutant.change[:150]}",

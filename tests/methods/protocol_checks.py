@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.models import Family, block_linear_parameters, decoder_layers, layer_shapes
+from modegpt.models import Family, block_linear_parameters, decoder_layers, layer_shapes, read_query_key
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, tokens
 
@@ -188,8 +188,9 @@ def share_lost(dense: Tensor, reduced: Tensor) -> float:
 def module_errors(method: Method, task: CompressionTask, compressed: Compressed) -> list[dict[str, float]]:
     """Of each layer, what its modules lose on the dense model's own activations, from explicit states.
 
-    mlp: of its output. query_key: of the logits of all pairs of tokens. value_output: of what every query head adds,
-    from the values, or from the values as the attention mixes them where that is what the decomposition looks at.
+    mlp: of its output. query_key: of the logits of all pairs of tokens (of heads with norms, whose estimates have an
+    error of their own: as the dense norms leave the dims that the model kept). value_output: of what every query head
+    adds, from the values, or from the values as the attention mixes them where the decomposition looks at those.
     """
     assert isinstance(method, MoDeGPT)
     family, ids = task.family, task.calibration.tokens.ids
@@ -201,9 +202,11 @@ def module_errors(method: Method, task: CompressionTask, compressed: Compressed)
     errors = []
     for whole, cut, ours, theirs in layers:
         b_D = family.down(whole).bias
+        normed = read_query_key(family, whole).norm_Q is not None
+        pairs = getattr(family.attention(cut), "rope_index", None) if normed else None
         errors.append(
             {
-                "query_key": share_lost(*(_logits(each) for each in (ours, theirs))),
+                "query_key": share_lost(_logits(ours), _logits(theirs) if pairs is None else _logits(ours, pairs)),
                 "value_output": share_lost(
                     _added(family, whole, ours, ours, mixed=mixed), _added(family, cut, theirs, ours, mixed=mixed)
                 ),
@@ -215,11 +218,16 @@ def module_errors(method: Method, task: CompressionTask, compressed: Compressed)
     return errors
 
 
-def _logits(layer: Seen) -> Tensor:
-    """(H, T, T) of all queries with all keys, of whatever window."""
+def _logits(layer: Seen, pairs: Tensor | None = None) -> Tensor:
+    """(H, T, T) of all queries with all keys, of whatever window; of the rotary ``pairs`` (H_kv, k) of a head alone."""
     (query, key, *_), _ = layer.attention
     query, key = (states.transpose(0, 1).flatten(1, 2).double() for states in (query, key))
-    return query @ key.repeat_interleave(len(query) // len(key), dim=0).mT
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    if pairs is not None:
+        dims = torch.cat([pairs, pairs + key.shape[-1] // 2], dim=1)
+        kept = torch.zeros(len(pairs), key.shape[-1], dtype=key.dtype).scatter(1, dims, 1.0)
+        key = key * kept.repeat_interleave(len(key) // len(pairs), dim=0).unsqueeze(1)
+    return query @ key.mT
 
 
 def _added(family: Family, layer: Any, own: Seen, dense: Seen, *, mixed: bool) -> Tensor:

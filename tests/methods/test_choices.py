@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,3 +234,29 @@ def test_each_choice_makes_another_model(changes: dict) -> None:
     base, task = method_of(config()), task_of(dense_model("llama"), 0.3)
     plans = [replace(base, **each).plan(task, [0.3, 0.1, 0.2]).ranks for each in ({}, changes)]
     assert plans[0] != plans[1]
+
+
+RECORDED = [
+    json.loads(line)["decides"]
+    for line in (Path(__file__).parent / "recorded_identities.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_does_by_default_what_its_records_did(name: str) -> None:
+    """Of every option; a default that moves makes other runs of the same command."""
+    assert decides(config(name))["method"] in [recorded["method"] for recorded in RECORDED]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_decomposition_does_by_default_what_its_records_did(module: str) -> None:
+    recorded = [each["decomposition"][module] for each in RECORDED if "decomposition" in each]
+    for name in {each["name"] for each in recorded} - {"none"}:
+        run = config(decomposition=DecompositionConfig(**{**PAPER, module: {"name": name}}))
+        assert decides(run)["decomposition"][module] in recorded
+
+
+def test_an_allocation_does_by_default_what_its_records_did() -> None:
+    recorded = [each["allocation"] for each in RECORDED if "allocation" in each]
+    for name in {each["name"] for each in recorded} - {"explicit"}:
+        assert decides(config(allocation={"name": name}))["allocation"] in recorded

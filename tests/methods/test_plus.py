@@ -1,5 +1,7 @@
 """The improved method on every family: exact at zero, on budget, its refits those of explicit activations."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from modegpt.allocation.policies import Uniform
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.head_norm import fit_head_norm
 from modegpt.decompositions.modules import HEAD_NORM_FIT
-from modegpt.decompositions.regression import Moments, Refit, ridge_towards
+from modegpt.decompositions.regression import Moments, Refit, held_out_refit, ridge_towards
 from modegpt.errors import UserError
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
@@ -23,6 +25,7 @@ from tests.methods.protocol_checks import (
     achieved_sparsity,
     check_compression,
     check_saved_and_generating,
+    check_what_decides,
     check_zero_sparsity,
 )
 from tests.methods.task_of import task_of
@@ -59,19 +62,80 @@ def test_compressed_models_save_and_generate(name: str, tmp_path: Path) -> None:
     check_saved_and_generating(MoDeGPTPlus(bias="added"), name, 0.3, tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.fixture(scope="module")
+def with_all() -> Callable[[str], dict[str, Tensor]]:
+    """The weights of a family's model compressed with every ingredient."""
+    return functools.cache(lambda name: MoDeGPTPlus().compress(task_of(dense_model(name), 0.3)).model.state_dict())
+
+
 @pytest.mark.parametrize(
-    "switch",
+    ("name", "switch"),
     [
-        {"fisher": (0.0, 0.5, 0.75)},
-        {"allocation": "entropic"},
-        {"query_key": "checked", "allocation": "uniform"},
-        {"bias": "none"},
-        {"bias": "added"},
+        ("llama", {"fisher": (0.0, 0.5, 0.75)}),
+        ("opt", {"fisher": (0.75,)}),
+        ("llama", {"allocation": "entropic"}),
+        ("opt", {"allocation": "uniform"}),
+        ("llama", {"query_key": "checked", "allocation": "uniform"}),
+        ("opt", {"query_key": "paper"}),
+        ("opt", {"bias": "none"}),
+        ("llama", {"bias": "added"}),
+        ("llama", {"mlp": "leverage"}),
+        ("opt", {"value_output": "values"}),
+        ("llama", {"beta": 0.5}),
+        ("opt", {"align": False}),
+        ("llama", {"refit": False}),
+        ("llama", {"sequential": False, "refit": False, "align": False}),
+        ("opt", {"temperature": False}),
+        ("llama", {"shares": (0.1,)}),
+        ("llama", {"cap": 0.35}),
+        ("llama", {"queries_per_window": 3}),
+        ("opt", {"query_key_windows": 2}),
     ],
+    ids=str,
 )
-def test_every_switch_runs(name: str, switch: dict) -> None:
-    check_compression(MoDeGPTPlus(**switch), name, 0.3, tolerance=0.02)
+def test_every_switch_makes_another_model(name: str, switch: dict, with_all: Callable) -> None:
+    compressed, whole = check_compression(MoDeGPTPlus(**switch), name, 0.3, tolerance=0.02), with_all(name)
+    weights = compressed.model.state_dict()
+    assert weights.keys() != whole.keys() or not all(
+        whole[each].shape == weight.shape and torch.equal(whole[each], weight) for each, weight in weights.items()
+    )
+
+
+def test_what_decides_it() -> None:
+    check_what_decides(MoDeGPTPlus(queries_per_window=4), "llama", seed=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_every_solve_is_fitted_on_three_quarters_of_the_windows_and_checked_on_the_rest(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 windows of 20 tokens: each regression, aligned inputs and outputs alike, has 120 rows to fit and 40 held out,
+    other ones, and starts from what is solved on the same rows.
+    """
+    solves = []
+
+    def noted(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit:
+        solves.append((fit.num_rows, held.num_rows, len(fit.G), fit.X.shape[1]))
+        assert not torch.equal(fit.G * 40, held.G * 120)
+        refit = held_out_refit(fit, held, start)
+        if refit.ridge == 0.0:
+            assert (fit + held).error(refit.W) <= (fit + held).error(start[1]) * (1 + 1e-9)
+            assert fit.error(refit.fitted) <= fit.error(start[0]) * (1 + 1e-9)
+        return refit
+
+    monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", noted)
+    compressed = MoDeGPTPlus(allocation="uniform").compress(task_of(dense_model(name), 0.3))
+    assert {solve[:2] for solve in solves} == {(120, 40)} and {solve[3] for solve in solves} == {32}
+    inputs = [solve for solve in solves if solve[2] == 32]
+    assert len(inputs) >= 5, "two alignments a layer, but for the first layer's attention"
+    constant, shapes = int(name == "opt"), layer_shapes(compressed.model.config)
+    sizes = [size for solve in solves if (size := solve[2]) not in (32, 32 + constant)]
+    assert sizes == [
+        size
+        for shape in shapes
+        for size in (4 * shape.v_head_dim + constant, shape.intermediate_size + constant)
+        for _ in ("local", "target")
+    ]
 
 
 def test_all_off_is_the_paper_but_for_the_ridge() -> None:
@@ -244,6 +308,25 @@ def test_a_shift_common_to_all_keys_changes_no_centred_selection(name: str) -> N
         assert same == centred
 
 
+def test_ranks_follow_the_measured_costs_but_for_what_the_options_fix() -> None:
+    """Where one layer's MLP costs nothing, it goes as far as the cap; a skipped layer and a module with its own
+    sparsity keep theirs.
+    """
+    task = task_of(dense_model("llama"), 0.2)
+    sizes = {"mlp": 40, "query_key": 8, "value_output": 8}
+    costs = [{module: [k**2 / 100 for k in range(size + 1)] for module, size in sizes.items()} for _ in range(3)]
+    costs[2]["mlp"] = [1e-9 * k for k in range(41)]
+    plan = MoDeGPTPlus(cap=0.6).plan(task, costs=costs)
+    assert plan.ranks[2]["mlp"] == 16 and plan.ranks[0]["mlp"] > 16
+    assert plan.achieved == pytest.approx(0.2, abs=0.003) and plan.target == pytest.approx(0.2)
+    skipped = MoDeGPTPlus(cap=0.6, skip_layers=(2,)).plan(task, costs=[*costs[:2], {}])
+    assert skipped.ranks[2] == sizes and skipped.achieved == pytest.approx(0.2, abs=0.003)
+    own = MoDeGPTPlus(cap=0.6, module_sparsity={"query_key": 0.5}, rank_multiple={"mlp": 8}).plan(task, costs=costs)
+    assert all(ranks["query_key"] == 4 and ranks["mlp"] % 8 == 0 for ranks in own.ranks)
+    uniform = MoDeGPTPlus(allocation="uniform").plan(task, costs=None)
+    assert len({tuple(ranks.values()) for ranks in uniform.ranks}) <= 2, "each layer alike"
+
+
 def test_heads_with_norms_lose_pairs_and_their_norms_are_fitted_on_the_compressed_stream() -> None:
     """The states of a later layer are those behind compressed ones, so the fit there differs from the dense one's."""
     model = dense_model("qwen3")
@@ -275,10 +358,22 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"beta": 2.0},
+        {"beta": 1.01},
+        {"beta": -0.01},
         {"mlp": "best"},
+        {"query_key": "best"},
+        {"value_output": "best"},
+        {"bias": "best"},
+        {"allocation": "best"},
         {"cap": 1.0},
+        {"cap": 1.5},
+        {"cap": 0.0},
         {"shares": ()},
+        {"shares": (0.0,)},
+        {"shares": (0.5, 1.0)},
+        {"fisher": (0.5, 1.01)},
+        {"fisher": (-0.01,)},
+        {"queries_per_window": 0},
         {"sequential": False},
         {"sequential": False, "refit": False},
         {"query_key_windows": 0},
@@ -287,6 +382,12 @@ def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:
 def test_wrong_options_are_refused(changes: dict) -> None:
     with pytest.raises(UserError, match=f"method.{next(iter(changes))}|method.(refit|align)"):
         MoDeGPTPlus(**changes)
+
+
+def test_options_at_their_limits_are_allowed() -> None:
+    for changes in ({"beta": 0.0}, {"beta": 1.0}, {"fisher": (0.0, 1.0)}, {"queries_per_window": 1}):
+        MoDeGPTPlus(**changes)
+    assert MoDeGPTPlus().gammas == (0.0,) and MoDeGPTPlus(fisher=(0.5, 1.0)).gammas == (0.5, 1.0)
 
 
 def test_divergence_follows_the_closed_form_through_what_was_measured() -> None:

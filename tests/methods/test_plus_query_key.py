@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.attention import AttentionStates
+from modegpt.decompositions import QueryKeyCR
+from modegpt.decompositions.attention import AttentionStates, elimination_order
 from modegpt.decompositions.modules import QueryKeyWeights
 from modegpt.methods.base import CompressionTask
 from modegpt.methods.plus import query_key
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.query_key import Candidate, SampledStates, choose, sample
+from modegpt.methods.plus.query_key import Candidate, SampledStates, candidates, choose, sample
 from modegpt.methods.plus.streams import Split
-from modegpt.models import decoder_layers
+from modegpt.models import decoder_layers, read_query_key
 from tests.methods.protocol_checks import Seen, seen
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
@@ -95,6 +96,50 @@ def test_positions_are_drawn_from_the_whole_window_by_the_seed_and_anew_for_each
         assert all(each == sorted(set(each)) and len(each) == 5 for each in of_batches)
         assert len(set(map(tuple, of_batches))) == len(of_batches)
     assert {place for draw in drawn for each in draw for place in each} > {LENGTH - 1, LENGTH // 2}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_candidates_are_the_papers_dims_those_of_the_logits_and_those_of_the_output(name: str, centred: bool) -> None:
+    """The first three keep dims, or dims of the singular basis, as they are; each choice is worked out head by head."""
+    task = task_of(dense_model(name), 0.3)
+    weights, states = read_query_key(task.family, decoder_layers(task.model)[0]), sampled(task)
+    found = candidates(weights, states, 4, ridges=(1e-2, 1e-1), improved=True, centred=centred)
+    assert [each.name for each in found] == [
+        "paper", "logits", "output", "output, rescaled at ridge 0.01", "output, rescaled at ridge 0.1",
+    ]  # fmt: skip
+    statistics = {"query_key.C_Q": states.C_Q, "query_key.C_K": states.C_K}
+    paper = QueryKeyCR()(weights, statistics, 4, torch.Generator())
+    size, groups = weights.inner_size, len(states.C_K)
+    chosen = torch.eye(size, dtype=torch.float64)[paper.kept].mT
+    assert torch.equal(found[0].T_K, chosen) and torch.equal(found[0].T_Q, chosen.repeat_interleave(4 // groups, dim=0))
+    assert torch.equal(paper.kept[:, : found[0].kept.shape[1]], found[0].kept)
+    T_Q, T_K = full_basis(weights, states, centred=centred)
+    C_K = states.centred_C_K if centred else states.C_K
+    C_Q, C_K = T_Q.mT @ states.C_Q @ T_Q, T_K.mT @ C_K @ T_K
+    pairs = name == "llama"
+    M = (C_Q.unflatten(0, (groups, -1)).sum(dim=1) * C_K).unflatten(2, (-1, size // 2) if pairs else (1, -1)).sum(dim=2)
+    M = M.unflatten(1, (-1, size // 2) if pairs else (1, -1)).sum(dim=1)
+    for head in range(groups):
+        gone = list(elimination_order(M[head], len(M[head]) - len(found[1].kept[head]))[0])
+        assert sorted({*range(len(M[head]))} - {int(each) for each in gone}) == found[1].kept[head].tolist()
+    for plain in found[1:3]:
+        dims = plain.kept if not pairs else torch.cat([plain.kept, plain.kept + size // 2], dim=1)
+        torch.testing.assert_close(plain.T_K, T_K.gather(2, dims.unsqueeze(1).expand(-1, size, -1)))
+        of_heads = dims.repeat_interleave(4 // groups, dim=0)
+        torch.testing.assert_close(plain.T_Q, T_Q.gather(2, of_heads.unsqueeze(1).expand(-1, size, -1)))
+    assert not torch.allclose(found[3].T_Q, found[4].T_Q), "another ridge, other coefficients"
+    assert [each.name for each in candidates(weights, states, 4, ridges=(), improved=False, centred=centred)] == [
+        "paper"
+    ]
+
+
+def full_basis(weights: QueryKeyWeights, states: SampledStates, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """The basis that improved candidates without RoPE work in: what QueryKeySVD makes of identity maps at full rank."""
+    if weights.rope:
+        identity = torch.eye(weights.inner_size, dtype=torch.float64)
+        return identity.expand_as(states.C_Q), identity.expand_as(states.C_K)
+    return query_key._singular_basis(states.C_Q, states.centred_C_K if centred else states.C_K)
 
 
 def random_states(generator: torch.Generator, *, windows: int = 3) -> AttentionStates:
