@@ -127,6 +127,8 @@ def step(arguments: argparse.Namespace) -> int:
     import torch
     from gpu_steps import SCALES, STEPS, Setting, rates
 
+    from modegpt.records.benchmark import write_benchmark
+
     setting, line = Setting(device=arguments.device, **SCALES[arguments.scale]), sys.stdin.readline()
     if not line:  # the one who would say when to begin is gone
         return 1
@@ -152,7 +154,9 @@ def step(arguments: argparse.Namespace) -> int:
             if entry["status"] == "done" and not part.stretches:
                 took.append((part.seconds, wall_seconds))
         record["parts"].append({"name": part.name, "expected_seconds": part.seconds, **entry})
-        write(record, arguments, time.monotonic() - began)
+        say(record["parts"][-1], time.monotonic() - began)
+        if entry["status"] != "skipped" or index + 1 == len(parts):
+            write_benchmark(arguments.output / f"{arguments.step}.json", record)
         if not _usable(setting):
             return 1
     return 0
@@ -193,14 +197,10 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def write(record: dict[str, Any], arguments: argparse.Namespace, seconds: float) -> None:
-    """The record so far, and a line about its last part."""
+def say(part: dict[str, Any], seconds: float) -> None:
+    """A line about a part, ``seconds`` after the step began."""
     from gpu_steps import headline
 
-    from modegpt.records.benchmark import write_benchmark
-
-    write_benchmark(arguments.output / f"{arguments.step}.json", record)
-    part = record["parts"][-1]
     text = ", ".join(headline(part["result"])) if part["status"] == "done" else f"{part['status']}: {part['reason']}"
     print(f"{seconds:7.0f} s  {part['name']}: {text}", flush=True)
 

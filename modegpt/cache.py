@@ -155,7 +155,7 @@ def _described(value: "Tensor") -> dict[str, Any]:
     """What tells a tensor (on the CPU) from every other."""
     import torch
 
-    content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
     return {"dtype": str(value.dtype), "shape": list(value.shape), "sha256": content}
 
 

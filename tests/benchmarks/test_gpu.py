@@ -92,6 +92,20 @@ def test_what_has_no_time_is_skipped_and_named(
     assert "100 s expected" in found[0]["reason"] and "OutOfTime" in found[1]["reason"]
 
 
+def test_every_part_is_in_the_record_and_what_was_done_is_there_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]
+) -> None:
+    seen = []
+
+    def looks(_: float) -> dict:
+        seen.append([each["name"] for each in json.loads((tmp_path / "cost.json").read_text())["parts"]])
+        return {}
+
+    parts = [part("one", lambda _: {}), part("no time", absent, seconds=9.0), part("two", looks), part("last", absent)]
+    _, found = run_step(monkeypatch, tmp_path, parts, seconds=1.0)
+    assert seen == [["one"]] and [each["name"] for each in found] == ["one", "no time", "two", "last"]
+
+
 def test_the_pace_of_earlier_parts_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: list[float]) -> None:
     """The first part takes ten times what was expected, so the second one would not end in time."""
 
