@@ -64,6 +64,8 @@ class Family:
     """One norm spans all heads, and not each head."""
     heads_first: bool = False
     """Its own attention gives these norms (batch, heads, sequence, d), and not (batch, sequence, heads, d)."""
+    branch_norms: bool = False
+    """A norm stands between the output of each block and the sum that it enters."""
     final_norm_path: str = "model.norm"
     norm_offset: float = 0.0
     """What a norm adds to its weight."""
@@ -162,9 +164,10 @@ FAMILIES = {
             module="gemma3",
             norm_offset=1.0,
             heads_first=True,
+            branch_norms=True,
             **HEAD_NORMS,
         ),
-        Family("olmo2", "Olmo2", joint_norms=True, **HEAD_NORMS),
+        Family("olmo2", "Olmo2", joint_norms=True, branch_norms=True, **HEAD_NORMS),
         Family("smollm3", "SmolLM3"),
         Family(
             "phi3",

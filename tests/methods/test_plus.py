@@ -29,7 +29,7 @@ from tests.methods.protocol_checks import (
     check_zero_sparsity,
 )
 from tests.methods.task_of import task_of
-from tests.models.family_table import CONFIGS, dense_model
+from tests.models.family_table import CONFIGS, dense_model, tokens
 
 OFF = {
     "sequential": False,
@@ -342,6 +342,17 @@ def test_heads_with_norms_lose_pairs_and_their_norms_are_fitted_on_the_compresse
         )
         same = torch.allclose(smaller.self_attn.k_norm.energy.double(), fitted.c, rtol=1e-3)
         assert same == (index == 0), "layer 0 has the dense stream"
+
+
+@pytest.mark.parametrize(("name", "same"), [("gemma3_text", True), ("olmo2", True), ("llama", False)])
+def test_blocks_behind_a_norm_do_not_make_up_for_the_stream(name: str, same: bool) -> None:
+    """What such a norm is given has no common scale with the stream, so its target is the dense block's own output."""
+    model = dense_model(name)
+    one, none = (
+        MoDeGPTPlus(allocation="uniform", beta=beta, temperature=False).compress(task_of(model, 0.3)).model
+        for beta in (1.0, 0.0)
+    )
+    assert torch.equal(one(tokens()).logits, none(tokens()).logits) is same
 
 
 def test_skipped_layers_stay_dense_and_module_sparsities_are_followed() -> None:

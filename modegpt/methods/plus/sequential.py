@@ -168,6 +168,11 @@ class LayerPass:
         """Where the layer has its linears."""
         return self.walk.calibration.family
 
+    @property
+    def beta(self) -> float:
+        """What of the stream's error a block makes up for: nothing through a norm, which takes any scale from it."""
+        return 0.0 if self.family.branch_norms else self.options.beta
+
     def reduce(self, ranks: Mapping[str, int]) -> None:
         """The steps above, at ``ranks``."""
         family, options = self.family, self.options
@@ -219,7 +224,7 @@ class LayerPass:
     # 1. and 7.: the streams
 
     def _dense_targets(self) -> Targets:
-        family, layer, beta, dense = self.family, self.layer, self.options.beta, self.walk.dense
+        family, layer, beta, dense = self.family, self.layer, self.beta, self.walk.dense
         taps: dict[str, Tap] = {
             "attention": (family.output(layer), "output"),
             "mlp": (family.down(layer), "output"),
@@ -403,7 +408,7 @@ class LayerPass:
         given = (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
             error = targets.middle[seen.batch] - self._middle(seen, attention[seen.batch])
-            t = targets.mlp[seen.batch] + self.options.beta * error
+            t = targets.mlp[seen.batch] + self.beta * error
             t = t if weights.b_D is None else t - weights.b_D
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
         solve = partial(self._solve_mlp, weights=weights, rank=rank, constant=constant)

@@ -21,7 +21,8 @@ class Switches:
         sequential: statistics from the stream of the model compressed so far rather than the dense one.
         refit: solve the output matrices against the dense stream's target rather than the dense weights' on the same
             inputs.
-        beta: share of the residual stream's error made so far that each refit corrects.
+        beta: share of the residual stream's error made so far that each refit corrects; nothing where a norm stands
+            between the refit output and the stream (Gemma 3, OLMo 2).
         align: solve the input matrices for what the dense ones make of the dense stream, from the compressed stream.
         mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
         query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by
