@@ -103,7 +103,7 @@ def compress(
         options: the method's own. For modegpt: ``mlp``, ``query_key``, ``value_output`` (the decomposition of a module)
             and ``allocation``, each a name, or a dict of ``name`` and its options; ``none`` leaves a module dense.
             For methods that plan ranks: ``module_sparsity``, ``rank_multiple``, ``budget``, ``skip_layers``,
-            ``layer_sparsity``. For any other method: the fields of its class, such as ``alpha`` of asvd.
+            ``layer_sparsity``, ``engine``. For any other method: the fields of its class, such as ``alpha`` of asvd.
 
     Raises:
         UserError: a ValueError of one line that says what was wrong and what would be right: an unknown option, too

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from modegpt.allocation.engines import ENGINES
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
 
@@ -355,10 +356,13 @@ class CompressionConfig:
     """Layers left dense, counted from 0."""
     layer_sparsity: list[float] | None = None
     """One sparsity a layer, for ``allocation=explicit``."""
+    engine: str = "any"
+    """Whose sizes the ranks keep to (``allocation/engines.py``)."""
 
     def __post_init__(self) -> None:
         _sparsity("compression.sparsity", self.sparsity)
         _one_of("compression.budget", self.budget, BUDGETS)
+        _one_of("engine", self.engine, ENGINES)
         for index in self.skip_layers:
             _at_least("compression.skip_layers", index, 0)
         for value in self.layer_sparsity or []:

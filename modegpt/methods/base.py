@@ -169,10 +169,11 @@ class RankMethod(Method):
         rank_multiple: kept ranks are multiples of this, by module.
         budget: ``"exact"`` or ``"nearest"``, see ``allocation.ranks.integer_ranks``.
         skip_layers: layers left dense.
+        engine: whose sizes the ranks keep to, by its name in ``allocation.engines.ENGINES``.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset(
-        {"sparsity", "module_sparsity", "rank_multiple", "budget", "skip_layers"}
+        {"sparsity", "module_sparsity", "rank_multiple", "budget", "skip_layers", "engine"}
     )
 
     module_sparsity: dict[str, float | None] = field(
@@ -181,6 +182,7 @@ class RankMethod(Method):
     rank_multiple: dict[str, int] = field(default_factory=dict, metadata={"key": "compression.rank_multiple"})
     budget: str = field(default="exact", metadata={"key": "compression.budget"})
     skip_layers: tuple[int, ...] = field(default=(), metadata={"key": "compression.skip_layers"})
+    engine: str = field(default="any", metadata={"key": "engine"})
 
     @classmethod
     def elsewhere(
@@ -192,6 +194,7 @@ class RankMethod(Method):
             "rank_multiple": asdict(compression.rank_multiple),
             "budget": compression.budget,
             "skip_layers": tuple(compression.skip_layers),
+            "engine": compression.engine,
         }
 
     def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
@@ -203,6 +206,8 @@ class RankMethod(Method):
             "skip_layers": list(self.skip_layers),
             "layer_sparsity": None,
         }
+        if self.engine != "any":  # as every run did before there was a choice
+            ranks["engine"] = self.engine
         return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}
 
 

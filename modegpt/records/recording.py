@@ -33,6 +33,7 @@ def run_name(config: RunConfig, *, recovery: str | None) -> str:
         parts += [] if chosen == PAPER else list(chosen.values())
         parts.append(config.allocation["name"])
     if method != "dense":
+        parts += [config.compression.engine] if config.compression.engine != "any" else []
         parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
     return "-".join([*parts, recovery] if recovery else parts)
 
