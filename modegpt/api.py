@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from modegpt.backend import InMemory, Scores
 from modegpt.config import (
     PAPER,
+    TARGETS,
     CalibrationConfig,
     CompressionConfig,
     DecompositionConfig,
@@ -56,7 +57,7 @@ __all__ = ["compress", "evaluate", "load", "load_tokenizer"]
 Texts = Sequence[str] | str
 TEXTS = "texts"
 """What reports and scores call a list of strings."""
-RANKS = tuple(option.name for option in fields(CompressionConfig) if option.name != "sparsity")
+RANKS = tuple(option.name for option in fields(CompressionConfig) if option.name not in TARGETS | {"sparsity"})
 """Options about ranks, which every method that plans ranks takes."""
 KEYWORDS = ("sparsity", "method", *(option.name for option in fields(CalibrationConfig)), "quiet")
 CONFIGURATION_KEY = re.compile(r"\b(?:calibration|compression|decomposition|method|evaluation\.\w+)[./](?=[a-z])")

@@ -12,6 +12,7 @@ from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.world import World
 from modegpt.config import (
+    TARGETS,
     CompressionConfig,
     DecompositionConfig,
     ModuleSparsity,
@@ -118,7 +119,7 @@ class Method:
         """
         default = CompressionConfig()
         for option in fields(CompressionConfig):
-            ignored = option.name not in cls.reads
+            ignored = option.name not in cls.reads | TARGETS
             if ignored and getattr(compression, option.name) != getattr(default, option.name):
                 raise UserError(f"compression.{option.name} has no effect with method={cls.name}; leave it out")
         elsewhere = cls.elsewhere(compression=compression, decomposition=decomposition, allocation=allocation)
