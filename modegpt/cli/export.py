@@ -6,12 +6,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import huggingface_hub
 
 from modegpt.errors import UserError, exit_status
 from modegpt.escaping import markdown
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet
 from modegpt.models.export import ExportReport, paged_model, stock_model
 from modegpt.models.gguf_file import TYPES, write_gguf
+from modegpt.models.integrity import check_files
 
 README = """# {name}, exported
 
@@ -30,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="modegpt-export", description=__doc__.partition(": ")[2])
     parser.add_argument("checkpoint", help="a compressed model's directory")
     parser.add_argument(
-        "destination", type=Path, help="where the export goes; a name that ends in .gguf is a file for llama.cpp"
+        "destination",
+        type=Path,
+        nargs="?",
+        help="where the export goes; a name that ends in .gguf is a file for llama.cpp; none: see --push",
     )
     parser.add_argument(
         "--engine",
@@ -52,9 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="stock and GGUF: round MLP widths up to a multiple of this (default: 1, or what the type wants)",
     )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="put the export on the hub, or without a destination the checkpoint itself"
+    )
     parser.add_argument("--force", action="store_true", help="write it though zeros make it no smaller than dense")
     arguments = parser.parse_args(argv)
-    return exit_status(lambda: export(**vars(arguments)), program="modegpt-export")
+    return exit_status(lambda: _run(**vars(arguments)), program="modegpt-export")
+
+
+def _run(checkpoint: str, destination: Path | None, push: str | None, **options: Any) -> None:
+    if destination is None and push is None:
+        raise UserError("name a destination, or --push OWNER/NAME to put the checkpoint itself on the hub")
+    if destination is not None:
+        export(checkpoint, destination, **options)
+    if push is not None:
+        put_on_hub(Path(checkpoint) if destination is None else destination, push)
 
 
 def export(
@@ -119,6 +138,28 @@ def _export_checkpoint(
         publish(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_on_hub(path: Path, name: str) -> None:
+    """Put the checkpoint or GGUF file at ``path`` in the hub's repository ``name``, which is made if it is not there.
+
+    A checkpoint goes with the card that lies in it. Raises UserError for a damaged checkpoint, and for what the hub
+    refuses.
+    """
+    if path.is_dir():
+        check_files(path)
+    elif not path.is_file():
+        raise UserError(f"no checkpoint and no file at {path}")
+    try:
+        hub = huggingface_hub.HfApi()
+        address = hub.create_repo(name, exist_ok=True)
+        if path.is_dir():
+            hub.upload_folder(repo_id=name, folder_path=path)
+        else:
+            hub.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot put {path} on the hub as {name}: {' '.join(str(error).split())[:300]}") from None
+    print(f"on the hub: {address}")
 
 
 if __name__ == "__main__":
