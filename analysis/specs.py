@@ -251,6 +251,14 @@ ABLATION_TABLES = (
         at_rates(PERPLEXITY, (0.3, 0.5)),
     ),
     TableSpec(
+        "engines",
+        "Sizes that engines take: perplexity",
+        ("engines",),
+        {"compression.engine": "Engine"},
+        at_rates(PERPLEXITY, (0.2, 0.3, 0.4)),
+        note="Uniform allocation. Attention stays whole for all but `any`, so MLPs lose more at the same rate.",
+    ),
+    TableSpec(
         "recovery",
         "LoRA recovery, before and after",
         ("recovery",),

@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from modegpt.backend import InMemory, Scores
 from modegpt.config import (
     PAPER,
+    TARGETS,
     CalibrationConfig,
     CompressionConfig,
     DecompositionConfig,
@@ -56,7 +57,7 @@ __all__ = ["compress", "evaluate", "load", "load_tokenizer"]
 Texts = Sequence[str] | str
 TEXTS = "texts"
 """What reports and scores call a list of strings."""
-RANKS = tuple(option.name for option in fields(CompressionConfig) if option.name != "sparsity")
+RANKS = tuple(option.name for option in fields(CompressionConfig) if option.name not in TARGETS | {"sparsity"})
 """Options about ranks, which every method that plans ranks takes."""
 KEYWORDS = ("sparsity", "method", *(option.name for option in fields(CalibrationConfig)), "quiet")
 CONFIGURATION_KEY = re.compile(r"\b(?:calibration|compression|decomposition|method|evaluation\.\w+)[./](?=[a-z])")
@@ -103,7 +104,7 @@ def compress(
         options: the method's own. For modegpt: ``mlp``, ``query_key``, ``value_output`` (the decomposition of a module)
             and ``allocation``, each a name, or a dict of ``name`` and its options; ``none`` leaves a module dense.
             For methods that plan ranks: ``module_sparsity``, ``rank_multiple``, ``budget``, ``skip_layers``,
-            ``layer_sparsity``. For any other method: the fields of its class, such as ``alpha`` of asvd.
+            ``layer_sparsity``, ``engine``. For any other method: the fields of its class, such as ``alpha`` of asvd.
 
     Raises:
         UserError: a ValueError of one line that says what was wrong and what would be right: an unknown option, too

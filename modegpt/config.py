@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from modegpt.allocation.engines import ENGINES
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
 
@@ -31,6 +32,8 @@ LARGEST = 2**63 - 1
 """The largest integer that PyTorch takes, for a seed or a size."""
 MOST_THREADS = 1024
 """More than any machine's cores; a system has room for some ten thousand."""
+TARGETS = frozenset({"target_bytes", "target_context", "target_batch"})
+"""Options of ``compression`` from which its sparsity is found; none of them decides anything else."""
 PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
 """The paper's decomposition of each module."""
 
@@ -133,6 +136,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(member) for key, member in value.items()}
     return [_plain(member) for member in value] if isinstance(value, list | tuple) else value
+
+
+def read_bytes(where: str, text: str) -> int:
+    """A number of bytes, with or without a unit (kB, MB, GB, TB, KiB, MiB, GiB, TiB). Raises UserError."""
+    read = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?)B|B)?", text)
+    if read is None or float(read[1]) == 0:
+        raise UserError(f"{where}={text} is not understood: give a number of bytes, such as 4GiB or 800MB")
+    exponent = 0 if read[2] is None else 1 + "kmgt".index(read[2].lower())
+    return int(float(read[1]) * (1024 if read[3] else 1000) ** exponent)
 
 
 def _one_of(where: str, value: str, choices: Iterable[str]) -> None:
@@ -355,10 +367,25 @@ class CompressionConfig:
     """Layers left dense, counted from 0."""
     layer_sparsity: list[float] | None = None
     """One sparsity a layer, for ``allocation=explicit``."""
+    engine: str = "any"
+    """Whose sizes the ranks keep to (``allocation/engines.py``)."""
+    target_bytes: str | None = None
+    """What the compressed model may take, such as ``4GiB``: the sparsity is found from it."""
+    target_context: int = 0
+    """Tokens of each sequence whose keys and values count to ``target_bytes``; 0: weights alone."""
+    target_batch: int = 1
+    """Sequences of ``target_context`` tokens at once."""
 
     def __post_init__(self) -> None:
         _sparsity("compression.sparsity", self.sparsity)
         _one_of("compression.budget", self.budget, BUDGETS)
+        _one_of("engine", self.engine, ENGINES)
+        if self.target_bytes is not None:
+            read_bytes("compression.target_bytes", self.target_bytes)
+        elif self.target_context or self.target_batch != 1:
+            raise UserError("compression.target_context and target_batch have no effect without target_bytes")
+        _at_least("compression.target_context", self.target_context, 0)
+        _at_least("compression.target_batch", self.target_batch, 1)
         for index in self.skip_layers:
             _at_least("compression.skip_layers", index, 0)
         for value in self.layer_sparsity or []:

@@ -21,6 +21,7 @@ from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
 from modegpt.methods.base import CompressionTask, Method, make_task
 from modegpt.methods.registry import decides, make_method, settled
+from modegpt.methods.targets import aimed
 from modegpt.models.checkpoints import check_destination, load_tokenizer, present
 from modegpt.progress import Progress
 from modegpt.records.recording import model_name, run_name, speed_decides
@@ -99,6 +100,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     with meter.stage("loading"):  # every weight is read once, to be checked and identified
         backend = open_backend(path, config, device=device)
         weights_sha256 = backend.fingerprint()
+    config = aimed(config, backend.model, say=progress.say)
     config = settled(config, device=device, model_config=backend.model.config)
     method, task = make_method(config), None
     if method is not None:

@@ -12,6 +12,7 @@ from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.world import World
 from modegpt.config import (
+    TARGETS,
     CompressionConfig,
     DecompositionConfig,
     ModuleSparsity,
@@ -118,7 +119,7 @@ class Method:
         """
         default = CompressionConfig()
         for option in fields(CompressionConfig):
-            ignored = option.name not in cls.reads
+            ignored = option.name not in cls.reads | TARGETS
             if ignored and getattr(compression, option.name) != getattr(default, option.name):
                 raise UserError(f"compression.{option.name} has no effect with method={cls.name}; leave it out")
         elsewhere = cls.elsewhere(compression=compression, decomposition=decomposition, allocation=allocation)
@@ -173,10 +174,11 @@ class RankMethod(Method):
         rank_multiple: kept ranks are multiples of this, by module.
         budget: ``"exact"`` or ``"nearest"``, see ``allocation.ranks.integer_ranks``.
         skip_layers: layers left dense.
+        engine: whose sizes the ranks keep to, by its name in ``allocation.engines.ENGINES``.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset(
-        {"sparsity", "module_sparsity", "rank_multiple", "budget", "skip_layers"}
+        {"sparsity", "module_sparsity", "rank_multiple", "budget", "skip_layers", "engine"}
     )
 
     module_sparsity: dict[str, float | None] = field(
@@ -185,6 +187,7 @@ class RankMethod(Method):
     rank_multiple: dict[str, int] = field(default_factory=dict, metadata={"key": "compression.rank_multiple"})
     budget: str = field(default="exact", metadata={"key": "compression.budget"})
     skip_layers: tuple[int, ...] = field(default=(), metadata={"key": "compression.skip_layers"})
+    engine: str = field(default="any", metadata={"key": "engine"})
 
     @classmethod
     def elsewhere(
@@ -196,6 +199,7 @@ class RankMethod(Method):
             "rank_multiple": asdict(compression.rank_multiple),
             "budget": compression.budget,
             "skip_layers": tuple(compression.skip_layers),
+            "engine": compression.engine,
         }
 
     def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
@@ -207,6 +211,8 @@ class RankMethod(Method):
             "skip_layers": list(self.skip_layers),
             "layer_sparsity": None,
         }
+        if self.engine != "any":  # as every run did before there was a choice
+            ranks["engine"] = self.engine
         return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}
 
 

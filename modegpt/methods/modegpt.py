@@ -4,6 +4,7 @@ Source: MoDeGPT (arXiv 2408.09632): Type I (MLP), Type II (query-key), Type III 
 global sparsity allocation. Any module's decomposition can be swapped for another variant.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modegpt.allocation.engines import ENGINES
 from modegpt.allocation.policies import POLICIES, Explicit, Policy, Uniform
 from modegpt.allocation.ranks import (
     ModuleBudget,
@@ -159,8 +161,9 @@ class MoDeGPT(RankMethod):
         return decomposition, write(POLICIES, self.allocation)
 
     def variants(self) -> dict[str, Variant | None]:
-        """The decomposition of each module; None where it stays dense."""
-        return {module: getattr(self, module) for module in MODULES}
+        """The decomposition of each module; None where it stays dense, as the engine may want it."""
+        whole = ENGINES[self.engine].whole
+        return {module: None if module in whole else getattr(self, module) for module in MODULES}
 
     def budgets(self, task: CompressionTask) -> list[dict[str, ModuleBudget]]:
         """What every layer offers to remove. Raises UserError for a skipped layer that the model has not."""
@@ -170,10 +173,11 @@ class MoDeGPT(RankMethod):
             raise UserError(
                 f"compression.skip_layers names layer {outside[0]}, but the model has layers 0 to {num_layers - 1}"
             )
-        config, variants = task.model.config, self.variants()
+        config, variants, engine = task.model.config, self.variants(), ENGINES[self.engine]
+        multiples = self.rank_multiple | {"mlp": math.lcm(self.rank_multiple.get("mlp") or 1, engine.mlp_multiple)}
         frozen = [module for module, variant in variants.items() if variant is None]
         compressible = module_budgets(
-            config, task.family, rank_multiple=self.rank_multiple, targets=self.module_sparsity, frozen=frozen
+            config, task.family, rank_multiple=multiples, targets=self.module_sparsity, frozen=frozen
         )
         skipped = module_budgets(config, task.family, rank_multiple={}, targets={}, frozen=MODULES)
         return [skipped if index in self.skip_layers else compressible for index in range(num_layers)]
@@ -189,7 +193,8 @@ class MoDeGPT(RankMethod):
             allocated = self.allocation(seen, num_layers=len(free), sparsity=mean, generator=task.generator())
             for index, sparsity in zip(free, allocated, strict=True):
                 sparsities[index] = sparsity
-        return integer_ranks(sparsities, layers, budget=self.budget)
+        alike = ENGINES[self.engine].one_width
+        return integer_ranks(sparsities, layers, budget="nearest" if alike else self.budget)
 
     @staticmethod
     def _free_layers(layers: Sequence[dict[str, ModuleBudget]]) -> list[int]:
@@ -203,6 +208,11 @@ class MoDeGPT(RankMethod):
             reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
             if reason is not None:
                 raise UserError(f"decomposition/{module} does not apply to {task.family.model_type}: {reason}")
+        if ENGINES[self.engine].one_width and (self.skip_layers or not isinstance(self.allocation, Uniform)):
+            raise UserError(
+                f"engine={self.engine} gives all layers one width: it needs allocation=uniform and no "
+                "compression.skip_layers"
+            )
         layers = self.budgets(task)
         if self._free_layers(layers):
             self.allocation.check(free_sparsity(task.sparsity, layers))

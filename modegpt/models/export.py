@@ -1,10 +1,12 @@
-"""A compressed model as its family's own: what any engine that knows the family runs without this package.
+"""A compressed model in the forms that engines run: its family's own, and one of pages for engines that take all sizes.
 
 The family's classes give all layers one MLP width and one head size, so smaller layers are filled up with zeros, which
 changes no logit. Kept rotary pairs go back to the places of their frequencies, so heads get the dense size; the softmax
 scale is then the family's own and nothing is rescaled.
 """
 
+import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modegpt.errors import UserError
-from modegpt.models import Family, cache_bytes_per_token, decoder_layers, family_of
+from modegpt.models import Family, cache_bytes_per_token, decoder_layers, family_of, layer_shapes
 from modegpt.models.build import restore_buffers
-from modegpt.models.families import SLICED, is_ours
+from modegpt.models.families import RESIZED, SLICED, is_ours
 from modegpt.models.shapes import dense_config, family_fields
 from modegpt.models.weights import bias_of
 
@@ -47,6 +49,8 @@ class ExportReport:
     exported: Size
     hint: str = ""
     """What the growth comes from, and what would be smaller."""
+    note: str = ""
+    """What else there is to say of the export."""
 
     @property
     def padding(self) -> int:
@@ -73,7 +77,8 @@ class ExportReport:
             for row in rows
         ]
         grown = self.padding > 0 or self.exported.cache_bytes > self.compressed.cache_bytes
-        return "\n".join([*table, "", self.hint if grown else "Nothing was filled up."])
+        told = " ".join([self.hint if grown else "Nothing was filled up.", *filter(None, [self.note])])
+        return "\n".join([*table, "", told])
 
 
 def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[PreTrainedModel, ExportReport]:
@@ -114,6 +119,36 @@ def stock_model(model: PreTrainedModel, *, width_multiple: int = 1) -> tuple[Pre
     return stock.eval(), report
 
 
+CPU_PAGES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Head sizes that vLLM's attention knows on a CPU."""
+
+
+def paged_model(model: PreTrainedModel, *, pages: str) -> tuple[PreTrainedModel, ExportReport]:
+    """The compressed ``model`` itself, with a page size for each layer's cache in its configuration, and its price.
+
+    vLLM pages its cache in heads of one size for keys and values, as many as the dense model has. ``pages``: ``cpu``
+    takes the sizes that its attention knows there, ``gpu`` multiples of 8. Weights keep their sizes.
+
+    Raises:
+        UserError: ``model`` is not of this package's class of free sizes, or heads are larger than any page.
+    """
+    if not model.config.model_type.startswith(RESIZED):
+        raise UserError(f"{model.config.model_type} has no layers of free sizes; serve it as it is")
+    own = Size.of(model)
+    sizes = []
+    for index, shape in enumerate(layer_shapes(model.config)):
+        wanted = max(shape.qk_head_dim, shape.v_head_dim) if shape.num_kv_heads else 1
+        fitting = [size for size in (CPU_PAGES if pages == "cpu" else range(8, 257, 8)) if size >= wanted]
+        if not fitting:
+            raise UserError(f"layer {index} has heads of {wanted}; the largest page is of 256")
+        sizes.append(fitting[0])
+    model.config.per_layer_config = {str(index): {"head_dim": size} for index, size in enumerate(sizes)}
+    cache = 2 * model.dtype.itemsize * model.config.dense_kv_heads * sum(sizes)
+    exported = dataclasses.replace(own, cache_bytes=cache)
+    hint = f"Heads are filled up to pages of {', '.join(map(str, sorted(set(sizes))))}; all weights keep their sizes."
+    return model, ExportReport(dense_size(model), own, exported, hint)
+
+
 def dense_size(model: PreTrainedModel) -> Size:
     """The size of the dense model that a compressed ``model`` was made of, in the same dtype."""
     with torch.device("meta"):
@@ -125,7 +160,7 @@ def _hint(config: PreTrainedConfig) -> str:
     return (
         f"Zeros fill {widths}, and heads to the dense {config.dense_head_dim}. Smaller: compress with "
         "allocation=uniform decomposition/query_key=none decomposition/value_output=none, which needs no zeros; or "
-        "serve the checkpoint itself, with this package's code."
+        "--engine vllm, which keeps every size."
     )
 
 
@@ -161,22 +196,54 @@ def _stock_layer(
 
     ``empty`` is a stock layer of the right sizes, without data.
     """
+    fused = {part: whole for whole, parts in family.fused.items() for part in parts}
+    paths = [family.query_path, family.key_path, family.value_path, family.output_path, *_mlp_paths(family)]
+    tensors = filled_layer(
+        family,
+        layer,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+        width=config.ffn_dim if hasattr(config, "ffn_dim") else config.intermediate_size,
+        biased={path for path in paths if path not in fused and empty.get_submodule(path).bias is not None},
+        where=f"layer {index}",
+        engine=f"{config.model_type} models",
+    )
+    for whole, parts in family.fused.items():
+        tensors[f"{whole}.weight"] = torch.cat([tensors.pop(f"{part}.weight") for part in parts])
+    return tensors
+
+
+def filled_layer(
+    family: Family,
+    layer: nn.Module,
+    *,
+    head_dim: int,
+    num_kv_heads: int,
+    width: int,
+    biased: Set[str],
+    where: str,
+    engine: str,
+) -> dict[str, Tensor]:
+    """The tensors of the compressed ``layer`` with zeros up to the given sizes, fused maps apart, and no rope index.
+
+    Kept rotary pairs go back to the places of their frequencies. ``biased`` are the paths that have a bias.
+
+    Raises:
+        UserError: a bias elsewhere that is not zero; ``where`` and ``engine`` say which.
+    """
     attention: Any = family.attention(layer)
-    num_kv_heads, group = attention.num_kv_heads, attention.num_key_value_groups
-    size = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
-    all_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = config.ffn_dim if hasattr(config, "ffn_dim") else config.intermediate_size
-    kept = torch.arange(attention.qk_dim).repeat(num_kv_heads, 1)
+    own_kv_heads, group = attention.num_kv_heads, attention.num_key_value_groups
+    kept = torch.arange(attention.qk_dim).repeat(own_kv_heads, 1)
     if attention.has_rope_index:
         pairs = attention.rope_index.cpu()
-        kept = torch.cat((pairs, pairs + size // 2), dim=1)
-    values = torch.arange(attention.v_dim).repeat(num_kv_heads, 1)
-    # where each row (column, for the output) of a compressed map stands in the stock one, and out of how many
+        kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)
+    values = torch.arange(attention.v_dim).repeat(own_kv_heads, 1)
+    # where each row (column, for the output) of a compressed map stands in the filled one, and out of how many
     places = {
-        family.query_path: (_places(kept.repeat_interleave(group, 0), size), group * all_kv_heads * size),
-        family.key_path: (_places(kept, size), all_kv_heads * size),
-        family.value_path: (_places(values, size), all_kv_heads * size),
-        family.output_path: (_places(values.repeat_interleave(group, 0), size), group * all_kv_heads * size),
+        family.query_path: (_places(kept.repeat_interleave(group, 0), head_dim), group * num_kv_heads * head_dim),
+        family.key_path: (_places(kept, head_dim), num_kv_heads * head_dim),
+        family.value_path: (_places(values, head_dim), num_kv_heads * head_dim),
+        family.output_path: (_places(values.repeat_interleave(group, 0), head_dim), group * num_kv_heads * head_dim),
         **{path: (torch.arange(family.up(layer).out_features), width) for path in _mlp_paths(family)},
     }
     tensors = {
@@ -192,13 +259,11 @@ def _stock_layer(
         weights[path] = _spread(_weight(linear), positions, count, dim=1 if inner else 0)
         bias = bias_of(linear)
         biases[path] = bias if bias is None or inner else _spread(bias, positions, count, dim=0)
-    fused = {part: whole for whole, parts in family.fused.items() for part in parts}
-    biased = {path for path in places if path not in fused and empty.get_submodule(path).bias is not None}
     constant, value_bias, free = biases[family.output_path], biases[family.value_path], attention.v_dim
-    has_place = family.value_path in biased and free < size and num_kv_heads > 0
+    has_place = family.value_path in biased and free < head_dim and own_kv_heads > 0
     if constant is not None and family.output_path not in biased and has_place:
         # attention rows sum to 1: a value that is always 1, in a free place of the first head, carries the constant
-        assert value_bias is not None, f"layer {index}: {family.value_path} has a bias in the family, and none here"
+        assert value_bias is not None, f"{where}: {family.value_path} has a bias in the family, and none here"
         biases[family.value_path] = value_bias.index_fill(0, torch.tensor(free, device=value_bias.device), 1.0)
         weights[family.output_path][:, free] = constant
         biases[family.output_path] = None
@@ -208,11 +273,8 @@ def _stock_layer(
             tensors[f"{path}.bias"] = bias
         elif bias is not None and bias.any():
             raise UserError(
-                f"layer {index}: {path} has a bias, which {config.model_type} models cannot store; "
-                "compress with a decomposition that adds none"
+                f"{where}: {path} has a bias, which {engine} cannot store; compress with a decomposition that adds none"
             )
-    for whole, parts in family.fused.items():
-        tensors[f"{whole}.weight"] = torch.cat([weights.pop(part) for part in parts])
     return tensors | {f"{path}.weight": weight for path, weight in weights.items()}
 
 

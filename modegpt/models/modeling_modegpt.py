@@ -203,6 +203,7 @@ class CompressedFields:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.allow_global_per_layer_attribute_access = True  # ``head_dim`` is the dense one, pages are per layer
         self._fill("qk_head_dims", dense=self.dense_head_dim, at_least=1)
         self._fill("v_head_dims", dense=self.dense_head_dim, at_least=1)
         self._fill("kv_head_counts", dense=self.dense_kv_heads, at_least=0)
@@ -243,6 +244,14 @@ class CompressedFields:
         """MLP width of the dense model."""
         return self.ffn_dim if hasattr(self, "ffn_dim") else self.intermediate_size
 
+    def page_size(self, index: int) -> int:
+        """What an engine that pages its cache keeps of a key and of a value in layer ``index``, in elements a head.
+
+        It is the dense head size unless ``per_layer_config`` says otherwise.
+        """
+        own = self.per_layer_config[index] if getattr(self, "is_heterogeneous", False) else self
+        return getattr(own, "head_dim", None) or self.dense_head_dim
+
     def head_sizes(self, index: int) -> tuple[int, int, int]:
         """Columns of the query, key and value projections of layer ``index``."""
         assert self.kv_head_counts and self.qk_head_dims and self.v_head_dims
@@ -271,34 +280,6 @@ def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -
         if rank is None:
             return nn.Linear(in_features, out_features, bias)
         return LowRankLinear(in_features, out_features, rank, bias)
-
-
-def _attend(
-    implementation: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attention with head sizes E (query, key) and Ev (value), kept off the kernels' slow unfused path.
-
-    Fused kernels want E == Ev, so the smaller is padded with zeros, which changes nothing in the result; a single
-    query is faster by the definition. Returns (batch, sequence, heads, Ev) and the weights if asked for.
-    """
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    num_heads, E, num_kv_heads, Ev = query.shape[1], query.shape[-1], value.shape[1], value.shape[-1]
-    size, spare = max(E, Ev), 0
-    if kwargs.get("cache") is not None:  # continuous batching: the pages of every layer have the dense model's size
-        size, spare = module.head_dim, module.config.dense_kv_heads - num_kv_heads
-    elif Ev == E or implementation == "eager":
-        return attention(module, query, key, value, mask, **kwargs)
-    elif implementation == "sdpa" and query.shape[2] == 1 and not kwargs["dropout"]:
-        return _attend_once(query, key, value, mask, kwargs["scaling"]), None
-    elif query.is_cuda:
-        size = -(-size // 8) * 8
-    added = (spare * module.num_key_value_groups, spare, spare)
-    padded = (
-        pad(states, (0, size - states.shape[-1], 0, 0, 0, heads))
-        for states, heads in zip((query, key, value), added, strict=True)
-    )
-    out, weights = attention(module, *padded, mask, **kwargs)
-    return out[:, :, :num_heads, :Ev], weights
 
 
 def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -347,7 +328,9 @@ class CompressedAttention:
         self.num_kv_heads = config.kv_head_counts[layer_idx]
         self.qk_dim, self.v_dim = config.qk_head_dims[layer_idx], config.v_head_dims[layer_idx]
         self.num_key_value_groups = config.num_attention_heads // config.dense_kv_heads
+        self.page_size = config.page_size(layer_idx)
         self.attention_dropout = config.attention_dropout
+        self.softmax_scale = 1.0 if self.family.query_prescaled else self.scaling
         self.window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
         self.rotated = self.family.rope and getattr(self, "use_rope", True)
         self.has_rope_index = self.rotated and self.qk_dim < self.head_dim
@@ -425,19 +408,47 @@ class CompressedAttention:
             query, key = self.rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        states, weights = _attend(
-            self.config._attn_implementation,
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=1.0 if self.family.query_prescaled else self.scaling,
-            sliding_window=self.window,
-            **kwargs,
+        shape, num_heads, implementation = hidden_states.shape[:-1], query.shape[1], self.config._attn_implementation
+        dropout = self.attention_dropout if self.training else 0.0
+        fits = self.qk_dim == self.v_dim
+        if implementation == "sdpa" and shape[1] == 1 and not (fits or dropout or kwargs.get("cache") is not None):
+            states, weights = _attend_once(query, key, value, attention_mask, self.softmax_scale), None
+        else:
+            if implementation == "vllm" or kwargs.get("cache") is not None or not (fits or implementation == "eager"):
+                query, key, value = self.fill(query, key, value, paged=kwargs.get("cache") is not None)
+            # in this form, and here, because engines read the source for it
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            states, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=self.softmax_scale,
+                sliding_window=self.window,
+                **kwargs,
+            )
+            states = states.reshape(*shape, query.shape[1], value.shape[-1])[..., :num_heads, : self.v_dim]
+        return output(states.reshape(*shape, -1).contiguous()), weights
+
+    def fill(self, query: Tensor, key: Tensor, value: Tensor, *, paged: bool) -> tuple[Tensor, ...]:
+        """Queries, keys and values with the zeros that their kernel wants, which change nothing in the result.
+
+        Fused kernels want one head size for all three. Engines that page their cache want the dense model's heads, of
+        the size of the layer's pages; in continuous batching (``paged``) these are the dense model's too.
+        """
+        size, heads = max(self.qk_dim, self.v_dim), self.num_kv_heads
+        if paged or self.config._attn_implementation == "vllm":
+            size, heads = self.head_dim if paged else self.page_size, self.config.dense_kv_heads
+        elif query.is_cuda:
+            size = -(-size // 8) * 8
+        spare = heads - self.num_kv_heads
+        added = (spare * self.num_key_value_groups, spare, spare)
+        return tuple(
+            pad(states, (0, size - states.shape[-1], 0, 0, 0, more))
+            for states, more in zip((query, key, value), added, strict=True)
         )
-        return output(states.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 class GatedMLP(nn.Module):
@@ -474,6 +485,8 @@ class CompressedCausalLM:
         super().__init__(config)
         for index, layer in enumerate(self.get_decoder().layers):
             self.resize_layer(layer, config, index)
+        name = f"{__name__.rpartition('.')[2]}.{type(self).__name__.replace('ForCausalLM', 'Model')}"
+        config.auto_map = (getattr(config, "auto_map", None) or {}) | {"AutoModel": name}
         self.post_init()
 
     @classmethod
@@ -522,6 +535,18 @@ class CompressedCausalLM:
         return sizes if family.gate_path is None else sizes | {family.gate_path: (hidden, width)}
 
 
+class CompressedModel:
+    """Mixin in front of a family's model without its head, for engines that bring a head of their own."""
+
+    causal_class: type[CompressedCausalLM]
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        for index, layer in enumerate(self.get_decoder().layers):
+            self.causal_class.resize_layer(layer, config, index)
+        self.post_init()
+
+
 def _declare(family: Family) -> type:
     """The compressed model class of ``family``, with those of its configuration and attention, in this module."""
     folder = family.module or family.model_type
@@ -540,7 +565,7 @@ def _declare(family: Family) -> type:
         model_type=f"modegpt_{family.model_type}",
     )
     attention = declare("Attention", CompressedAttention, getattr(native, f"{family.classes}Attention"), family=family)
-    return declare(
+    causal = declare(
         "ForCausalLM",
         CompressedCausalLM,
         getattr(native, f"{family.classes}ForCausalLM"),
@@ -549,6 +574,9 @@ def _declare(family: Family) -> type:
         attention_class=attention,
         layer_class=getattr(native, f"{family.classes}DecoderLayer"),
     )
+    without_head = getattr(native, f"{family.config or family.classes}Model")
+    declare("Model", CompressedModel, without_head, config_class=config, causal_class=causal)
+    return causal
 
 
 MODELS = tuple(_declare(family) for family in FAMILIES.values())

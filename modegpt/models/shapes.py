@@ -114,6 +114,7 @@ def family_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What ``config`` says of its family's own settings: all but the sizes of compressed layers and the class."""
     own = {each.name for each in dataclasses.fields(CompressedFields)}
     left_out = own | {"model_type", "architectures", "auto_map", "transformers_version"}
+    left_out |= {"per_layer_config", "allow_global_per_layer_attribute_access"}
     return {name: value for name, value in config.to_dict().items() if name not in left_out}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
 from modegpt.evaluation.spec import ThroughputSpec
 from modegpt.methods.base import Compressed
+from modegpt.methods.targets import missed_bytes, target_facts
 from modegpt.models import block_linear_parameters, decoder_layers, dense_shape, family_of
 from modegpt.records.paths import portable
 from modegpt.records.provenance import hardware, provenance
@@ -29,6 +31,7 @@ def run_name(config: RunConfig, *, recovery: str | None) -> str:
         parts += [] if chosen == PAPER else list(chosen.values())
         parts.append(config.allocation["name"])
     if method != "dense":
+        parts += [config.compression.engine] if config.compression.engine != "any" else []
         parts += [f"s{100 * config.compression.sparsity:g}", f"seed{config.calibration.seed}"]
     return "-".join([*parts, recovery] if recovery else parts)
 
@@ -94,7 +97,11 @@ def make_record(
         "compression": None
         if compressed is None
         else compression_facts(
-            model, compressed, method=config.method["name"], target_sparsity=config.compression.sparsity
+            model,
+            compressed,
+            method=config.method["name"],
+            target_sparsity=config.compression.sparsity,
+            target=target_facts(config.compression, compressed.model),
         ),
         "metrics": {
             "dense": dense_scores,
@@ -132,9 +139,17 @@ def calibration_facts(tokens: CalibrationTokens, *, source: str, seed: int) -> d
 
 
 def compression_facts(
-    model: PreTrainedModel, compressed: Compressed, *, method: str, target_sparsity: float
+    model: PreTrainedModel,
+    compressed: Compressed,
+    *,
+    method: str,
+    target_sparsity: float,
+    target: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What was removed: shares of the block-linear weights and of the whole model, layer by layer."""
+    """What was removed: shares of the block-linear weights and of the whole model, layer by layer.
+
+    ``target``: what ``target_facts`` says of a target in bytes.
+    """
     shape = dense_shape(model.config)
     sparsities = layer_sparsities(model, compressed.model)
     reports = {report["index"]: report for report in compressed.layers}
@@ -144,7 +159,7 @@ def compression_facts(
         for index, sparsity in enumerate(sparsities)
     ]
     achieved = 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model)
-    warnings = [*compressed.warnings, *filter(None, [missed_target(achieved, target_sparsity)])]
+    warnings = [*compressed.warnings, *filter(None, [missed_target(achieved, target_sparsity)]), *missed_bytes(target)]
     return (
         {
             "method": method,
@@ -160,6 +175,7 @@ def compression_facts(
             "influence": compressed.influence,
             "layers": layers,
             "details": compressed.details,
+            **target,
         }
         | ({"warnings": warnings} if warnings else {})
         | ({} if compressed.recovery is None else {"recovery": compressed.recovery})

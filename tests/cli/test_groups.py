@@ -46,6 +46,8 @@ def composed(job: Callable, *arguments: str) -> RunConfig:
     return config
 
 
+PLACES = {"engine": "compression/engine"}
+"""Where a group is put that is not a section by itself."""
 OPTIONS = {group: options(group) for group in config_groups()}
 
 
@@ -54,18 +56,23 @@ def test_every_option_composes(job: Callable, number: int) -> None:
     """The first option of every group together, the second of every group, and so on."""
     chosen = {group: names[number % len(names)] for group, names in OPTIONS.items()}
     if chosen["method"] not in ("modegpt", "dense"):
-        chosen["allocation"] = "uniform"  # the others refuse what they would ignore, such as compression.layer_sparsity
+        chosen |= {
+            "allocation": "uniform",
+            "engine": "any",
+        }  # the others refuse what they would ignore, such as compression.layer_sparsity
     needed = [argument for name in chosen.values() for argument in FILES.get(name, [])]
     config = composed(job, *(f"{group}={name}" for group, name in chosen.items()), *dict.fromkeys(needed))
     for group, name in chosen.items():
         node = config
-        for part in group.split("/"):
+        for part in PLACES.get(group, group).split("/"):
             node = getattr(node, part)
         if group in REGISTRIES:
             assert node["name"] == name
         if name in REGISTRIES.get(group, {}) and group != "method":
             built: Any = build(REGISTRIES[group], node, group.replace("/", "."))
             assert {"name": name} | vars(built) == node
+        if group == "engine":
+            assert node == name
         if group == "calibration":
             assert node.source == name
     method = make_method(config)

@@ -15,7 +15,17 @@ from modegpt.records import cli as records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-GROUPS = ("model", "method", "decomposition", "allocation", "calibration", "recovery", "evaluation", "tracking")
+GROUPS = (
+    "model",
+    "method",
+    "decomposition",
+    "allocation",
+    "calibration",
+    "recovery",
+    "evaluation",
+    "tracking",
+    "engine",
+)
 SECTIONS = ("compression", "output", "cache", "out_of_core", "seed", "threads", "quiet")
 SETTING = re.compile(rf"'?\+?(?:{'|'.join(GROUPS + SECTIONS)})[\w/.]*=\S")
 PROGRAMS = {"modegpt-records": records.main, "modegpt-cut": cut.main, "modegpt-export": export.main}

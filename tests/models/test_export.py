@@ -18,8 +18,8 @@ from modegpt.models import (
     family_of,
     layer_shapes,
 )
-from modegpt.models.checkpoints import save_checkpoint
-from modegpt.models.export import stock_model
+from modegpt.models.checkpoints import load_model, save_checkpoint
+from modegpt.models.export import CPU_PAGES, paged_model, stock_model
 from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
 from tests.models.saved import tiny_tokenizer
 
@@ -217,3 +217,30 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o750
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "ours").iterdir()}
     assert modes and set(modes.values()) == {0o640}, modes
+
+
+def test_pages_for_an_engine_that_takes_all_sizes(tmp_path: Path, capsys) -> None:
+    """The checkpoint itself, whose configuration tells the page of each layer, with all of the same code and logits."""
+    dense = dense_model("llama-wide-heads")
+    narrow, full = dataclasses.replace(smaller_shape(dense.config), v_head_dim=3), dense_shape(dense.config)
+    cut = [sliced_model(dense, shape)[0] for shape in (narrow, narrow, full)]
+    tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(cut)]
+    model = build_compressed(dense, [dataclasses.replace(narrow, qk_head_dim=12)] * 2 + [full], tensors)
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    arguments = [str(tmp_path / "ours"), str(tmp_path / "paged"), "--engine", "vllm"]
+    assert command.main(arguments) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    sizes = f"{model.num_parameters():,} | {4 * model.num_parameters():,}"
+    assert f"| exported | {sizes} | {4 * 2 * 2 * (16 + 16 + 16):,} |" in told and "pages of 16" in told
+    again = load_model(str(tmp_path / "paged"), device="cpu")
+    assert [again.config.page_size(index) for index in range(3)] == [16, 16, 16]
+    assert_same_function(again, model)
+    again, report = paged_model(again, pages="cpu")
+    assert [again.config.page_size(index) for index in range(3)] == [32, 32, 32] and 32 in CPU_PAGES
+    assert report.exported.cache_bytes == 4 * 2 * 2 * 96 > report.dense.cache_bytes
+    ids = tokens()
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    static = again.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, model.generate(ids, **options))
+    with pytest.raises(UserError, match="no layers of free sizes"):
+        paged_model(native_model("llama"), pages="gpu")

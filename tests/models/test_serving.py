@@ -3,14 +3,27 @@
 And what its cache weighs.
 """
 
+import ast
+import inspect
 import os
+import textwrap
 from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModel,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modegpt.models import cache_bytes_per_token
+from modegpt.models import cache_bytes_per_token, decoder_layers
+from modegpt.models.modeling_modegpt import MODELS, CompressedAttention
 from tests.models.family_table import CONFIGS, dense_model, sliced_model, tokens
 
 NUM_NEW = 6
@@ -98,3 +111,58 @@ def test_the_cache_shrinks_as_the_formula_says(name: str) -> None:
         assert sizes[label] == 2 * 12 * cache_bytes_per_token(model.config, model.dtype)
     head, qk = dense.config.head_dim if hasattr(dense.config, "head_dim") else 8, model.config.qk_head_dims[0]
     assert sizes["compressed"] / sizes["dense"] == (qk + model.config.v_head_dims[0]) / (2 * head) < 1
+
+
+def test_the_attention_is_called_where_engines_look_for_it() -> None:
+    """vLLM reads the source of ``forward`` for one look-up and one call, and for a scale that it can tell from it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CompressedAttention.forward)))
+    found = [
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in found]
+    assert len(found) == len(calls) == 1
+    scale = next(ast.unparse(keyword.value) for keyword in calls[0].keywords if keyword.arg == "scaling")
+    for name in ("llama", "opt"):
+        attention = decoder_layers(sliced_model(dense_model(name))[0])[0].self_attn
+        assert scale == "self.softmax_scale" and isinstance(attention.softmax_scale, float)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_an_engine_is_given_whole_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for vLLM's attention: heads of a page's size, as many as the dense model has, and a flat answer."""
+    model, _ = sliced_model(dense_model(name))
+    expected = model(tokens()).logits
+    sizes = (32, 16, 24)
+    model.config.per_layer_config = {str(index): {"head_dim": size} for index, size in enumerate(sizes)}
+    pages: list[tuple[int, ...]] = []
+
+    def paged_attention(module, query, key, value, mask, **kwargs):
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] and key.shape == value.shape
+        pages.append((key.shape[1], key.shape[3]))
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, is_causal=mask is None, **kwargs)
+        return out.flatten(0, 1).flatten(1), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", paged_attention)
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.self_attn.page_size = model.config.page_size(index)
+    masked = model.config.get_text_config()
+    windows = getattr(masked, "sliding_window", None)
+    if windows:
+        pytest.skip("the window is the engine's own affair, and the stand-in has none")
+    masked._attn_implementation = "vllm"
+    torch.testing.assert_close(model(tokens(), attention_mask=None).logits, expected, rtol=1e-4, atol=1e-4)
+    assert pages == [(model.config.dense_kv_heads, size) for size in sizes]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_class_has_one_without_a_head(model: type) -> None:
+    config = model.config_class(num_hidden_layers=1)
+    with torch.device("meta"):
+        path = model(config).config.auto_map["AutoModel"]
+    module, _, name = path.rpartition(".")
+    without = getattr(inspect.getmodule(model), name)
+    assert module == "modeling_modegpt" and without.config_class is model.config_class
+    assert issubclass(without, AutoModel._model_mapping[model.__mro__[2].config_class])

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
 
+from modegpt.allocation.engines import ENGINES
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
@@ -14,6 +15,7 @@ from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.elimination import MLPElimination
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD, ValueOutputSVDAttention
+from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
@@ -64,10 +66,13 @@ class MoDeGPTPlus(Switches, RankMethod):
             rank_multiple=self.rank_multiple,
             budget=self.budget,
             skip_layers=self.skip_layers,
+            engine=self.engine,
         )
 
     def check(self, task: CompressionTask) -> None:
-        """Raise UserError for a target that cannot be met."""
+        """Raise UserError for a target that cannot be met, or ranks by measured loss where all layers are alike."""
+        if ENGINES[self.engine].one_width and self.allocation == "loss":
+            raise UserError(f"engine={self.engine} gives all layers one width: it needs method.allocation=uniform")
         self.faithful().check(task)
 
     def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:

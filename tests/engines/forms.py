@@ -1,0 +1,58 @@
+"""Compressed models of every family and of every form that a layer may have, on vocabularies of the embedded model."""
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+
+from modegpt.models import LayerShape, build_compressed, decoder_layers, dense_shape
+from tests.models.family_table import CONFIGS, dense_model, sliced_model, smaller_shape
+
+VOCABULARY = {"vocab_size": 1536}
+
+
+def of_family(name: str) -> PreTrainedModel:
+    """Layers of three widths, all head sizes smaller."""
+    dense = dense_model(name, **VOCABULARY)
+    smaller = smaller_shape(dense.config)
+    shapes = [smaller, dataclasses.replace(smaller, intermediate_size=17, v_head_dim=3), smaller]
+    cut = [sliced_model(dense, shape)[0] for shape in shapes]
+    tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(cut)]
+    return build_compressed(dense, shapes, tensors)
+
+
+def _with_layer(shape: LayerShape, tensors: dict[str, torch.Tensor], dense: PreTrainedModel) -> PreTrainedModel:
+    full = dense_shape(dense.config)
+    return build_compressed(dense, [full, shape, full], [{}, tensors, {}])
+
+
+def without_attention_and_mlp(*, constants: bool) -> PreTrainedModel:
+    """The middle layer has neither, and what is left of them is a constant, or nothing."""
+    dense = dense_model("llama", **VOCABULARY)
+    tensors = dict(decoder_layers(dense)[1].state_dict())
+    for key in [key for key in tensors if key.startswith(("self_attn.", "mlp."))]:
+        tensors[key] = tensors[key][:, :0] if key.split(".")[1] in ("o_proj", "down_proj") else tensors[key][:0]
+    paths = ("self_attn.o_proj", "mlp.down_proj") if constants else ()
+    tensors |= {f"{path}.bias": torch.randn(dense.config.hidden_size) for path in paths}
+    shape = dataclasses.replace(dense_shape(dense.config), num_kv_heads=0, intermediate_size=0, extra_biases=paths)
+    return _with_layer(shape, tensors, dense)
+
+
+def low_rank() -> PreTrainedModel:
+    """Maps of the middle layer are two factors, in attention and in the MLP."""
+    dense = dense_model("llama", **VOCABULARY)
+    ranks = {"self_attn.q_proj": 6, "mlp.up_proj": 5, "mlp.down_proj": 7}
+    tensors = dict(decoder_layers(dense)[1].state_dict())
+    for path, rank in ranks.items():
+        weight = tensors.pop(f"{path}.weight")
+        tensors[f"{path}.A.weight"] = 0.2 * torch.randn(rank, weight.shape[1])
+        tensors[f"{path}.B.weight"] = 0.2 * torch.randn(weight.shape[0], rank)
+    return _with_layer(dataclasses.replace(dense_shape(dense.config), linear_ranks=ranks), tensors, dense)
+
+
+FORMS = {name: (of_family, {"name": name}) for name in CONFIGS} | {
+    "empty layer": (without_attention_and_mlp, {"constants": False}),
+    "constant layer": (without_attention_and_mlp, {"constants": True}),
+    "low rank": (low_rank, {}),
+}
+"""What makes each form, and its arguments."""

@@ -1,0 +1,148 @@
+"""vLLM runs an export with every size kept: the same tokens, the same log-probabilities, served and scored."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modegpt.cli.export import export
+from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
+from tests.engines.forms import FORMS
+from tests.engines.greedy import PROMPTS, assert_same, greedy
+from tests.models.family_table import sliced_model
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+
+NAMES = [name for name in FORMS if name != "opt-post-norm-projected"]
+"""vLLM gives the head as many inputs as the hidden state has, and this one has fewer."""
+
+
+@pytest.fixture(scope="module")
+def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, list]]:
+    """By form: what vLLM said and what our logits say. One process for all, since each start takes long."""
+    root, jobs, expected = tmp_path_factory.mktemp("forms"), [], []
+    for index, name in enumerate(NAMES):
+        make, arguments = FORMS[name]
+        model = make(**arguments)
+        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), root / str(index) / "ours", {})
+        export(str(root / str(index) / "ours"), root / str(index) / "vllm", engine="vllm", pages="cpu")
+        jobs.append({"path": str(root / str(index) / "vllm"), "prompts": PROMPTS, "num_new": 8})
+        expected.append([greedy(model, prompt, 8) for prompt in PROMPTS])
+    return dict(zip(NAMES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_tokens_and_probabilities(answers: dict, name: str) -> None:
+    assert_same(*answers[name])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with random columns gone, for vLLM."""
+    root = tmp_path_factory.mktemp("served")
+    model = sliced_model(load_model("embedded:tiny-llama", device="cpu"))[0]
+    save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), root / "ours", {})
+    export(str(root / "ours"), root / "vllm", engine="vllm", pages="cpu")
+    return root / "vllm"
+
+
+@pytest.fixture(scope="module")
+def address(engines: Path, environment: dict[str, str], exported: Path, tmp_path_factory) -> Iterator[str]:
+    """Where ``vllm serve`` answers; skips, with the end of what it said, where it does not start."""
+    folder = tmp_path_factory.mktemp("serve")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    command = [engines / "vllm", "serve", exported, *options, "--port", str(port)]
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder) as server,
+    ):
+        try:
+            deadline = time.monotonic() + 400
+            while not _answers(f"http://localhost:{port}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip(f"vllm serve does not start here: {(folder / 'log').read_text()[-2000:]}")
+                time.sleep(1)
+            yield f"http://localhost:{port}/v1/completions"
+        finally:
+            server.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_the_server_answers(address: str, exported: Path) -> None:
+    model, tokenizer = load_model(str(exported), device="cpu"), load_tokenizer(str(exported))
+    ids = tokenizer("The cat", return_tensors="pt").input_ids
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    body = {"model": str(exported), "prompt": "The cat", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=100) as reply:
+        text = json.load(reply)["choices"][0]["text"]
+    assert text == tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+TASK = """task: cats
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{target}}}}"
+metric_list: [{{metric: acc}}]
+"""
+QUESTIONS = [
+    {"text": "The cat", "choices": [" eats", " sleeps", " runs"], "target": 0},
+    {"text": "One day a girl", "choices": [" eats bread", " sees a dog"], "target": 1},
+    {"text": "She", "choices": [" is", " has a", " went home"], "target": 2},
+]
+
+
+def test_lm_eval_scores_the_served_model(
+    address: str, exported: Path, engines: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The same log-likelihoods through the server as through Transformers, in the harness's own samples."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
+    (tmp_path / "cats.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    common = ["--include_path", str(tmp_path), "--tasks", "cats", "--log_samples", "--batch_size", "1"]
+    served = f"model={exported},base_url={address},tokenizer={exported},trust_remote_code=True,max_length=64"
+    local = f"pretrained={exported},trust_remote_code=True,dtype=float32,max_length=64,device=cpu"
+    runs = {
+        "served": ([engines / "lm_eval", "run", "--model", "local-completions", "--model_args", served], environment),
+        "local": ([sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", local], os.environ),
+    }
+    found = {}
+    for name, (command, variables) in runs.items():
+        output = tmp_path / name
+        done = subprocess.run(
+            [*command, *common, "--output_path", str(output)],
+            env={**variables, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        (samples,) = output.rglob("samples_cats*.jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        lines.sort(key=lambda line: line["doc_id"])
+        found[name] = [float(response[0]) for line in lines for response in line["filtered_resps"]]
+    assert len(found["local"]) == 8 and found["served"] == pytest.approx(found["local"], abs=1e-3)
