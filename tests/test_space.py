@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import modegpt.space
 from modegpt.calibration.statistics import STATISTICS, sizes_of
@@ -12,7 +13,6 @@ from modegpt.config import CacheConfig, OutputConfig
 from modegpt.prepare import Run, prepare
 from modegpt.run import run
 from modegpt.space import space_warnings
-from tests.models.family_table import dense_model
 from tests.small_run import small
 
 
@@ -53,10 +53,8 @@ def test_methods_that_share_input_grams(results: Path, disk: dict[str, int], met
 
 def test_statistics_beyond_the_limit(results: Path, disk: dict[str, int]) -> None:
     made = prepared(results)
-    needed = 8 * sum(
-        STATISTICS[name].num_elements(sizes_of(made.backend.model.config))
-        for name in made.method.required_statistics(made.task.family)
-    )
+    sizes, names = sizes_of(made.backend.model.config), made.method.required_statistics(made.task.family)
+    needed = 8 * sum([STATISTICS[name].num_elements(sizes) for name in names])
     limit = round(2.5 * needed)
     [warning] = space_warnings(prepared(results, cache=CacheConfig(max_bytes=limit)))
     assert f"cache.max_bytes is {limit / 1e9:.1f} GB: those of 4 of 6 layers will not be kept" in warning
@@ -77,8 +75,8 @@ def test_a_checkpoint_beyond_the_disk(results: Path, disk: dict[str, int], capsy
 
 
 def test_the_figure_of_a_7b_model() -> None:
-    """The issue's 31 GB: the MLP's Gram matrices are 11008^2 float64 in each of 32 layers."""
-    config = dense_model("llama").config.__class__(
+    """31 GB: the MLP's Gram matrices are 11008^2 float64 in each of 32 layers."""
+    config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
     )
     with torch.device("meta"):

@@ -66,7 +66,7 @@ class ProcessLauncher(Launcher):
                     busy[worker.connection] = worker
                     worker.start(waiting.popleft())
                 for ready in wait(list(busy)):
-                    worker = busy.pop(ready)  # type: ignore[arg-type]
+                    worker = busy.pop(ready)  # type: ignore[call-overload]
                     if worker.returned():
                         idle.append(worker)
                     sweep.conclude(worker.number, killed_by=worker.end)

@@ -99,8 +99,11 @@ def _each(N: Tensor, towards: Tensor, one: Tensor) -> Tensor:
 
 def keep_head_norms(
     weights: QueryKeyWeights, pairs: Tensor, statistics: Statistics, *, fit: str
-) -> tuple[dict[str, HeadNorm], dict[str, Any]]:
-    """``norm_Q`` and ``norm_K`` for the kept ``pairs`` (H_kv, k), and their relative errors; nothing without norms."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``norm_Q`` and ``norm_K`` (``HeadNorm``) for the kept ``pairs`` (H_kv, k), and their relative errors.
+
+    Nothing where heads have no norms.
+    """
     if weights.norm_Q is None or weights.norm_K is None:
         return {}, {}
     group = len(weights.W_Q) // len(weights.W_K)
@@ -117,6 +120,7 @@ def norm_shares(states: Tensor, norm: HeadNorm) -> Tensor:
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     energies = norm.c.to(states.dtype) * states.square()
     first, second = energies.chunk(2, dim=-1)
-    pairs = (first + second).unflatten(-2, (len(norm.eps), -1)).flatten(-2)
+    pairs = first + second
+    pairs = pairs.reshape(*pairs.shape[:-2], len(norm.eps), -1)
     n = pairs.sum(dim=-1, keepdim=True) + norm.eps.to(states.dtype).unsqueeze(-1)
     return torch.cat([pairs / n, 1 / n], dim=-1)

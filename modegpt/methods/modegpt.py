@@ -25,8 +25,9 @@ from modegpt.allocation.ranks import (
 )
 from modegpt.calibration.statistics import Statistics
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
-from modegpt.decompositions import VARIANTS, QueryKeySVD
+from modegpt.decompositions import VARIANTS
 from modegpt.decompositions.modules import LowRank, Reduction, Variant
+from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.models import (

@@ -1,7 +1,7 @@
 """Targets that people state, as the share of the weights to remove that meets them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +60,7 @@ def target_facts(compression: CompressionConfig, model: PreTrainedModel) -> dict
     return {"target_bytes": wanted, "achieved_bytes": bytes_needed(model, compression)}
 
 
-def missed_bytes(facts: dict[str, Any]) -> list[str]:
+def missed_bytes(facts: Mapping[str, Any]) -> list[str]:
     """A warning where the target is missed."""
     if not facts or facts["achieved_bytes"] <= facts["target_bytes"]:
         return []

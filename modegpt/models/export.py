@@ -64,7 +64,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A table of the three sizes (Markdown, in columns), and what they mean."""
-        rows = [("", "parameters", "bytes of weights", "bytes of cache a token")]
+        rows: list[tuple[str, ...]] = [("", "parameters", "bytes of weights", "bytes of cache a token")]
         for name in ("dense", "compressed", "exported"):
             size: Size = getattr(self, name)
             rows.append((name, *(f"{each:,}" for each in (size.num_parameters, size.weight_bytes, size.cache_bytes))))

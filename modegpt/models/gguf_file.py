@@ -70,7 +70,7 @@ def write_gguf(
     _add_sizes(writer, model, layout)
     writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14}[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_tokenizer(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
+    _add_tokenizer(writer, tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.arch.upper()], len(layout.widths))
     num_parameters = num_bytes = 0
     stored: Counter[str] = Counter()
@@ -200,7 +200,7 @@ def _deci_layer(
         if name.startswith((f"{family.query_path}.", f"{family.key_path}.")):
             halves = tensor.unflatten(0, (-1, 2, size // 2)) if len(tensor) else tensor
             tensors[name] = halves.transpose(1, 2).flatten(0, 2) if len(tensor) else tensor
-    gone = linears if num_kv_heads == 0 else ()
+    gone: tuple[str, ...] = linears if num_kv_heads == 0 else ()
     gone += mlp if width == 0 else ()
     norms = ("input_layernorm",) * (num_kv_heads == 0) + ("post_attention_layernorm",) * (width == 0)
     left_out = tuple(f"{path}." for path in (*gone, *norms))
@@ -238,7 +238,7 @@ def _add_sizes(writer: Any, model: PreTrainedModel, layout: _Layout) -> None:
     writer.add_rope_dimension_count(layout.head_dim)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
+    writer.add_vocab_size(model.config.vocab_size)
 
 
 def _fitting(kind: str, row: int, *, inside: bool) -> str:

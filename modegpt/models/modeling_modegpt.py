@@ -136,7 +136,7 @@ def linear_at(layer: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(path))
 
 
-HEAD_NORMS = {"query_norm_path": "self_attn.q_norm", "key_norm_path": "self_attn.k_norm"}
+HEAD_NORMS: dict[str, Any] = {"query_norm_path": "self_attn.q_norm", "key_norm_path": "self_attn.k_norm"}
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -305,6 +305,9 @@ class SlicedHeadNorm(nn.Module):
     def __init__(self, num_heads: int, size: int, joint: bool):
         super().__init__()
         self.joint = joint
+        self.weight: Tensor
+        self.energy: Tensor
+        self.eps: Tensor
         self.register_buffer("weight", torch.ones(num_heads, size))
         self.register_buffer("energy", torch.full((num_heads, size), 1.0 / size))
         self.register_buffer("eps", torch.zeros(1 if joint else num_heads))
@@ -462,7 +465,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_h) to the same shape."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        return down(self.act_fn(gate(x)) * up(x))
 
 
 def _take_apart(attention: Any, family: Family, path: str) -> None:
@@ -547,7 +551,7 @@ class CompressedModel:
         self.post_init()
 
 
-def _declare(family: Family) -> type:
+def _declare(family: Family) -> Any:
     """The compressed model class of ``family``, with those of its configuration and attention, in this module."""
     folder = family.module or family.model_type
     native = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")

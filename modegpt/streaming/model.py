@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class StreamedModel:
             layer.to_empty(device="meta")
 
 
-def _dtype(wanted: str, stated: torch.dtype | None, shards: Shards) -> torch.dtype:
+def _dtype(wanted: str, stated: Any, shards: Shards) -> torch.dtype:
     """As ``from_pretrained``: the dtype asked for, else the configuration's, else that of the first floating tensor."""
     if wanted != "auto":
         return getattr(torch, wanted)

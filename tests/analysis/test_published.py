@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def paper_run(
     """One run in the paper's setting, but for what is asked for."""
     score = {"value": 7.0, "window": window, "num_windows": 9, "num_predicted_tokens": 9, "mean_nll": 1.9}
     right = {"value": 0.6, "stderr": 0.01, "num_items": 100}
-    zeroshot = {task: right | {"metric": metric} for task, metric in tasks.items()}
+    zeroshot: dict[str, dict[str, Any]] = {task: right | {"metric": metric} for task, metric in tasks.items()}
     zeroshot |= {"mean": {"value": 0.6, "stderr": 0.01, "num_tasks": len(tasks), "limit": None}} if tasks else {}
     scores = {"perplexity": {f"ppl_wikitext2_{window}": score}, "zeroshot": zeroshot}
     metrics = {"dense": scores, "compressed": scores, "retention": {}, "limited": False}

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def test_lm_eval_scores_the_served_model(
     common = ["--include_path", str(tmp_path), "--tasks", "cats", "--log_samples", "--batch_size", "1"]
     served = f"model={exported},base_url={address},tokenizer={exported},trust_remote_code=True,max_length=64"
     local = f"pretrained={exported},trust_remote_code=True,dtype=float32,max_length=64,device=cpu"
-    runs = {
+    runs: dict[str, tuple[list[Any], Mapping[str, str]]] = {
         "served": ([engines / "lm_eval", "run", "--model", "local-completions", "--model_args", served], environment),
         "local": ([sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", local], os.environ),
     }

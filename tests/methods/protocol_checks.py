@@ -181,7 +181,7 @@ def seen(model: PreTrainedModel, family: Family, ids: Tensor, forced: Sequence[S
 
 def share_lost(dense: Tensor, reduced: Tensor) -> float:
     """Squared error over energy."""
-    dense, reduced = dense.double(), reduced.double()
+    dense, reduced = dense.detach().double(), reduced.detach().double()
     return float((dense - reduced).square().sum() / dense.square().sum())
 
 
@@ -248,7 +248,8 @@ def linear_errors(metric: Callable[[Tensor], Tensor]) -> Errors:
     """
 
     def errors(method: Method, task: CompressionTask, compressed: Compressed) -> list[dict[str, float]]:
-        family, found = task.family, []
+        family = task.family
+        found: list[dict[str, float]] = []
         dense = seen(task.model, family, task.calibration.tokens.ids)
         for whole, cut, states in zip(decoder_layers(task.model), decoder_layers(compressed.model), dense, strict=True):
             found.append({})

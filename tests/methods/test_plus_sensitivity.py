@@ -142,7 +142,7 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     [(down, reduced)] = mlp_prospect(calibration.family, layer, statistics).map(removed)
     with torch.no_grad():
         dense = model(measured).logits[:, positions].double().log_softmax(-1)
-        down.weight.copy_(reduced(torch.eye(down.in_features)).T)
+        down.weight.copy_(reduced(torch.eye(down.weight.shape[1])).T)
         moved = model(measured).logits[:, positions].double().log_softmax(-1)
     assert dense.shape[:2] == (13, 10)
     assert divergence == pytest.approx(float((dense.exp() * (dense - moved)).sum() / 130), rel=1e-3)

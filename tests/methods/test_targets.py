@@ -17,7 +17,8 @@ from tests.small_run import small
 
 def found(results: Path, **compression: Any) -> tuple[float, list[str]]:
     """The sparsity for the embedded model, and what is said."""
-    config, said = small(results, compression=CompressionConfig(**compression)), []
+    config = small(results, compression=CompressionConfig(**compression))
+    said: list[str] = []
     model = load_model(str(config.model.path), device="cpu")
     return aimed(config, model, say=said.append).compression.sparsity, said
 

@@ -110,7 +110,9 @@ def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[st
         num_blocks = k // query_key.rank_unit
         blocks = nested.blocks[:, :num_blocks]
         dims = torch.cat([blocks, blocks + query_key.inner_size // 2], dim=1) if query_key.rope else blocks
-        norms = {"query_key.N_Q": nested.N_Q, "query_key.N_K": nested.N_K} if nested.N_Q is not None else {}
+        norms = {}
+        if nested.N_Q is not None and nested.N_K is not None:
+            norms = {"query_key.N_Q": nested.N_Q, "query_key.N_K": nested.N_K}
         reduced, numerics = keep_query_key(query_key, dims, norms, head_norm=HEAD_NORM_FIT)
         reductions["query_key"] = Reduction(
             reduced, relative_error=float(nested.block_errors[num_blocks]), kept=dims, numerics=numerics
@@ -121,9 +123,9 @@ def cut(family: Family, layer: nn.Module, nested: NestedLayer, ranks: Mapping[st
         L, U = nested.value_root.double(), nested.vectors.double()
         P = torch.linalg.solve_triangular(L.mT, U[..., :k], upper=True)
         B = (L @ U).mT.unsqueeze(1) @ group_heads(value_output.W_O.double(), len(L))
-        reduced = build_value_output(value_output, *balance(value_output.W_V.double() @ P, B[:, :, :k]))
+        joined = build_value_output(value_output, *balance(value_output.W_V.double() @ P, B[:, :, :k]))
         reductions["value_output"] = Reduction(
-            reduced, relative_error=_lost(B.transpose(1, 2).flatten(2).transpose(0, 1).flatten(1), k)
+            joined, relative_error=_lost(B.transpose(1, 2).flatten(2).transpose(0, 1).flatten(1), k)
         )
     return reductions
 

@@ -264,7 +264,8 @@ def choose(weights: QueryKeyWeights, found: list[Candidate], states: SampledStat
         energy += float(dense.double().square().sum())
         for c, candidate in enumerate(found):
             T_Q, T_K = (T.to(part.q.dtype) for T in (candidate.T_Q, candidate.T_K))
-            seen = part if factors[c] is None else part.estimated(*factors[c])
+            estimate = factors[c]
+            seen = part if estimate is None else part.estimated(*estimate)
             lost = (seen.output(T_Q, T_K) - dense).double().square().sum(dim=(0, 2, 3))
             errors[c] += group_heads(lost, num_groups).sum(dim=1)
     best = errors.argmin(dim=0)
