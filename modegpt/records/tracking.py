@@ -108,7 +108,8 @@ class WandbTracker:
         )
         if self.mode == "offline":
             log_artifact = run.log_artifact  # which W&B calls too, for every table
-            run.log_artifact = lambda artifact: log_artifact(_relative(artifact, record_path.parent))  # type: ignore[method-assign]
+            place = record_path.parent
+            run.log_artifact = lambda artifact: log_artifact(_relative(artifact, place))  # type: ignore[method-assign]
         try:
             run.summary.update(headline(record))
             logged = {
