@@ -22,6 +22,8 @@ from modegpt.files import hold, remove_abandoned, write_text
 from modegpt.progress import Progress, duration
 
 OUTCOME, LOG = "outcome.json", "log.txt"
+FOLDER = ".sweeps"
+"""Of nothing but directories of sweeps."""
 SUBMITTED = ".submitit"
 """What a scheduler's jobs need, those too that wait in its queue and are no process yet."""
 POLL_SECONDS = 0.5
@@ -68,8 +70,9 @@ class Sweep:
 
     def start(self) -> None:
         """Clear what earlier sweeps left, here and in directories of theirs, and show progress of other processes."""
-        others = [path for path in self.directory.parent.glob("*") if path != self.directory]
-        remove_abandoned(path for path in others if not (path / SUBMITTED).exists())
+        if self.directory.parent.name == FOLDER:  # and not a place that the user chose
+            others = [path for path in self.directory.parent.glob("*") if path != self.directory]
+            remove_abandoned(path for path in others if not (path / SUBMITTED).exists())
         with suppress(OSError):  # which Hydra is about to say
             self.directory.mkdir(parents=True, exist_ok=True)
             hold(self.directory)

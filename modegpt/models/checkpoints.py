@@ -266,6 +266,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise UserError(f"the tokenizer of {path} is empty: it has no token but special ones")
     if isinstance(written.get("vocab_size"), int):
+        check_supported(str(written.get("model_type")))  # before a size that a family may not mean
         check_vocabulary(path, tokenizer, written["vocab_size"])
     return tokenizer
 

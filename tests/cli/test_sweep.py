@@ -94,8 +94,10 @@ def test_the_next_sweep_clears_what_no_process_holds(job: Callable, tmp_path: Pa
     for name in ("killed", "at work", "queued/.submitit"):
         (sweeps / name).mkdir(parents=True)
     held = hold(sweeps / "at work")
-    code, _ = job("-m", "seed=1,2", f"output.root={tmp_path}/results")
-    assert code == 0 and {path.name for path in sweeps.iterdir()} == {"at work", "queued"}
+    elsewhere = f"hydra.sweep.dir={tmp_path}/sweep"  # whose neighbours are none of ours
+    assert job("-m", "seed=1,2", f"output.root={tmp_path}/results", elsewhere)[0] == 0 and len([*sweeps.iterdir()]) == 3
+    assert job("-m", "seed=1,2", f"output.root={tmp_path}/results")[0] == 0
+    assert {path.name for path in sweeps.iterdir()} == {"at work", "queued"}
     os.close(held)
 
 
