@@ -74,9 +74,11 @@ class Group:
             parts.append(f"calibrated on {label(self.text)}")
         if self.perplexity:
             file = self.runs[0].setting("evaluation.perplexity.path")
-            source, window = self.perplexity.removeprefix("ppl_").rsplit("_", 1)
+            name = self.perplexity.removesuffix("_bos")
+            source, window = name.removeprefix("ppl_").rsplit("_", 1)
             text = label(Path(file).name) if file and source in ("jsonl", "text") else label(source)
-            parts.append(f"perplexity on {text}, {window}-token windows")
+            first = "" if name == self.perplexity else " that begin with a BOS"
+            parts.append(f"perplexity on {text}, {window}-token windows{first}")
         return ", ".join(parts)
 
     @cached_property

@@ -63,7 +63,8 @@ class Run:
         }
         calibration = self.record["calibration"] or {}
         return canonical(
-            decides | {"calibration": [calibration.get(key) for key in ("source", "num_samples", "sequence_length")]}
+            decides
+            | {"calibration": [calibration.get(key) for key in ("source", "num_samples", "sequence_length", "bos")]}
         )
 
 

@@ -37,7 +37,7 @@ from modegpt.config import (
 )
 from modegpt.cost.metering import CostMeter
 from modegpt.data.texts import SOURCES, Documents, load_documents
-from modegpt.data.tokens import draw_tokens
+from modegpt.data.tokens import draw_tokens, window_bos
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import evaluate as score
 from modegpt.evaluation.evaluate import prepare_evaluation
@@ -47,6 +47,7 @@ from modegpt.methods.base import Compressed, make_task
 from modegpt.methods.registry import make_method, settled
 from modegpt.models import is_compressed, unfused
 from modegpt.models.checkpoints import load_model, load_tokenizer
+from modegpt.models.families import family_name
 from modegpt.models.saving import REPORT
 from modegpt.progress import Progress
 from modegpt.records.provenance import package_versions
@@ -59,7 +60,7 @@ TEXTS = "texts"
 """What reports and scores call a list of strings."""
 RANKS = tuple(option.name for option in fields(CompressionConfig) if option.name not in TARGETS | {"sparsity"})
 """Options about ranks, which every method that plans ranks takes."""
-KEYWORDS = ("sparsity", "method", *(option.name for option in fields(CalibrationConfig)), "quiet")
+KEYWORDS = ("sparsity", "method", *(option.name for option in fields(CalibrationConfig)), "bos", "quiet")
 CONFIGURATION_KEY = re.compile(r"\b(?:calibration|compression|decomposition|method|evaluation\.\w+)[./](?=[a-z])")
 
 
@@ -75,6 +76,7 @@ def compress(
     seed: int = 0,
     batch_size: int = 8,
     precision: str = "float64",
+    bos: str = "auto",
     quiet: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
@@ -100,6 +102,8 @@ def compress(
         seed: of the windows drawn, and of what is random in the method.
         batch_size: windows in one forward pass.
         precision: ``"float64"`` or ``"float32"``, of the products inside the Gram matrices.
+        bos: ``"each_window"`` puts a BOS in front of each window, ``"stream_start"`` leaves it at the text's start;
+            ``"auto"`` is what the family was trained with.
         quiet: show no progress.
         options: the method's own. For modegpt: ``mlp``, ``query_key``, ``value_output`` (the decomposition of a module)
             and ``allocation``, each a name, or a dict of ``name`` and its options; ``none`` leaves a module dense.
@@ -127,6 +131,7 @@ def compress(
                 batch_size=batch_size,
                 precision=precision,
             ),
+            bos=bos,
             options=options,
         )
         if make_method(config) is None:  # which refuses wrong options before anything is loaded
@@ -153,6 +158,9 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     data_path: str | None = None,
+    num_fewshot: int | None = 0,
+    apply_chat_template: bool = False,
+    bos: str = "auto",
     quiet: bool = False,
 ) -> Scores:
     """Score a dense or compressed model: perplexity on ``texts``, zero-shot accuracy on ``tasks``.
@@ -166,7 +174,10 @@ def evaluate(
         batch_tokens: tokens in one forward pass of the perplexity.
         batch_size: requests in one forward pass of the tasks.
         limit: score only the first items of each task.
-        data_path: folder of local files for the paper's tasks, read instead of the hub.
+        data_path: folder of local files of the tasks, read instead of the hub.
+        num_fewshot: examples in the prompts of the tasks; None: each task's own number.
+        apply_chat_template: ask the tasks as the tokenizer's chat template does.
+        bos: as in ``compress``; a perplexity of windows that begin with a BOS is ``ppl_<source>_<window>_bos``.
         quiet: show no progress.
 
     Returns ``{"perplexity": {"ppl_<source>_<window>": {"value": ...}}, "zeroshot": {task: {"value": ...}}}``, where the
@@ -192,9 +203,18 @@ def evaluate(
                 windows=windows if isinstance(windows, str | int) else list(windows),
                 batch_tokens=batch_tokens,
             ),
-            ZeroShotSpec(tasks=names, data_path=data_path, batch_size=batch_size, limit=limit),
+            ZeroShotSpec(
+                tasks=names,
+                data_path=data_path,
+                batch_size=batch_size,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template,
+            ),
         )
-        prepared = prepare_evaluation(spec, tokenizer=tokenizer, model_config=model.config, documents=documents)
+        prepared = prepare_evaluation(
+            spec, tokenizer=tokenizer, model_config=model.config, documents=documents, bos=bos
+        )
         with _evaluating(model):
             return score(model, prepared, label=type(model).__name__, progress=Progress(quiet))
 
@@ -275,6 +295,7 @@ def _config(
     sparsity: float,
     method: str,
     calibration: CalibrationConfig,
+    bos: str,
     options: Mapping[str, Any],
 ) -> RunConfig:
     """The main job's configuration of the same compression."""
@@ -293,7 +314,7 @@ def _config(
             raise unknown_key(sorted(rest)[0], [*PAPER, "allocation", *RANKS, *KEYWORDS])
     return RunConfig(
         seed=calibration.seed,
-        model=ModelConfig(name=str(path), path=str(path)),
+        model=ModelConfig(name=str(path), path=str(path), bos=bos),
         method={"name": method} | rest,
         decomposition=DecompositionConfig(**decomposition),
         allocation=allocation,
@@ -341,6 +362,7 @@ def _compressed(
         num_samples=wanted.num_samples,
         sequence_length=wanted.sequence_length,
         seed=wanted.seed,
+        bos=window_bos(config.model.bos, family=family_name(model.config), tokenizer=tokenizer),
     )
     task = make_task(
         method,

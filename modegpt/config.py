@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from modegpt.allocation.engines import ENGINES
+from modegpt.data.tokens import BOS_HABITS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
 
@@ -246,7 +247,12 @@ class ModelConfig:
     name: str | None = None
     """What records call it."""
     path: str | None = None
+    local: bool = False
+    """``path`` is a directory, whatever it looks like: the hub is not asked."""
     revision: str | None = None
+    bos: str = "auto"
+    """Where the text of calibration and perplexity has its BOS: ``each_window``, ``stream_start`` (the field's custom),
+    or ``auto``, as the family was trained."""
     dtype: str = "auto"
     """``auto`` keeps the checkpoint's."""
     device: str = "auto"
@@ -261,6 +267,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.bos", self.bos, BOS_HABITS)
         if self.device_map is not None:
             _one_of("model.device_map", self.device_map, DEVICE_MAPS)
             if self.device != "auto":

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import textwrap
 from collections.abc import Callable
 
 from modegpt.escaping import printable
@@ -9,6 +10,11 @@ from modegpt.escaping import printable
 
 class UserError(ValueError):
     """A bad input: one line that says what was wrong, where, and what would be right."""
+
+
+def shortened(text: str, width: int = 300) -> str:
+    """``text`` on one line of at most ``width`` characters, cut between words."""
+    return textwrap.shorten(text, width, placeholder=" ...")
 
 
 def any_terminal() -> None:

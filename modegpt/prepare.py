@@ -10,11 +10,12 @@ from modegpt.backend import Backend, InMemory, Target
 from modegpt.cache import cache_directory
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.world import World, join_world
-from modegpt.config import RunConfig, build
+from modegpt.config import ModelConfig, RunConfig, build
 from modegpt.cost.metering import CostMeter
 from modegpt.data.fingerprints import fingerprint_tokenizer
-from modegpt.data.texts import load_documents
-from modegpt.data.tokens import CalibrationTokens, draw_tokens
+from modegpt.data.hub import commit_of_file
+from modegpt.data.texts import Documents, load_documents
+from modegpt.data.tokens import CalibrationTokens, draw_tokens, window_bos
 from modegpt.errors import UserError
 from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
@@ -22,8 +23,9 @@ from modegpt.files import json_sha256
 from modegpt.methods.base import CompressionTask, Method, make_task
 from modegpt.methods.registry import decides, make_method, settled
 from modegpt.methods.targets import aimed
-from modegpt.models.checkpoints import check_destination, load_tokenizer, present
-from modegpt.progress import Progress
+from modegpt.models.checkpoints import EMBEDDED, check_destination, load_tokenizer, present
+from modegpt.models.families import family_name
+from modegpt.progress import Course, Progress
 from modegpt.records.recording import model_name, run_name, speed_decides
 from modegpt.records.store import RecordStore, identity
 from modegpt.recovery.job import RECOVERIES, Recovery, check_recovery, prepare_recovery
@@ -54,6 +56,8 @@ class Run:
     meter: CostMeter
     world: World
     device: str
+    commits: dict[str, str] = field(default_factory=dict)
+    """Of what came from the hub, by repository (``models/OWNER/NAME``)."""
     stage: str = "start"
     unsaved: list[Exception] = field(default_factory=list)
     begun: list[Begun] = field(default_factory=list)
@@ -91,7 +95,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         shared=method is not None and method.shared and not config.out_of_core.enabled,
     )
     device = world.device(wanted)
-    progress, meter = Progress(config.quiet or not world.leads), CostMeter()
+    progress, meter = Progress(config.quiet or not world.leads, course=Course(stages(config, method))), CostMeter()
 
     path = config.model.path
     assert path is not None, "a configuration without a model was accepted"
@@ -102,9 +106,11 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         weights_sha256 = backend.fingerprint()
     config = aimed(config, backend.model, say=progress.say)
     config = settled(config, device=device, model_config=backend.model.config)
-    method, task = make_method(config), None
+    method, task, commits = make_method(config), None, commit_of_model(config.model)
     if method is not None:
-        tokens = calibration_tokens(config, tokenizer, backend.model)
+        documents = load_documents(config.calibration.source, path=config.calibration.path, split="calibration")
+        commits |= documents.commits
+        tokens = calibration_tokens(config, documents, tokenizer, backend.model)
         task = make_task(
             method,
             backend.model,
@@ -119,11 +125,13 @@ def prepare(config: RunConfig, *, command: str) -> Run:
             meter=meter,
             world=world,
         )
-    evaluation = prepare_evaluation(config.evaluation, tokenizer=tokenizer, model_config=backend.model.config)
+    evaluation = prepare_evaluation(
+        config.evaluation, tokenizer=tokenizer, model_config=backend.model.config, bos=config.model.bos
+    )
     config.evaluation.throughput.check(evaluation.context)
     recovery = None
     if training is not None:
-        recovery = plan_recovery(config, training, tokenizer=tokenizer, context=evaluation.context)
+        recovery = plan_recovery(config, training, tokenizer=tokenizer, model=backend.model)
     backend.check(method, task, evaluation)
     return Run(
         config=config,
@@ -147,12 +155,35 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         meter=meter,
         world=world,
         device=device,
+        commits=commits | evaluation.commits,
+    )
+
+
+def commit_of_model(wanted: ModelConfig) -> dict[str, str]:
+    """The commit that the model has on the hub, by its repository there; empty for one of a directory."""
+    path = str(wanted.path)
+    if path.startswith(EMBEDDED) or Path(path).expanduser().exists():
+        return {}
+    commit = commit_of_file(path, "config.json", wanted.revision)
+    return {} if commit is None else {f"models/{path}": commit}
+
+
+def stages(config: RunConfig, method: Method | None) -> tuple[str, ...]:
+    """The stages of a run as progress names them, apart from the method's own loops."""
+    recovered = config.recovery.get("name") != "none"
+    return (
+        "dense",
+        *(["compressed"] if method is not None else []),
+        *(["recovery", "recovered"] if recovered else []),
+        *(["throughput"] if config.evaluation.throughput.workloads else []),
     )
 
 
 def check_options(config: RunConfig, method: Method | None) -> None:
     """Refuse combinations of options that no model could make possible. Raises UserError."""
     model, save_model = config.model, config.output.save_model
+    if model.local and not (str(model.path).startswith(EMBEDDED) or Path(str(model.path)).expanduser().exists()):
+        raise UserError(f"no model directory at {model.path}; to ask the hub, set model=hub")
     if model.device_map is not None and method is not None:
         raise UserError(
             "model.device_map spreads a model to be scored: set method=dense; "
@@ -176,19 +207,25 @@ def open_backend(path: str, config: RunConfig, *, device: str) -> Backend:
 
 
 def calibration_tokens(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    config: RunConfig, documents: Documents, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> CalibrationTokens:
-    """The calibration windows that ``config`` asks for."""
+    """The calibration windows of ``documents`` that ``config`` asks for."""
     wanted = config.calibration
     return draw_tokens(
-        load_documents(wanted.source, path=wanted.path, split="calibration"),
+        documents,
         tokenizer,
         context=int(model.config.max_position_embeddings),
         vocab_size=model.config.vocab_size,
         num_samples=wanted.num_samples,
         sequence_length=wanted.sequence_length,
         seed=wanted.seed,
+        bos=first_token(config, tokenizer, model),
     )
+
+
+def first_token(config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
+    """The token in front of each window of calibration, if there is one."""
+    return window_bos(config.model.bos, family=family_name(model.config), tokenizer=tokenizer)
 
 
 def make_recovery(config: RunConfig) -> Lora | None:
@@ -200,7 +237,9 @@ def make_recovery(config: RunConfig) -> Lora | None:
     return lora
 
 
-def plan_recovery(config: RunConfig, lora: Lora, *, tokenizer: PreTrainedTokenizerBase, context: int) -> Recovery:
+def plan_recovery(
+    config: RunConfig, lora: Lora, *, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Recovery:
     """Draw the training windows of ``lora`` from the calibration text and check them against the test text."""
     training, test = config.calibration, config.evaluation.perplexity
     return prepare_recovery(
@@ -209,8 +248,9 @@ def plan_recovery(config: RunConfig, lora: Lora, *, tokenizer: PreTrainedTokeniz
         training=load_documents(training.source, path=training.path, split="calibration"),
         test=load_documents(test.source, path=test.path, split="test") if test and test.source else None,
         tokenizer=tokenizer,
-        context=context,
+        context=int(model.config.max_position_embeddings),
         seed=config.seed,
+        bos=first_token(config, tokenizer, model),
     )
 
 
@@ -249,6 +289,7 @@ def what_decides(
     if task is not None:
         tokens = task.calibration.tokens
         calibration = {"tokens_sha256": tokens.sha256, "precision": config.calibration.precision}
+        calibration |= {} if tokens.bos is None else {"bos": "each_window"}
     if calibration is not None and recovery is not None:
         calibration["recovery_tokens_sha256"] = recovery.tokens.sha256
     found = decides(config) | {"calibration": calibration, "evaluation": evaluation.fingerprint()}

@@ -156,6 +156,7 @@ def content(
         compressed_scores=scores,
         speeds=speeds,
         cost=run.meter.summary() | {"peak_memory_bytes": peaks or peak_memory_bytes()},
+        commits=run.commits,
     )
 
 

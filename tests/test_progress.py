@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import modegpt.progress
-from modegpt.progress import Progress, duration
+from modegpt.progress import Course, Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -68,6 +68,67 @@ def test_quiet_is_silent(
         clock[0] += 60
     Progress(quiet=True).say("a line")
     assert sys.stderr.getvalue() == "" and capsys.readouterr().out == ""
+
+
+def test_a_loop_says_which_model_it_scores(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    for label in ("dense", "compressed"):
+        for _ in Progress().of(label).track(range(2), "perplexity, windows of 2048", unit="window"):
+            clock[0] += 30
+    assert [line.partition(": 1/2")[0] for line in log.getvalue().splitlines()] == [
+        "dense: perplexity, windows of 2048",
+        "dense: perplexity, windows of 2048: 2/2 windows, 0 s left",
+        "compressed: perplexity, windows of 2048",
+        "compressed: perplexity, windows of 2048: 2/2 windows, 0 s left",
+    ]
+
+
+def test_the_whole_run_is_estimated_once_two_stages_are_known(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    progress = Progress(course=Course(("dense", "compressed")))
+
+    def loop(progress: Progress, description: str, seconds: float) -> str:
+        """The first line of a loop of ten steps."""
+        log.truncate(0)
+        log.seek(0)
+        for _ in progress.track(range(10), description):
+            clock[0] += seconds
+        return log.getvalue().partition("\n")[0]
+
+    assert loop(progress.of("dense"), "perplexity", 30) == "dense: perplexity: 1/10 its, 4 min left"
+    assert "run" not in loop(progress.of("dense"), "zero-shot tasks", 90), "scoring is one stage, with two loops"
+    assert "run" not in loop(progress, "statistics", 60), "the dense scoring is all that is known"
+    # 10 min of it left, and the compressed model's scores as the dense one's: 5 + 15 min
+    assert loop(progress, "decomposition", 60) == "decomposition: 1/10 its, 9 min left; run: 29 min left"
+    # 4.5 min of the loop left, and the tasks after it
+    scoring = progress.of("compressed")
+    assert loop(scoring, "perplexity", 30) == "compressed: perplexity: 1/10 its, 4 min left; run: 20 min left"
+    assert loop(scoring, "zero-shot tasks", 90).endswith("14 min left; run: 14 min left")
+
+
+def test_a_run_with_something_unknown_ahead_is_not_estimated() -> None:
+    trained = Course(("dense", "compressed", "recovery", "recovered"), {"dense": 60.0, "statistics": 5.0})
+    assert trained.left("decomposition", elapsed=1, left=10) is None, "how long training takes is not known yet"
+    trained.add("compressed", 50.0)
+    assert trained.left("recovery", elapsed=1, left=10) == 70
+    reused = Course(("dense", "compressed"), {"statistics": 5.0, "decomposition": 7.0})
+    assert reused.left("compressed", elapsed=1, left=10) is None, "the dense scores were reused, their time is unknown"
+
+
+def test_a_bar_shows_the_whole_run_too(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    course = Course(("dense", "compressed"), {"dense": 60.0, "statistics": 5.0})
+    with Progress(course=course).bar(4, "decomposition", "layer") as bar:
+        clock[0] += 10
+        bar.update()
+        bar.refresh()
+    assert "decomposition:" in terminal.getvalue() and "run: 2 min left" in terminal.getvalue()
+    assert course.seconds["decomposition"] == 10
 
 
 def test_durations_read_well() -> None:

@@ -30,6 +30,7 @@ from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ThroughputSpec, ZeroShotSpec
 from modegpt.models.checkpoints import load_model
+from modegpt.progress import Progress
 from modegpt.records.cost import floor_seconds
 from modegpt.records.store import load_record
 from modegpt.run import run
@@ -63,6 +64,66 @@ def test_a_run_leaves_one_complete_record(
     written = path.read_bytes()
     monkeypatch.setattr(modegpt.run, "execute", lambda *_: pytest.fail("a finished run was computed again"))
     assert run(config, command="modegpt ...") == path and path.read_bytes() == written
+
+
+def test_a_run_names_its_loops(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    bar = Progress.bar
+
+    def noted(self: Progress, total: int | None, description: str, unit: str = "it") -> Any:
+        seen.append(f"{self.label}: {description}" if self.label else description)
+        return bar(self, total, description, unit)
+
+    monkeypatch.setattr(Progress, "bar", noted)
+    prepared = modegpt.run.prepare(
+        small(results, output=OutputConfig(root=str(results), pictures=False)), command="modegpt"
+    )
+    assert prepared.progress.course.order == ("dense", "compressed")
+    modegpt.run.execute(prepared)
+    scoring = ["perplexity, windows of 128", "zero-shot tasks"]
+    assert seen == [
+        *(f"dense: {loop}" for loop in scoring),
+        "block influence and statistics",
+        "decomposition",
+        *(f"compressed: {loop}" for loop in scoring),
+    ]
+    assert prepared.progress.course.seconds.keys() == {
+        "dense",
+        "block influence and statistics",
+        "decomposition",
+        "compressed",
+    }
+
+
+def test_the_bos_is_part_of_what_decides(results: Path) -> None:
+    def prepared(bos: str) -> modegpt.run.Run:
+        model = ModelConfig(name="tiny-llama", path="embedded:tiny-llama", bos=bos)
+        return modegpt.run.prepare(small(results, model=model), command="modegpt")
+
+    usual, each = prepared("auto"), prepared("each_window")
+    assert usual.decides == prepared("stream_start").decides
+    assert "bos" not in usual.decides["calibration"] and each.decides["calibration"]["bos"] == "each_window"
+    assert each.decides["evaluation"]["text"]["bos"] == "each_window"
+    assert usual.task is not None and each.task is not None
+    ids, own = each.task.calibration.tokens.ids, usual.task.calibration.tokens.ids
+    assert ids.shape == own.shape and (ids[:, 0] == each.tokenizer.bos_token_id).all()
+    assert not (own[:, 0] == each.tokenizer.bos_token_id).all()
+
+
+def test_a_limited_text_makes_a_limited_record(results: Path) -> None:
+    config = small(results, method={"name": "dense"}, output=OutputConfig(root=str(results), pictures=False))
+    config.evaluation.zeroshot = None
+    assert config.evaluation.perplexity is not None
+    config.evaluation.perplexity.limit = 300
+    record = load_record(run(config, command="modegpt"))
+    assert record["metrics"]["limited"] is True
+    assert record["metrics"]["dense"]["perplexity"]["ppl_jsonl_128"]["num_tokens"] == 300
+
+
+def test_a_mistyped_local_model_is_no_repository(results: Path) -> None:
+    for path in ("models/mistyped", "mistyped"):
+        with pytest.raises(UserError, match=f"no model directory at {path}; to ask the hub, set model=hub"):
+            run(small(results, model=ModelConfig(name="m", path=path, local=True)), command="modegpt")
 
 
 def test_overwrite_computes_again_and_keeps_the_old_record(results: Path) -> None:

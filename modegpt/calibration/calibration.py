@@ -77,22 +77,25 @@ class Calibration:
         in the same pass and kept there; otherwise only cosines are, so that one layer's statistics live at a time.
         """
         names = frozenset({"layer.influence"}) | (also if self.cache is not None else frozenset())
+        loop = "block influence and statistics" if len(names) > 1 else "block influence"
         return torch.stack(
-            [statistics["layer.influence"].cpu() for statistics in self.statistics(names, stage="influence")]
+            [statistics["layer.influence"].cpu() for statistics in self.statistics(names, stage="influence", loop=loop)]
         )
 
-    def statistics(self, names: frozenset[str], *, stage: str = "statistics") -> Iterator[Statistics]:
+    def statistics(
+        self, names: frozenset[str], *, stage: str = "statistics", loop: str = "statistics"
+    ) -> Iterator[Statistics]:
         """Yield each layer's statistics in order; the previous layer's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
-        share of the batches, so that every batch is the one that a single process would run.
+        share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
+        caller does with them layer by layer, as progress shows it.
         """
         layers = decoder_layers(self.model)
         batches = self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches")
         hidden: HiddenStates | None = None
         position = 0
-        description = "block influence" if names == {"layer.influence"} else "statistics"
-        for index in self.progress.track(range(self.num_layers), description, unit="layer"):
+        for index in self.progress.track(range(self.num_layers), loop, unit="layer"):
             with self.meter.stage(stage, counted=True):
                 statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
                 missing = names - statistics.keys()

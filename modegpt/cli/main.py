@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from modegpt.cli.messages import explain, is_defect
 from modegpt.cli.schema import config_directory, register, run_config
 from modegpt.cli.sweep import Sweep, attempt
-from modegpt.errors import UserError, any_terminal
+from modegpt.errors import UserError, any_terminal, shortened
 from modegpt.termination import EXIT_CODE as TERMINATED
 from modegpt.termination import GRACE_SECONDS, Terminated, heeding_sigterm
 
@@ -75,7 +75,7 @@ def _swept(sweep: Sweep, error: BaseException | None) -> list[str]:
         sweep.discard()
         return _alone(error)
     trace = traceback.format_exception(error) if error is not None and _traceback_wanted() else []
-    cause = f" ({explain(error)[:200]})" if error is not None else ""
+    cause = f" ({shortened(explain(error))})" if error is not None else ""
     rest = f", {unfinished} have no outcome (lost, still at work or never begun)" if unfinished else ""
     return [
         *trace,

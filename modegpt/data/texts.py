@@ -9,8 +9,9 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from modegpt.data.embedded import text_path
 from modegpt.data.fingerprints import fingerprint_tokenizer
-from modegpt.data.hub import hub_access
+from modegpt.data.hub import commit_of, hub_access
 from modegpt.errors import UserError
 
 SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}  # our names -> the hub's
@@ -27,15 +28,22 @@ SEPARATOR = "\n\n"
 ALPACA_FIELDS = ("instruction", "input", "output")
 REMEMBERED_STREAMS, REMEMBERED_TOKENS = 4, 2**24  # a sweep's jobs share a process, its calibration and its test text
 
-_streams: dict[tuple[str, str], Tensor] = {}  # by text and tokenizer, the oldest first
+Found = tuple[list[str], dict[str, str]]
+"""Texts, and the commit of the hub's repository that they are from by its name; none for a file."""
+
+_streams: dict[tuple[str, str, bool], Tensor] = {}  # by text, tokenizer and special tokens, the oldest first
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in reading order. Every source is joined by a blank line, the field's rule for WikiText rows."""
+    """Texts in reading order. Every source is joined by a blank line, the field's rule for WikiText rows.
+
+    ``commits``: of the hub's repository that they are from, by its name (``datasets/OWNER/NAME``).
+    """
 
     source: str
     texts: tuple[str, ...]
+    commits: Mapping[str, str] = dataclass_field(default_factory=dict)
 
     def joined(self) -> str:
         """All documents as one text."""
@@ -77,26 +85,29 @@ def load_documents(source: str, *, path: str | None, split: str, max_documents: 
     assert split in SPLITS, split
     if source not in SOURCES:
         raise UserError(f"unknown text source {source!r}; choose one of {', '.join(SOURCES)}")
-    texts = tuple(SOURCES[source](path, split, max_documents))[:max_documents]
+    read, commits = SOURCES[source](path, split, max_documents)
+    texts = tuple(read)[:max_documents]
     if not any(text.strip() for text in texts):
         raise UserError(f"no text in {path or source}: every document is empty")
-    return Documents(source=source, texts=texts)
+    return Documents(source=source, texts=texts, commits=commits)
 
 
-def tokenize_stream(documents: Documents, tokenizer: Any) -> Tensor:
+def tokenize_stream(documents: Documents, tokenizer: Any, *, special_tokens: bool = True) -> Tensor:
     """Join ``documents`` and tokenise them once, as one stream.
 
     The tokenizer adds its special tokens as it does by default: with most tokenizers a single BOS at the very start.
-    The last few streams are remembered for as long as the process lives.
+    Without ``special_tokens`` it adds none. The last few streams are remembered for as long as the process lives.
 
     Returns (num_tokens,) int64 token ids.
     """
     text = documents.joined()
-    key = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), fingerprint_tokenizer(tokenizer))
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    key = (digest, fingerprint_tokenizer(tokenizer), special_tokens)
     if key in _streams:
         return _streams[key].clone()
     # verbose=False: a stream is longer than any model's context, and saying so would alarm for nothing
-    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    options = {"return_attention_mask": False, "verbose": False, "add_special_tokens": special_tokens}
+    ids = tokenizer(text, **options)["input_ids"]
     stream = torch.tensor(ids, dtype=torch.int64)
     if stream.numel() <= REMEMBERED_TOKENS:
         for oldest in list(_streams)[: max(0, len(_streams) + 1 - REMEMBERED_STREAMS)]:
@@ -173,7 +184,10 @@ def _parse_json(text: str, place: str) -> Any:
     return value
 
 
-def _hub_rows(repository: str, split: str, source: str, max_documents: int | None, **kwargs: Any) -> Sequence[dict]:
+def _hub_rows(
+    repository: str, split: str, source: str, max_documents: int | None, **kwargs: Any
+) -> tuple[Sequence[dict], dict[str, str]]:
+    """Rows from the hub, and the commit of their repository by its name."""
     import datasets
 
     with hub_access(
@@ -181,7 +195,9 @@ def _hub_rows(repository: str, split: str, source: str, max_documents: int | Non
         f"give a local copy: calibration={source} calibration.path=FILE (or evaluation.perplexity.path=FILE)",
     ):
         rows = datasets.load_dataset(repository, split=split, **kwargs)
-    return rows if max_documents is None else rows.select(range(min(max_documents, len(rows))))
+    commit = commit_of(rows)
+    commits = {} if commit is None else {f"datasets/{repository}": commit}
+    return rows if max_documents is None else rows.select(range(min(max_documents, len(rows)))), commits
 
 
 def _need_path(path: str | None, source: str) -> str:
@@ -190,28 +206,31 @@ def _need_path(path: str | None, source: str) -> str:
     return path
 
 
-def _tiny(path: str | None, split: str, max_documents: int | None) -> list[str]:
+def _tiny(path: str | None, split: str, max_documents: int | None) -> Found:
     if path is not None:
         raise UserError(f"text source 'tiny' is embedded and takes no path; to read {path} use jsonl or text")
     return _jsonl(str(text_path(SPLITS[split])), split, max_documents)
 
 
-def _wikitext2(path: str | None, split: str, max_documents: int | None) -> list[str]:
+def _wikitext2(path: str | None, split: str, max_documents: int | None) -> Found:
     if path is None:
-        rows = _hub_rows("Salesforce/wikitext", SPLITS[split], "wikitext2", max_documents, name="wikitext-2-raw-v1")
-        return [row["text"] for row in rows]
+        rows, commits = _hub_rows(
+            "Salesforce/wikitext", SPLITS[split], "wikitext2", max_documents, name="wikitext-2-raw-v1"
+        )
+        return [row["text"] for row in rows], commits
     if os.path.isdir(path):
         pattern = {"calibration": "wiki.train*", "validation": "wiki.valid*", "test": "wiki.test*"}[split]
         path = str(only_file(path, pattern))
     # the hub's rows: lines keep their newline, blank ones are empty
-    return [line if line.strip() else "" for line in io.StringIO(read_text(path))]
+    return [line if line.strip() else "" for line in io.StringIO(read_text(path))], {}
 
 
-def _alpaca(path: str | None, split: str, max_documents: int | None) -> list[str]:
+def _alpaca(path: str | None, split: str, max_documents: int | None) -> Found:
+    commits: dict[str, str] = {}
     if path is None:
         if split != "calibration":
             raise UserError(f"alpaca has no {split} split on the hub; give a file of your own with path=FILE")
-        hub_rows = _hub_rows("tatsu-lab/alpaca", "train", "alpaca", max_documents)
+        hub_rows, commits = _hub_rows("tatsu-lab/alpaca", "train", "alpaca", max_documents)
         rows = [(f"tatsu-lab/alpaca, row {index}", row) for index, row in enumerate(hub_rows)]
     else:
         rows = read_rows(path, max_rows=max_documents)
@@ -219,24 +238,26 @@ def _alpaca(path: str | None, split: str, max_documents: int | None) -> list[str
         (field(row, name, place) if row.get(name) or name != "input" else "" for name in ALPACA_FIELDS)
         for place, row in rows
     )
-    return ["\n".join(part for part in row if part) for row in parts]
+    return ["\n".join(part for part in row if part) for row in parts], commits
 
 
-def _c4(path: str | None, split: str, max_documents: int | None) -> list[str]:
+def _c4(path: str | None, split: str, max_documents: int | None) -> Found:
     if path is not None:
         return _jsonl(path, split, max_documents)
     shard = (
         "en/c4-train.00000-of-01024.json.gz" if split == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
     )
-    return [row["text"] for row in _hub_rows("allenai/c4", "train", "c4", max_documents, data_files={"train": shard})]
+    rows, commits = _hub_rows("allenai/c4", "train", "c4", max_documents, data_files={"train": shard})
+    return [row["text"] for row in rows], commits
 
 
-def _jsonl(path: str | None, split: str, max_documents: int | None) -> list[str]:
-    return [field(row, "text", place) for place, row in read_rows(_need_path(path, "jsonl"), max_rows=max_documents)]
+def _jsonl(path: str | None, split: str, max_documents: int | None) -> Found:
+    rows = read_rows(_need_path(path, "jsonl"), max_rows=max_documents)
+    return [field(row, "text", place) for place, row in rows], {}
 
 
-def _text(path: str | None, split: str, max_documents: int | None) -> list[str]:
-    return [read_text(_need_path(path, "text"))]
+def _text(path: str | None, split: str, max_documents: int | None) -> Found:
+    return [read_text(_need_path(path, "text"))], {}
 
 
 def only_file(folder: str | Path, pattern: str) -> Path:
@@ -249,7 +270,7 @@ def only_file(folder: str | Path, pattern: str) -> Path:
     return found[0]
 
 
-SOURCES: dict[str, Callable[[str | None, str, int | None], list[str]]] = {
+SOURCES: dict[str, Callable[[str | None, str, int | None], Found]] = {
     "tiny": _tiny,
     "wikitext2": _wikitext2,
     "alpaca": _alpaca,

@@ -8,14 +8,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.data.texts import Documents, load_documents, tokenize_stream
+from modegpt.data.texts import Documents, load_documents
+from modegpt.data.tokens import cut_windows, token_stream, window_bos
 from modegpt.errors import UserError
 from modegpt.evaluation.begun import Begun
-from modegpt.evaluation.items import ACCURACIES
+from modegpt.evaluation.items import is_accuracy
 from modegpt.evaluation.perplexity import metric_name, perplexity, resolve_windows, token_fingerprint
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
-from modegpt.evaluation.tasks import load_tasks, task_fingerprint
+from modegpt.evaluation.tasks import load_tasks, task_commits, task_fingerprint
 from modegpt.evaluation.zeroshot import zeroshot
+from modegpt.files import json_sha256
+from modegpt.models.families import family_name
 from modegpt.progress import Progress
 
 
@@ -23,7 +26,7 @@ from modegpt.progress import Progress
 class ScoredText:
     """A text ready to score: ``token_ids`` (num_tokens,) int64, their sha256, and the window lengths.
 
-    ``batch_tokens``: tokens in one forward pass.
+    ``batch_tokens``: tokens in one forward pass. ``bos``: the token in front of each window, where there is one.
     """
 
     source: str
@@ -31,6 +34,12 @@ class ScoredText:
     token_ids: Tensor
     sha256: str
     windows: list[int]
+    bos: int | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the perplexities depend on, JSON-able; the field's custom about a BOS goes without saying."""
+        habit = {} if self.bos is None else {"bos": "each_window"}
+        return {"source": self.source, "sha256": self.sha256, "windows": self.windows, **habit}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class PreparedEvaluation:
     """Everything scoring needs apart from a model: loaded, tokenised and checked once, used for dense and compressed.
 
     ``encodings`` is filled by the first model scored: tokens by request, for the next model with this tokenizer.
+    ``commits``: of the hub's repositories that text and tasks are from, by name.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +56,7 @@ class PreparedEvaluation:
     zeroshot: ZeroShotSpec | None
     tasks: dict[str, Any]
     encodings: dict = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -55,13 +66,13 @@ class PreparedEvaluation:
     def fingerprint(self) -> dict[str, Any]:
         """What the scores depend on apart from the model, JSON-able. Batch sizes are left out: they only round."""
         limit = self.zeroshot.limit if self.zeroshot else None
+        template = self.tokenizer.chat_template if self.zeroshot and self.zeroshot.apply_chat_template else None
         return {
             "context": self.context,
-            "text": {"source": self.text.source, "sha256": self.text.sha256, "windows": self.text.windows}
-            if self.text
-            else None,
+            "text": self.text.fingerprint() if self.text else None,
             "tasks": {name: task_fingerprint(task, limit=limit) for name, task in self.tasks.items()},
             "limit": limit,
+            **({} if template is None else {"chat_template": json_sha256(template)}),
         }
 
 
@@ -71,10 +82,11 @@ def prepare_evaluation(
     tokenizer: PreTrainedTokenizerBase,
     model_config: PreTrainedConfig,
     documents: Documents | None = None,
+    bos: str = "auto",
 ) -> PreparedEvaluation:
     """Load the text and the tasks of ``spec`` and check them against the model.
 
-    ``documents``: the text, if it is at hand; it is not loaded then.
+    ``documents``: the text, if it is at hand; it is not loaded then. ``bos``: see ``data.tokens.window_bos``.
 
     Raises UserError on unreadable files, unknown tasks or sources, a hub out of reach, a text shorter than one window,
     a window longer than the model's context, and a tokenizer with ids the model has no embedding for.
@@ -87,25 +99,41 @@ def prepare_evaluation(
     if documents is None and spec.perplexity and spec.perplexity.source:
         documents = load_documents(spec.perplexity.source, path=spec.perplexity.path, split="test")
     if spec.zeroshot and spec.zeroshot.tasks:
-        tasks = load_tasks(spec.zeroshot.tasks, data_path=spec.zeroshot.data_path, documents=documents)
+        if spec.zeroshot.apply_chat_template and not tokenizer.chat_template:
+            raise UserError("evaluation.zeroshot.apply_chat_template=true, but the tokenizer has no chat template")
+        tasks = load_tasks(
+            spec.zeroshot.tasks,
+            data_path=spec.zeroshot.data_path,
+            documents=documents,
+            num_fewshot=spec.zeroshot.num_fewshot,
+            run_code=spec.zeroshot.run_code,
+        )
+        if spec.zeroshot.apply_chat_template:
+            tasks = {f"{name}_chat": task for name, task in tasks.items()}
     if spec.perplexity and documents is not None:
-        text = _prepare_text(spec.perplexity, documents, tokenizer, model_config.vocab_size, context)
-    return PreparedEvaluation(tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks)
+        first = window_bos(bos, family=family_name(model_config), tokenizer=tokenizer)
+        text = _prepare_text(spec.perplexity, documents, tokenizer, model_config.vocab_size, context, first)
+    commits = {} if documents is None else dict(documents.commits)
+    for task in tasks.values():
+        commits |= task_commits(task)
+    return PreparedEvaluation(
+        tokenizer=tokenizer, context=context, text=text, zeroshot=spec.zeroshot, tasks=tasks, commits=commits
+    )
 
 
 def _prepare_text(
-    spec: PerplexitySpec, documents: Documents, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int
+    spec: PerplexitySpec,
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int,
+    bos: int | None,
 ) -> ScoredText:
-    token_ids = tokenize_stream(documents, tokenizer)
-    if token_ids.max() >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives id {int(token_ids.max())} but the model's vocabulary has {vocab_size} entries; "
-            "they do not belong together"
-        )
+    token_ids = token_stream(documents, tokenizer, vocab_size=vocab_size, bos=bos)[: spec.limit]
     windows = resolve_windows(
         spec.windows,
         context=context,
-        num_tokens=token_ids.numel(),
+        num_tokens=token_ids.numel() + (bos is not None),  # which each window begins with
         what=spec.path or f"the {documents.source} test text",
     )
     return ScoredText(
@@ -114,6 +142,7 @@ def _prepare_text(
         token_ids=token_ids,
         sha256=token_fingerprint(token_ids),
         windows=windows,
+        bos=bos,
     )
 
 
@@ -139,7 +168,9 @@ def evaluate(
     model.eval()
     begun = begun or Begun()
     with begun:
-        return _evaluate(model, prepared, label=label, progress=progress, score_windows=score_windows, begun=begun)
+        return _evaluate(
+            model, prepared, label=label, progress=progress.of(label), score_windows=score_windows, begun=begun
+        )
 
 
 def _evaluate(
@@ -155,10 +186,11 @@ def _evaluate(
     if prepared.text:
         text = prepared.text
         for window in text.windows:
-            name = metric_name(text.source, window)
+            name = metric_name(text.source, window, bos=text.bos is not None)
             before = " (scored before)" if name in begun.parts else ""
+            token_ids = cut_windows(text.token_ids, window, bos=text.bos).flatten()
             result = begun.parts.get(name) or score_windows(
-                model, text.token_ids, window=window, batch_tokens=text.batch_tokens, progress=progress, begun=begun
+                model, token_ids, window=window, batch_tokens=text.batch_tokens, progress=progress, begun=begun
             )
             begun.note(name, result)
             progress.say(
@@ -176,6 +208,7 @@ def _evaluate(
             encodings=prepared.encodings,
             progress=progress,
             begun=begun,
+            apply_chat_template=prepared.zeroshot.apply_chat_template,
         )
     return scores
 
@@ -193,7 +226,7 @@ def retention(dense: dict[str, dict], compressed: dict[str, dict]) -> dict[str, 
     accuracies = {
         name: (score["value"], compressed["zeroshot"][name]["value"])
         for name, score in dense["zeroshot"].items()
-        if score.get("metric", "acc") in ACCURACIES
+        if is_accuracy(score)
     }
     return {
         "zeroshot": {name: after / before if before else None for name, (before, after) in accuracies.items()},

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modegpt.errors import UserError
 from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
 
@@ -64,8 +65,32 @@ class HarnessModel(HFLM):
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """The harness's own, without its bar."""
-        return super().generate_until(requests, disable_tqdm=True)
+        """The harness's own, its bar ours; prompts cut to leave room for the answer are counted.
+
+        Raises UserError for an answer that may be as long as the context.
+        """
+        for request in requests:
+            prompt, options = request.args
+            longest = options.get("max_gen_toks", self.max_gen_toks)
+            if longest >= self.max_length:
+                raise UserError(
+                    f"task {request.task_name!r} lets a model write {longest} tokens, "
+                    f"this one's context is {self.max_length}"
+                )
+            length = len(self.tok_encode(prompt))
+            self.num_truncated[request.task_name] += length > self.max_length - longest
+            self.bar.total = (self.bar.total or 0) + min(length, self.max_length - longest)
+        self.num_calls += 1
+        part = f"answers {self.num_calls}"
+        if part not in self.begun.parts:
+            self.begun.note(part, super().generate_until(requests, disable_tqdm=True))
+        return self.begun.parts[part]
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        """The harness's own; tells the bar."""
+        written = super()._model_generate(context, max_length, stop, **options)
+        self.bar.update(int(options["attention_mask"].sum()))
+        return written
 
     def _encode(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Tokenise what is new in ``pairs``.

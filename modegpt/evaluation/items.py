@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 ACCURACIES = ("acc", "acc_norm")
-"""The metrics of lm-evaluation-harness that are a share of right answers."""
+"""The metrics of lm-evaluation-harness that are a share of right answers whatever a task makes of them."""
+
+
+def is_accuracy(score: Mapping[str, Any]) -> bool:
+    """Whether a task's score is a share of right answers: by its metric, or because its items are right or wrong."""
+    return score.get("metric", "acc") in ACCURACIES or score.get("right") is not None
+
+
+def share_right(values: Sequence[Any], whole: float) -> bool:
+    """Whether each of ``values`` is 0 or 1 and ``whole`` is their mean."""
+    plain = all(isinstance(value, bool | int | float) and value in (0, 1) for value in values)
+    return plain and bool(values) and math.isclose(math.fsum(values) / len(values), whole, abs_tol=1e-9)
 
 
 def pack(right: Sequence[float]) -> str | None:

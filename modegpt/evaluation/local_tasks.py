@@ -1,8 +1,11 @@
-"""Files of the standard zero-shot tasks, converted on load to the columns lm-evaluation-harness expects.
+"""Local files of tasks: of the standard ones, converted on load to the columns lm-evaluation-harness expects.
 
 A row may already have the task's own columns, as on the hub; it then passes unchanged. Otherwise it has the form in
 which these sets are also passed around: ``question, choices, gold`` (ARC), ``query, choices, gold`` (OpenBookQA),
 ``context_options, continuation, gold`` (WinoGrande), and PIQA with its labels in a file of their own.
+
+Any other task is a folder of its name with a file for each split of its data set, rows as on the hub:
+``gsm8k/test.jsonl`` and ``gsm8k/train.jsonl``, ``mmlu_anatomy/test.jsonl`` and ``mmlu_anatomy/dev.jsonl``.
 """
 
 import os
@@ -22,7 +25,8 @@ def local_rows(task: str, folder: str | Path) -> list[dict]:
         raise UserError(f"evaluation.zeroshot.data_path={folder} is not a folder; it should hold {task}*.jsonl")
     if task not in CONVERTERS:
         raise UserError(
-            f"task {task!r} is not read from local files; evaluation.zeroshot.data_path serves {', '.join(CONVERTERS)}"
+            f"task {task!r} is not read from local files: evaluation.zeroshot.data_path serves "
+            f"{', '.join(CONVERTERS)}, and any task with a folder of its name: {Path(folder) / task / 'SPLIT.jsonl'}"
         )
     path = only_file(folder, f"{task}*.json*")
     rows = read_rows(path)
@@ -30,6 +34,24 @@ def local_rows(task: str, folder: str | Path) -> list[dict]:
         raise UserError(f"{path} has no rows")
     labels = iter(_piqa_labels(path, rows) if task == "piqa" else ())
     return [CONVERTERS[task](row | {"label": next(labels)} if task == "piqa" else row, place) for place, row in rows]
+
+
+def in_folders(name: str, folder: str | Path) -> bool:
+    """Whether the rows of the task or group ``name`` are in folders below ``folder``, not in a file in it."""
+    below = (path for path in Path(folder).glob("*") if path.is_dir())
+    return any(name not in CONVERTERS or path.name == name for path in below)
+
+
+def local_splits(task: str, folder: str | Path, *, scored: str) -> dict[str, list[dict]]:
+    """Rows by split of the files ``<folder>/<task>/<split>.jsonl`` (or ``.json``).
+
+    Raises UserError without rows of the split that is ``scored``.
+    """
+    files = sorted((Path(folder) / task).glob("*.json*"))
+    rows = {file.name.split(".")[0]: [row for _, row in read_rows(file)] for file in files}
+    if not rows.get(scored):
+        raise UserError(f"task {task!r} is scored on {Path(folder) / task / scored}.jsonl, which is missing or empty")
+    return rows
 
 
 def _piqa_labels(path: Path, rows: list[tuple[str, dict]]) -> list[int]:

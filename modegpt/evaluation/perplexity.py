@@ -17,9 +17,12 @@ STANDARD_WINDOW = 2048  # most papers
 LARGEST_AUTO_WINDOW = 4096  # the MoDeGPT paper's Llama-2 figures
 
 
-def metric_name(source: str, window: int) -> str:
-    """``ppl_<source>_<window>``: numbers on different windows must not share a name."""
-    return f"ppl_{source}_{window}"
+def metric_name(source: str, window: int, *, bos: bool = False) -> str:
+    """``ppl_<source>_<window>``: numbers on different windows must not share a name.
+
+    ``bos``: each window has a BOS in front, which is not the field's usual; the name then says so.
+    """
+    return f"ppl_{source}_{window}{'_bos' if bos else ''}"
 
 
 def resolve_windows(windows: str | Sequence[int], *, context: int, num_tokens: int, what: str) -> list[int]:

@@ -21,12 +21,14 @@ class PerplexitySpec:
         path: a local file for it.
         windows: window lengths in tokens, or ``"auto"`` (see ``perplexity.resolve_windows``).
         batch_tokens: tokens in one forward pass (one window at least).
+        limit: score only the first tokens of the text; such a result is marked as limited.
     """
 
     source: str | None = None
     path: str | None = None
     windows: Any = "auto"
     batch_tokens: int = 4096
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.windows, int) and not isinstance(self.windows, bool):
@@ -44,24 +46,32 @@ class PerplexitySpec:
             if min(self.windows) < 2:
                 raise UserError(f"evaluation.perplexity.windows={list(self.windows)}: a window needs at least 2 tokens")
         _at_least("evaluation.perplexity.batch_tokens", self.batch_tokens, 1)
+        if self.limit is not None:
+            _at_least("evaluation.perplexity.limit", self.limit, 2)
 
 
 @dataclass
 class ZeroShotSpec:
-    """Zero-shot accuracy through lm-evaluation-harness.
+    """Tasks of lm-evaluation-harness, without examples in the prompt unless asked for.
 
     Attributes:
-        tasks: ``"tiny"``, ``"paper"``, ``"next_sentence"``, any task name of lm-evaluation-harness, or a list of
-            these; None scores no task.
-        data_path: folder of local files for the paper's tasks, read instead of the hub.
+        tasks: ``"tiny"``, ``"paper"``, ``"next_sentence"``, any task, group or tag of lm-evaluation-harness, or a list
+            of these; None scores no task.
+        data_path: folder of local files, read instead of the hub (see ``local_tasks.py``).
         batch_size: requests in one forward pass.
         limit: score only the first items of each task; such a result is marked as limited.
+        num_fewshot: examples in the prompt; None: as many as each task has by itself.
+        apply_chat_template: ask as the tokenizer's chat template does, examples as turns of the conversation.
+        run_code: let tasks such as HumanEval run the code that the model writes, on this machine.
     """
 
     tasks: Any = None
     data_path: str | None = None
     batch_size: int = 32
     limit: int | None = None
+    num_fewshot: int | None = 0
+    apply_chat_template: bool = False
+    run_code: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str):
@@ -74,6 +84,8 @@ class ZeroShotSpec:
         _at_least("evaluation.zeroshot.batch_size", self.batch_size, 1)
         if self.limit is not None:
             _at_least("evaluation.zeroshot.limit", self.limit, 1)
+        if self.num_fewshot is not None:
+            _at_least("evaluation.zeroshot.num_fewshot", self.num_fewshot, 0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy through lm-evaluation-harness, reported the way the paper does."""
+"""Tasks through lm-evaluation-harness, reported the way the paper does."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.isolation import isolated_harness
-from modegpt.evaluation.items import ACCURACIES, pack
+from modegpt.evaluation.items import ACCURACIES, is_accuracy, pack, share_right, unpack
+from modegpt.evaluation.tasks import TaskGroup, flat, redraw_examples
 from modegpt.progress import Progress
 
 METRIC_EXCEPTIONS = {"tiny_pronoun": "acc"}
@@ -31,8 +32,9 @@ def zeroshot(
     encodings: dict,
     progress: Progress,
     begun: Begun | None = None,
+    apply_chat_template: bool = False,
 ) -> dict[str, dict]:
-    """Score ``tasks`` (of ``load_tasks``) without examples in the prompt.
+    """Score ``tasks`` (of ``load_tasks``).
 
     Args:
         batch_size: requests in one forward pass; results do not depend on it beyond rounding.
@@ -40,12 +42,14 @@ def zeroshot(
         limit: score the first items of each task only.
         encodings: tokens by request, filled here; pass the same dict for another model with this tokenizer.
         begun: where answers are kept as they are found, and taken from.
+        apply_chat_template: ask as the tokenizer's chat template does, examples as turns of the conversation.
 
     Returns, by task name, ``metric, value, stderr, num_items, num_truncated``, of ``acc`` and ``acc_norm`` what the
-    task reports (``acc, acc_stderr``), and for an accuracy ``right``: which items were answered right by ``metric``
-    (see ``modegpt.evaluation.items``). ``"mean"`` holds ``value, stderr, num_tasks, limit`` over the tasks that report
-    an accuracy. A standard error is None where it has no meaning (one item). Raises UserError on NaN or infinite
-    logits.
+    task reports (``acc, acc_stderr``), where it reports another metric all its figures (``others``), and for an
+    accuracy ``right``: which items were answered right by ``metric`` (see ``modegpt.evaluation.items``). A group's
+    score is that of all items of its tasks, whose own values are in ``tasks``. ``"mean"`` holds ``value, stderr,
+    num_tasks, limit`` over the tasks that report an accuracy. A standard error is None where it has no meaning (one
+    item). Raises UserError on NaN or infinite logits.
     """
     with progress.bar(total=0, description="zero-shot tasks", unit="token") as bar, isolated_harness():
         from lm_eval.evaluator import evaluate
@@ -61,17 +65,28 @@ def zeroshot(
             bar=bar,
             begun=begun or Begun(),
         )
-        with _observed(tasks) as items:
+        single = flat(tasks)
+        for task in single.values():
+            redraw_examples(task)
+        with _observed(single) as items:
             raw = evaluate(
                 lm=scorer,
-                task_dict={"tasks": dict(tasks)},
+                task_dict={"tasks": single},
                 limit=limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 log_samples=False,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=True,  # what may not be run is refused when it is loaded
             )
-    scores = {name: _task_score(name, raw["results"][name], items[name]) for name in tasks}
+    parts = {name: _task_score(name, raw["results"][name], items[name]) for name in single}
+    for name, task in single.items():
+        parts[name]["num_truncated"] = scorer.num_truncated[task.config.task]
+    scores = {
+        name: _group_score({part: parts[part] for part in task.tasks}) if isinstance(task, TaskGroup) else parts[name]
+        for name, task in tasks.items()
+    }
     for name, score in scores.items():
-        score["num_truncated"] = scorer.num_truncated[name]
         if score["num_truncated"]:
             longer = f"{score['num_truncated']} requests were longer than the context of {max_length} tokens"
             progress.say(f"{name}: {longer} and lost their beginning")
@@ -102,7 +117,7 @@ def _observed(tasks: Mapping[str, Any]) -> Iterator[dict[str, list[Mapping[str, 
 
 def mean_score(scores: Mapping[str, dict], *, limit: int | None) -> dict[str, float | int | None]:
     """Mean over tasks, and its standard error: the root of the sum of squares of theirs, over their number."""
-    accuracies = [score for score in scores.values() if score["metric"] in ACCURACIES]
+    accuracies = [score for score in scores.values() if is_accuracy(score)]
     if not accuracies:
         return {"value": None, "stderr": None, "num_tasks": 0, "limit": limit}
     errors = [score["stderr"] for score in accuracies]
@@ -121,14 +136,35 @@ def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, 
     metric = METRIC_EXCEPTIONS.get(name) or next(
         (known for known in ("acc_norm", "acc") if known in metrics), metrics[0]
     )
-    kept = dict.fromkeys(known for known in ("acc", "acc_norm", metric) if known in metrics)
     stderr = _number(values.get(f"{metric}_stderr"))
     score = {"metric": metric, "value": values[metric], "stderr": stderr, "num_items": raw["sample_len"]}
-    for known in kept:
+    for known in dict.fromkeys(known for known in ("acc", "acc_norm", metric) if known in metrics):
         score |= {known: values[known], f"{known}_stderr": _number(values.get(f"{known}_stderr"))}
-    if metric in ACCURACIES:
-        score["right"] = pack([item[metric] for item in items[: score["num_items"]]])
+    if metric not in ACCURACIES:
+        figures = {key.removesuffix(",none"): _number(value) for key, value in raw.items() if "," in key}
+        score["others"] = {key: value for key, value in figures.items() if "_stderr" not in key}
+    own = [item.get(metric) for item in items[: score["num_items"]]]
+    if metric in ACCURACIES or share_right(own, score["value"]):
+        score["right"] = pack(own)
     return score
+
+
+def _group_score(parts: Mapping[str, dict]) -> dict[str, Any]:
+    """The score of all items of some tasks together, as if they were of one."""
+    rights = [unpack(score) for score in parts.values()]
+    items = [item for right in rights if right is not None for item in right.tolist()]
+    num_items = sum(score["num_items"] for score in parts.values())
+    value = sum(score["value"] * score["num_items"] for score in parts.values()) / num_items
+    whole = len(items) == num_items
+    return {
+        "metric": next(iter(parts.values()))["metric"],
+        "value": value,
+        "stderr": math.sqrt(value * (1 - value) / (num_items - 1)) if whole and num_items > 1 else None,
+        "num_items": num_items,
+        "num_truncated": sum(score["num_truncated"] for score in parts.values()),
+        "tasks": {name: score["value"] for name, score in parts.items()},
+        "right": pack(items) if whole else None,
+    }
 
 
 def _number(value: Any) -> float | None:

@@ -71,7 +71,8 @@ class ASVD(Method):
 
     def _truncations(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         meter, layers = task.calibration.meter, decoder_layers(task.model)
-        for layer, of_layer, statistics in zip(layers, ranks, task.calibration.statistics(INPUT_GRAMS), strict=True):
+        observed = task.calibration.statistics(INPUT_GRAMS, loop="decomposition")
+        for layer, of_layer, statistics in zip(layers, ranks, observed, strict=True):
             with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
                 truncations = {

@@ -242,7 +242,8 @@ class MoDeGPT(RankMethod):
         influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
         plan = self.plan(task, influence)
         generator = task.generator()
-        statistics_of = calibration.statistics(names) if names else ({} for _ in range(calibration.num_layers))
+        nothing = calibration.progress.track([{}] * calibration.num_layers, "decomposition", unit="layer")
+        statistics_of = calibration.statistics(names, loop="decomposition") if names else nothing
         layers = zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)
         done = [
             self.compress_layer(task, index, layer, ranks, statistics, generator)

@@ -106,7 +106,8 @@ class SVDLLM(Method):
 
     def _whitened(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         layers, meter = decoder_layers(task.model), task.calibration.meter
-        for layer, of_layer, statistics in zip(layers, ranks, task.calibration.statistics(INPUT_GRAMS), strict=True):
+        observed = task.calibration.statistics(INPUT_GRAMS, loop="decomposition")
+        for layer, of_layer, statistics in zip(layers, ranks, observed, strict=True):
             with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
                 grams = {name: psd_cholesky(C) for name, C in statistics.items()}

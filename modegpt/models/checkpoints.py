@@ -26,7 +26,7 @@ from transformers import (
 
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.data.hub import hub_access
-from modegpt.errors import UserError
+from modegpt.errors import UserError, shortened
 from modegpt.files import partial_folder, read_json, replacing, sync
 from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
@@ -335,7 +335,7 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
     except UserError:
         raise
     except errors as error:
-        told = " ".join(str(error).split())[:300]
+        told = shortened(str(error))
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what the file says
             told = "its weights are a pickle that holds more than tensors; give a safetensors checkpoint"
         bare = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)

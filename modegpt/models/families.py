@@ -18,6 +18,11 @@ def is_ours(config: PreTrainedConfig) -> bool:
     return config.model_type.startswith((RESIZED, SLICED))
 
 
+def family_name(config: PreTrainedConfig) -> str:
+    """Transformers' name of the family of a model, compressed or not, supported or not."""
+    return config.model_type.removeprefix(RESIZED).removeprefix(SLICED)
+
+
 def check_supported(model_type: str) -> Family:
     """The family called ``model_type``. Raises UserError naming the supported ones, and the nearest, otherwise."""
     family = FAMILIES.get(model_type.removeprefix(RESIZED).removeprefix(SLICED))

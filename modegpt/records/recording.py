@@ -62,6 +62,7 @@ def make_record(
     compressed_scores: dict[str, dict[str, Any]] | None,
     speeds: dict[str, Any] | None,
     cost: dict[str, Any],
+    commits: Mapping[str, str],
 ) -> dict[str, Any]:
     """The record of a run.
 
@@ -70,8 +71,9 @@ def make_record(
         model: the dense model.
         tokens: what the method was calibrated on; None without a method, as ``compressed`` and ``compressed_scores``.
         cost: ``CostMeter.summary``.
+        commits: of the hub's repositories that model and data are from; no part of the identity, which has the content.
     """
-    zeroshot = config.evaluation.zeroshot
+    asked = (config.evaluation.zeroshot, config.evaluation.perplexity)
     kept: dict[str, dict[str, Any]] = {"zeroshot": {}, "perplexity_increase": {}}
     if compressed_scores is not None:
         kept = retention(dense_scores, compressed_scores)
@@ -83,7 +85,7 @@ def make_record(
         "command": portable(command),
         "config": portable(asdict(config)),
         "seeds": {"seed": config.seed, "calibration": config.calibration.seed},
-        "provenance": provenance(),
+        "provenance": provenance() | ({"hub": dict(commits)} if commits else {}),
         "model": {
             "name": model_name(config),
             "path": portable(config.model.path),
@@ -108,7 +110,7 @@ def make_record(
             "compressed": compressed_scores,
             "retention": kept["zeroshot"],
             "perplexity_increase": kept["perplexity_increase"],
-            "limited": zeroshot is not None and zeroshot.limit is not None,
+            "limited": any(spec is not None and spec.limit is not None for spec in asked),
             **({} if speeds is None else {"throughput": speeds}),
         },
         "cost": cost,
@@ -135,7 +137,7 @@ def calibration_facts(tokens: CalibrationTokens, *, source: str, seed: int) -> d
         "num_tokens": tokens.num_tokens,
         "tokens_sha256": tokens.sha256,
         "stream_tokens": tokens.stream_tokens,
-    }
+    } | ({} if tokens.bos is None else {"bos": "each_window"})
 
 
 def compression_facts(

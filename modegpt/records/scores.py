@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modegpt.evaluation import items
-from modegpt.evaluation.items import ACCURACIES
+from modegpt.evaluation.items import is_accuracy
 from modegpt.records.schema import Record
 
 MEAN = "mean"
@@ -31,6 +31,8 @@ class Score:
     retention: float | None = None
     retention_stderr: float | None = None
     before: float | None = None
+    is_accuracy: bool = False
+    """Whether it is a share of right answers; some tasks of lm-evaluation-harness report something else."""
 
     @property
     def final(self) -> float:
@@ -41,11 +43,6 @@ class Score:
     def final_stderr(self) -> float | None:
         """The standard error of ``final``."""
         return self.dense_stderr if self.compressed is None else self.compressed_stderr
-
-    @property
-    def is_accuracy(self) -> bool:
-        """Whether it is a share of right answers; some tasks of lm-evaluation-harness report something else."""
-        return self.metric in (*ACCURACIES, MEAN)
 
 
 def all_scores(record: Mapping[str, Any]) -> list[Score]:
@@ -104,6 +101,7 @@ def _tasks(record: Mapping[str, Any]) -> list[Score]:
             retention=retention.get(task),
             retention_stderr=_retention_stderr(dense, compressed, task),
             before=_of(before.get(task), "value"),
+            is_accuracy=task == MEAN or is_accuracy(dense[task]),
         )
         for task in tasks
     ]
@@ -131,9 +129,7 @@ def _retention_stderr(dense: Mapping[str, Any], compressed: Mapping[str, Any], t
 
 def _behind(scores: Mapping[str, Any], task: str) -> list[str]:
     """The tasks an accuracy is of: itself, or all that the mean is over."""
-    return (
-        [each for each in scores if each != MEAN and scores[each]["metric"] in ACCURACIES] if task == MEAN else [task]
-    )
+    return [each for each in scores if each != MEAN and is_accuracy(scores[each])] if task == MEAN else [task]
 
 
 def _all(record: Mapping[str, Any], kind: str) -> tuple[Record, Record, Record]:

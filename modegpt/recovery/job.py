@@ -101,8 +101,9 @@ def prepare_recovery(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     seed: int,
+    bos: int | None = None,
 ) -> Recovery:
-    """Draw the training windows of ``lora`` from the ``training`` text.
+    """Draw the training windows of ``lora`` from the ``training`` text, each with ``bos`` in front, if given.
 
     Raises UserError for too little text, a window longer than the context, and a training text that holds more than one
     per cent of the ``test`` text.
@@ -114,10 +115,11 @@ def prepare_recovery(
             "choose another calibration text"
         )
     tokens = draw_windows(
-        tokenize_stream(training, tokenizer),
+        tokenize_stream(training, tokenizer, special_tokens=bos is None),
         num_samples=lora.num_samples,
         sequence_length=lora.window(context),
         seed=seed,
+        bos=bos,
         asked_by="recovery",
     )
     return Recovery(name=name, lora=lora, tokens=tokens, shared=shared, seed=seed)

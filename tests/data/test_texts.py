@@ -195,6 +195,17 @@ def test_hub_access_goes_offline_only_while_unreachable(monkeypatch):
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
+def test_the_hub_s_reason_is_cut_between_words(monkeypatch):
+    monkeypatch.setattr(hub, "_hub_answers", lambda endpoint: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    words = [f"word{number}" for number in range(100)]
+    with pytest.raises(UserError) as raised, hub.hub_access("x", "remedy"):
+        raise OSError(" ".join(words))
+    reason = str(raised.value).removeprefix("cannot load x from the hub (").removesuffix(" ...); remedy")
+    assert len(reason) < 300 and reason.split() == words[: len(reason.split())]
+
+
 def test_rows_know_their_place(tmp_path):
     path = write(tmp_path / "a.jsonl", '\n{"text": "a"}\n')
     assert read_rows(path) == [(f"{path}, line 2", {"text": "a"})]

@@ -1,9 +1,11 @@
 """Calibration windows: distinct, seeded, and refused when the text is too short."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modegpt.data.tokens import draw_windows, resolve_sequence_length
+from modegpt.data.tokens import BOS_IN_EACH_WINDOW, cut_windows, draw_windows, resolve_sequence_length, window_bos
 from modegpt.errors import UserError
 
 
@@ -36,3 +38,26 @@ def test_sequence_length() -> None:
     assert resolve_sequence_length(128, 256) == 128
     with pytest.raises(UserError, match="at most 256"):
         resolve_sequence_length(512, 256)
+
+
+def test_a_bos_stands_in_front_of_each_window_and_no_token_is_lost_by_it() -> None:
+    stream = torch.arange(100, 203)
+    windows = cut_windows(stream, 10, bos=7)
+    assert windows.shape == (11, 10) and (windows[:, 0] == 7).all()
+    assert windows[:, 1:].flatten().tolist() == list(range(100, 199)), "in order, the tail dropped"
+    assert cut_windows(stream, 10, bos=None).flatten().tolist() == list(range(100, 200))
+    tokens = draw_windows(stream, num_samples=11, sequence_length=10, seed=0, bos=7)
+    assert tokens.bos == 7 and sorted(tokens.ids[:, 1].tolist()) == list(range(100, 199, 9))
+    assert draw_windows(stream, num_samples=10, sequence_length=10, seed=0).bos is None
+
+
+def test_a_family_has_its_habit_and_may_be_given_another() -> None:
+    tokenizer, without = SimpleNamespace(bos_token_id=2), SimpleNamespace(bos_token_id=None)
+    for family in BOS_IN_EACH_WINDOW:
+        assert window_bos("auto", family=family, tokenizer=tokenizer) == 2
+        assert window_bos("stream_start", family=family, tokenizer=tokenizer) is None
+    for family in ("llama", "opt", "qwen3"):
+        assert window_bos("auto", family=family, tokenizer=without) is None
+        assert window_bos("each_window", family=family, tokenizer=tokenizer) == 2
+    with pytest.raises(UserError, match="which the tokenizer has not; set bos=stream_start"):
+        window_bos("each_window", family="llama", tokenizer=without)

@@ -113,6 +113,46 @@ def test_fingerprint_is_of_what_is_asked_not_how(spec, tokenizer, model, text_pa
         assert prepare(changed, tokenizer, model).fingerprint() != reference, change
 
 
+def test_a_limit_scores_the_beginning_of_the_text(spec, tokenizer, model):
+    whole = prepare(spec, tokenizer, model)
+    spec.perplexity.limit, spec.perplexity.windows = 40, [16]
+    begun = prepare(spec, tokenizer, model)
+    assert begun.text.token_ids.tolist() == whole.text.token_ids[:40].tolist()
+    assert begun.fingerprint()["text"]["sha256"] != whole.fingerprint()["text"]["sha256"]
+    score = evaluate(model, begun, label="x", progress=QUIET)["perplexity"]["ppl_jsonl_16"]
+    assert score["num_windows"] == 2 and score["num_tokens"] == 40
+
+
+def test_windows_that_begin_with_a_bos_are_another_figure(spec, tokenizer, model):
+    spec.zeroshot, spec.perplexity.windows = None, [16]
+    given = {"tokenizer": tokenizer, "model_config": model.config}
+    usual, each = prepare_evaluation(spec, **given), prepare_evaluation(spec, bos="each_window", **given)
+    assert usual.fingerprint() == prepare_evaluation(spec, bos="stream_start", **given).fingerprint()
+    assert usual.fingerprint()["text"].keys() == {"source", "sha256", "windows"}, (
+        "as recorded before there was a choice"
+    )
+    assert each.fingerprint()["text"]["bos"] == "each_window"
+    bos = tokenizer.bos_token_id
+    stream = usual.text.token_ids
+    assert stream[0] == bos and each.text.token_ids.tolist() == stream[1:].tolist(), "the stream itself has none"
+    scores = evaluate(model, each, label="x", progress=QUIET)["perplexity"]
+    assert list(scores) == ["ppl_jsonl_16_bos"]
+    windows = [torch.cat([torch.tensor([bos]), chunk]) for chunk in stream[1:].split(15) if len(chunk) == 15]
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss for window in windows]
+    assert scores["ppl_jsonl_16_bos"]["mean_nll"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert scores["ppl_jsonl_16_bos"]["num_predicted_tokens"] == 15 * len(windows)
+
+
+def test_a_family_s_habit_is_found_in_a_compressed_model_too(spec, tokenizer, model):
+    spec.zeroshot, spec.perplexity.windows = None, [16]
+    for model_type in ("gemma3_text", "modegpt_gemma", "sliced_gemma2"):
+        config = copy.deepcopy(model.config)
+        config.model_type = model_type
+        text = prepare_evaluation(spec, tokenizer=tokenizer, model_config=config).text
+        assert text.bos == tokenizer.bos_token_id
+
+
 def test_dense_key_holds_all_a_score_depends_on(spec, tokenizer, model):
     prepared = prepare(spec, tokenizer, model)
     given = {"weights_sha256": "w", "tokenizer_sha256": "t", "dtype": "float32", "device": "cpu"}

@@ -111,7 +111,7 @@ def test_bad_folders_are_named(task_folder):
     with pytest.raises(UserError, match="nowhere is not a folder; it should hold piqa"):
         load_tasks(["piqa"], data_path="nowhere")
     with pytest.raises(
-        UserError, match=r"task 'boolq' is not read from local files; evaluation.zeroshot.data_path serves piqa"
+        UserError, match=r"task 'boolq' is not read from local files: evaluation.zeroshot.data_path serves piqa"
     ):
         load_tasks(["boolq"], data_path=str(task_folder))
     (task_folder / "piqa_some-labels.lst").write_text("0\n")

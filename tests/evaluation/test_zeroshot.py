@@ -287,7 +287,7 @@ def test_unknown_tasks_are_refused_with_close_names(monkeypatch):
     import lm_eval.tasks
 
     # the real one reads 14,683 files
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: types.SimpleNamespace(all_tasks=["boolq", "mmlu"]))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: types.SimpleNamespace(all_tasks=["boolq", "mmlu"]))
     with pytest.raises(UserError, match=r"unknown task 'bool_q' in evaluation.zeroshot.tasks; did you mean boolq"):
         load_tasks(["bool_q"], data_path=None)
     with pytest.raises(UserError, match=r"unknown task 'zzz' .* names"):

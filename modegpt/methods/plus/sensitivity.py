@@ -201,7 +201,7 @@ def rank_costs(
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
     for index, (layer, statistics) in enumerate(
-        zip(layers, some.statistics(frozenset().union(*modules.values())), strict=True)
+        zip(layers, some.statistics(frozenset().union(*modules.values()), loop="measured loss"), strict=True)
     ):
         costs.append({})
         alike = Alike()
