@@ -77,9 +77,14 @@ class LeaveOutKeyword(cosmic_ray.operators.operator.Operator):
     def mutate(self, node: Any, index: int) -> Any:
         """Without the argument and the comma that parts it from the others."""
         place = node.children.index(self._keywords(node)[index])
-        behind = place + 1 < len(node.children) and getattr(node.children[place + 1], "value", "") == ","
-        del node.children[place if behind or place == 0 else place - 1 : place + 1 + behind]
+        commas = [each for each in (place + 1, place - 1) if self._is(node.children[each : each + 1], ",")]
+        for each in sorted((place, *commas[:1]), reverse=True):
+            del node.children[each]
         return node
+
+    @staticmethod
+    def _is(nodes: list, value: str) -> bool:
+        return [getattr(node, "value", "") for node in nodes] == [value]
 
     @staticmethod
     def _keywords(node: Any) -> list:
