@@ -27,6 +27,13 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return free
 
 
+def bytes_of_layer(made: Run) -> int:
+    assert made.method is not None and made.task is not None
+    sizes = sizes_of(made.backend.model.config)
+    elements = [STATISTICS[name].num_elements(sizes) for name in made.method.required_statistics(made.task.family)]
+    return 8 * sum(elements)
+
+
 def stored_bytes(results: Path) -> int:
     return sum(path.stat().st_size for path in results.parent.glob("cache/objects/*/layer*"))
 
@@ -34,9 +41,7 @@ def stored_bytes(results: Path) -> int:
 def test_the_prediction_is_what_a_run_stores(results: Path, disk: dict[str, int]) -> None:
     """Up to the headers of the files and two numbers a layer."""
     made = prepared(results)
-    sizes = sizes_of(made.backend.model.config)
-    names = made.method.required_statistics(made.task.family)
-    predicted = 8 * sum(STATISTICS[name].num_elements(sizes) for name in names) * made.task.calibration.num_layers
+    predicted = 6 * bytes_of_layer(made)
     assert list(space_warnings(made)) == []
     run(made.config, command="modegpt")
     assert predicted < stored_bytes(results) < 1.05 * predicted + 10**5
@@ -53,9 +58,7 @@ def test_methods_that_share_input_grams(results: Path, disk: dict[str, int], met
 
 def test_statistics_beyond_the_limit(results: Path, disk: dict[str, int]) -> None:
     made = prepared(results)
-    sizes, names = sizes_of(made.backend.model.config), made.method.required_statistics(made.task.family)
-    needed = 8 * sum([STATISTICS[name].num_elements(sizes) for name in names])
-    limit = round(2.5 * needed)
+    limit = round(2.5 * bytes_of_layer(made))
     [warning] = space_warnings(prepared(results, cache=CacheConfig(max_bytes=limit)))
     assert f"cache.max_bytes is {limit / 1e9:.1f} GB: those of 4 of 6 layers will not be kept" in warning
     disk["bytes"] = limit
@@ -64,7 +67,7 @@ def test_statistics_beyond_the_limit(results: Path, disk: dict[str, int]) -> Non
     assert list(space_warnings(prepared(results, cache=CacheConfig(max_bytes=0)))) == []
 
 
-def test_a_checkpoint_beyond_the_disk(results: Path, disk: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_beyond_the_disk(results: Path, disk: dict[str, int]) -> None:
     made = prepared(results, output=OutputConfig(root=str(results), save_model="auto"), cache=CacheConfig(max_bytes=0))
     size = made.backend.model.num_parameters() * made.backend.model.dtype.itemsize
     disk["bytes"] = size

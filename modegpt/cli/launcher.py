@@ -65,8 +65,9 @@ class ProcessLauncher(Launcher):
                     worker = idle.pop() if idle else Worker(self.task, sweep.directory)
                     busy[worker.connection] = worker
                     worker.start(waiting.popleft())
-                for ready in wait(list(busy)):
-                    worker = busy.pop(ready)  # type: ignore[call-overload]
+                ready = wait(list(busy))
+                for connection in [each for each in busy if each in ready]:
+                    worker = busy.pop(connection)
                     if worker.returned():
                         idle.append(worker)
                     sweep.conclude(worker.number, killed_by=worker.end)
