@@ -1,6 +1,8 @@
 """Files appear whole or not at all; the hash of a JSON value depends on all of it and on nothing else."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,10 +12,13 @@ from modegpt.errors import UserError
 from modegpt.files import (
     STALE_SECONDS,
     canonical_json,
+    hold,
     json_sha256,
     partial_file,
+    partial_folder,
     publish,
     read_json,
+    remove_abandoned,
     replacing,
     write_text,
 )
@@ -92,3 +97,54 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
     for name in ("x.json", "missing.json"):
         with pytest.raises(UserError, match=name):
             read_json(tmp_path / name)
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from modegpt.files import partial_folder
+
+with partial_folder(Path(sys.argv[1]), ".model.partial-") as folder:
+    (folder / "weights").write_text("half")
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_was_making_is_cleared_by_the_next(tmp_path: Path, repository: Path) -> None:
+    """And not what a living one is making, nor anything of another name."""
+    (tmp_path / ".model.old").mkdir()
+    command = [sys.executable, "-c", SAVING, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "at work\n"
+        [its] = tmp_path.glob(".model.partial-*")
+        with partial_folder(tmp_path, ".model.partial-") as mine:
+            assert {path.name for path in tmp_path.iterdir()} == {".model.old", its.name, mine.name}
+            assert (its / "weights").read_text() == "half"
+        process.kill()
+        process.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {".model.old", its.name}
+    with partial_folder(tmp_path, ".model.partial-") as mine:
+        assert {path.name for path in tmp_path.iterdir()} == {".model.old", mine.name}
+    assert {path.name for path in tmp_path.iterdir()} == {".model.old"}
+
+
+def test_a_folder_that_was_moved_away_is_not_removed(tmp_path: Path) -> None:
+    with partial_folder(tmp_path, ".part-") as folder:
+        (folder / "file").write_text("whole")
+        folder.rename(tmp_path / "place")
+    assert (tmp_path / "place" / "file").read_text() == "whole"
+
+
+def test_several_may_hold_a_folder(tmp_path: Path) -> None:
+    (folder := tmp_path / "folder").mkdir()
+    first, second = hold(folder), hold(folder)
+    os.close(first)
+    remove_abandoned([folder, tmp_path / "gone"])
+    assert folder.exists()
+    os.close(second)
+    remove_abandoned([folder])
+    assert not folder.exists()

@@ -19,7 +19,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.errors import UserError
 from modegpt.models import checkpoints
-from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, present, save_checkpoint
+from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, present, save_checkpoint, saved_by
 from modegpt.models.integrity import MANIFEST, fingerprint_weights
 from modegpt.streaming.model import StreamedModel
 from tests.models.family_table import dense_model, native_model, tokens
@@ -179,6 +179,20 @@ def test_saving_never_replaces_something_else(saved: Path, model: PreTrainedMode
     with pytest.raises(UserError, match="cannot save"):
         check_destination(tmp_path / "file" / "below")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine", "model"], "something was left behind"
+
+
+def test_only_the_same_run_replaces_its_checkpoint(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Computed again, it may round differently."""
+    other = compressed("llama3-rope-tied")
+    place = save_checkpoint(model, tiny_tokenizer(), tmp_path / "model", {}, run="a" * 64)
+    assert saved_by(place) == "a" * 64
+    with pytest.raises(UserError, match="already holds another checkpoint"):
+        save_checkpoint(other, tiny_tokenizer(), place, {}, run="b" * 64)
+    assert fingerprint_weights(load(place)) == fingerprint_weights(model)
+    save_checkpoint(other, tiny_tokenizer(), place, {}, run="a" * 64)
+    assert fingerprint_weights(load(place)) == fingerprint_weights(other)
+    assert saved_by(tmp_path / "none") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_empty_folder_is_used_and_parents_are_made(model: PreTrainedModel, tmp_path: Path) -> None:

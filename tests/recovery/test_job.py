@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def test_before_and_after_are_recorded(results: Path) -> None:
     assert again["metrics"]["dense"]["perplexity"][name]["value"] == after["value"], (
         "the checkpoint is the recovered model"
     )
+    weights = path.parent / "model" / "model.safetensors"
+    bits = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    settings = config(results, LORA, output=OutputConfig(root=str(results), pictures=False, save_model="auto"))
+    assert run(settings, command="modegpt") == path and weights.read_bytes() == bits, "trained again, not scored"
 
 
 def test_runs_without_recovery_keep_their_identity(results: Path, repository: Path) -> None:
