@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 
-# The tests that take minutes and gigabytes: a 1.3B-shaped model compressed out of core.
+# The tests that take minutes and gigabytes: a 1.3B-shaped model compressed out of core, sweeps killed at random.
 test-slow: $(INSTALLED)
 	@$(PY) -m pytest -q -m large
 
