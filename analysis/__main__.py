@@ -19,7 +19,7 @@ from analysis.readme import SHOWN, readme
 from analysis.runs import Run, read_runs, screen
 from analysis.specs import COMPARED, FIGURES, PARTS, TABLES, folders
 from analysis.tables import Table, build
-from analysis.throughput import throughput
+from analysis.throughput import damaged, throughput
 from modegpt.errors import UserError
 from modegpt.escaping import printable, spreadsheet
 
@@ -36,7 +36,7 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     """
     whole, broken = read_runs(results)
     runs, refused = screen(whole)
-    refused = [*broken, *refused]
+    refused = [*broken, *refused, *damaged(results)]
     tables = {part.name: [table for spec in part.tables for table in build(spec, runs)] for part in PARTS}
     tables["cost"] += throughput(results)
     built = {table.name: table for each in tables.values() for table in each}

@@ -1,12 +1,16 @@
 """Throughput and latency of dense and compressed models, from what ``benchmarks/bench_inference.py`` measured."""
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from analysis.cells import Cell, Column
+from analysis.runs import Refusal
 from analysis.tables import Row, Table
+from modegpt.errors import UserError
+from modegpt.files import read_json
+from modegpt.records.store import explained
 
 FILE = "bench/inference.json"
 HEADINGS = {"phase": "Phase", "batch_size": "Batch", "length": "Tokens", "model": "Model"}
@@ -20,19 +24,36 @@ COLUMNS = (
 
 
 def throughput(results: Path) -> list[Table]:
-    """The table of ``results/bench/inference.json``; none where nothing was measured."""
+    """The table of ``results/bench/inference.json``; none where nothing was measured or the file is damaged."""
+    with suppress(UserError):
+        return _tables(results)
+    return []
+
+
+def damaged(results: Path) -> list[Refusal]:
+    """The file, where it is one that no table can be made of."""
+    try:
+        _tables(results)
+    except UserError as error:
+        return [Refusal(FILE, str(error).removeprefix(f"{results / FILE}: "))]
+    return []
+
+
+def _tables(results: Path) -> list[Table]:
     path = results / FILE
     if not path.is_file():
         return []
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(_row(each) for each in measured["measurements"])
+    measured = read_json(path)
+    with explained(path):
+        rows = tuple(_row(each) for each in measured["measurements"])
+        heading = _heading(measured)
     return [
         Table(
             name="throughput",
             title="Throughput and latency against rate",
             headings=tuple(HEADINGS.values()),
             columns=COLUMNS,
-            blocks=((_heading(measured), rows),),
+            blocks=((heading, rows),),
             notes=(
                 "Latency: of a prefill, or of one more token of every sequence. "
                 "The last columns set the speed-up beside what the sizes allow on that machine.",

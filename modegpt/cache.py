@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from modegpt.files import json_sha256, partial_file
+from modegpt.files import json_sha256, partial_file, read_bytes
 
 if TYPE_CHECKING:  # who keeps no tensors need not wait for PyTorch
     import torch
@@ -94,7 +94,7 @@ class Cache:
         return value
 
     def _read_json(self, name: str, path: Path) -> Any:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads(read_bytes(path))
         self._check(stored["sha256"], name, stored["value"])
         return stored["value"]
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from modegpt.errors import UserError
 
 STALE_SECONDS = 3600.0
 """A partial file is written in seconds; an older one lost its writer."""
+LARGEST_BYTES = 2**30
+"""Of a JSON file or an archive of records; whole experiments take less than a thousandth of it."""
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -36,11 +39,23 @@ def json_sha256(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError naming it when it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except RecursionError:
         raise UserError(f"cannot read {path}: it is nested too deeply") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file. Raises OSError, also for what could be read for ever: a pipe, a device, or more than
+    ``LARGEST_BYTES``.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    if found.st_size > LARGEST_BYTES:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, more than such a file can have", str(path))
+    return path.read_bytes()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from modegpt.cli.messages import explain, is_defect
-from modegpt.cli.schema import config_directory, register, run_config
+from modegpt.cli.schema import check_choices, config_directory, register, run_config
 from modegpt.cli.sweep import Sweep, attempt
 from modegpt.errors import UserError, any_terminal, shortened
 from modegpt.termination import EXIT_CODE as TERMINATED
@@ -97,6 +97,7 @@ def _run_hydra(arguments: list[str]) -> None:
         argument for argument in arguments if argument not in overrides
     ]  # Hydra itself wants all flags on one side
     register()
+    check_choices(overrides)
     job = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(run_job)
     own_arguments = sys.argv
     sys.argv = [own_arguments[0], *flags, *overrides]

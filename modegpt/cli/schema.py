@@ -1,20 +1,21 @@
 """The bridge from Hydra's configuration to the plain dataclasses of ``modegpt.config``."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 import modegpt
 from modegpt.cache import Cache, cache_directory
-from modegpt.config import CacheConfig, RunConfig, defaults
+from modegpt.config import CacheConfig, RunConfig, defaults, unknown
 from modegpt.files import json_sha256
 
 INGREDIENTS = "experiments/ingredients"
@@ -99,6 +100,23 @@ def config_groups() -> list[str]:
     root = config_directory()
     groups = {path.parent.relative_to(root).as_posix() for path in root.rglob("*.yaml")}
     return sorted(group for group in groups if group != "." and not group.startswith("hydra"))
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuse what is no name where an option of a group is chosen: Hydra itself stumbles over a number or a list.
+
+    Raises:
+        hydra.errors.OverrideParseException: no override.
+        UserError: what is chosen is no name; the options are named.
+    """
+    groups = config_groups()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        group = override.key_or_group
+        if group not in groups or override.is_sweep_override():
+            continue
+        value = override.value()
+        if not isinstance(value, str | dict) and not (value is None and override.is_delete()):
+            raise unknown(group, value, [path.stem for path in (config_directory() / group).glob("*.yaml")])
 
 
 def run_config(cfg: DictConfig) -> RunConfig:

@@ -334,7 +334,9 @@ def _explained(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]
         yield
     except UserError:
         raise
-    except errors as error:
+    except Exception as error:
+        if not isinstance(error, errors) and type(error) is not Exception:  # which is all that tokenizers raises
+            raise
         told = shortened(str(error))
         if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what the file says
             told = "its weights are a pickle that holds more than tensors; give a safetensors checkpoint"

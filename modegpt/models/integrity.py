@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modegpt.decompositions.linalg import all_finite
 from modegpt.errors import UserError
-from modegpt.files import read_json
+from modegpt.files import LARGEST_BYTES, read_json
 
 MANIFEST = "modegpt_manifest.json"
 OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -68,6 +68,10 @@ def check_files(directory: Path) -> None:
     sealed = (directory / MANIFEST).is_file()
     if sealed:  # first: it tells a truncated file from one that was written so
         _check_manifest(directory)
+    for path in sorted(directory.glob("*.json")):
+        _check_regular(path)
+        if path.stat().st_size > LARGEST_BYTES:
+            raise UserError(f"{path} is damaged: it has {path.stat().st_size} bytes")
     for name in OBJECTS:
         if (directory / name).is_file() and not isinstance(read_json(directory / name), dict):
             raise UserError(f"{directory / name} is damaged: it is no JSON object")

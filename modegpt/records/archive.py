@@ -17,6 +17,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 
 from modegpt.errors import UserError
+from modegpt.files import read_bytes
 from modegpt.records.schema import Record
 
 SUFFIX = ".jsonl.gz"
@@ -35,7 +36,7 @@ class Archive:
     def read(cls, path: Path) -> "Archive":
         """Raises UserError for a file that is not a whole archive."""
         try:
-            text = gzip.decompress(path.read_bytes())
+            text = gzip.decompress(read_bytes(path))
         except (FileNotFoundError, NotADirectoryError):
             return cls(path, [])
         except (OSError, EOFError, zlib.error) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modegpt.errors import UserError, any_terminal
 from modegpt.escaping import printable, spreadsheet
+from modegpt.files import replacing
 from modegpt.records.archive import SUFFIX
 from modegpt.records.packing import pack, unpack
 from modegpt.records.schema import Record, flatten
@@ -194,10 +195,11 @@ def _export(store: RecordStore, arguments: argparse.Namespace) -> int:
     frame, left_out = tabulated(store.root)
     path = arguments.csv or arguments.parquet
     try:
-        if arguments.csv:
-            frame.map(spreadsheet).to_csv(path, index=False)
-        else:
-            frame.to_parquet(path, index=False)
+        with replacing(path) as temporary:
+            if arguments.csv:
+                frame.map(spreadsheet).to_csv(temporary, index=False)
+            else:
+                frame.to_parquet(temporary, index=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:  # a column of several types

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modegpt.errors import UserError
-from modegpt.files import canonical_json, json_sha256, partial_file, publish, sync
+from modegpt.files import canonical_json, json_sha256, partial_file, publish, read_bytes, sync
 from modegpt.records.archive import SUFFIX, Archive
 from modegpt.records.paths import portable
 from modegpt.records.schema import (
@@ -424,7 +424,7 @@ def timestamp() -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -419,6 +419,32 @@ def test_a_pickle_is_read_for_tensors_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"truncation": -1}, {"pre_tokenizer": {"type": "Nonsense"}}, {"model": 5}, {"added_tokens": [{"id": {}}]}],
+)
+def test_a_tokenizer_of_another_form_is_one_line(changes: dict, tmp_path: Path) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"^cannot load {tmp_path}: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_file_that_could_be_read_for_ever_is_refused(tmp_path: Path) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"tokenizer.json is no file"):
+        load_tokenizer(str(tmp_path))
+    path.unlink()
+    path.touch()
+    os.truncate(path, 20 * 2**30)
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged: it has 21474836480 bytes"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     native_model("llama").save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
