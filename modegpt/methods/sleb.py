@@ -29,8 +29,9 @@ class SLEB(Method):
         num_first_kept, num_last_kept: layers at either end of what remains that are not candidates. The
             authors' code keeps one at each end; the algorithm as published keeps none.
 
-    Checked line by line against the official code (jiwonsong-dev/SLEB, ``sleb.py``): the same greedy order by the same
-    loss, with one layer kept at each end.
+    Checked line by line against the official code (jiwonsong-dev/SLEB, ``sleb.py``), and beside its loss on the same
+    tokens: on tiny-llama the same three layers go, in the same order, at losses equal to 1e-7, with one layer kept at
+    each end and with none.
 
     Ties go to the earliest layer. A candidate is run from where it differs from the model of its step: what
     precedes the missing layer is computed once a step, so a step costs about half of its candidates' passes.

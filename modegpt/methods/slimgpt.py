@@ -75,8 +75,8 @@ class SlimGPT(Method):
     logarithm of the layer's depth, because the error of early layers grows on its way.
 
     Differs from the paper: whole key/value groups where it has no grouped-query attention; groups are rounded to whole
-    ones, and the layer's channels make up the difference. No official code is public; the first rate and the sizes of
-    the batches are read from restatements of the paper: ``first`` is ours.
+    ones, and the layer's channels make up the difference. Official code was not at hand: the sizes of the batches are
+    read from restatements of the paper, and ``first`` is ours.
 
     Args:
         first: the first layer's sparsity, relative to the target.
