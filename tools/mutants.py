@@ -233,9 +233,9 @@ def copied(destination: Path) -> None:
         cwd=CHECKOUT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     for name in filter(None, listing.split("\0")):
-        if (CHECKOUT / name).is_file():
+        if (CHECKOUT / name).is_file() or (CHECKOUT / name).is_symlink():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(CHECKOUT / name, destination / name)
+            shutil.copy2(CHECKOUT / name, destination / name, follow_symlinks=False)
 
 
 def put(module: Path, source: str) -> None:

@@ -144,6 +144,7 @@ def test_influence_alone_collects_nothing_else() -> None:
     assert influence.shape == (3,) and (influence > 0).all()
     assert calibration.meter.forward_passes == pytest.approx(1.0)
     assert calibration.meter.calibration_tokens == calibration.tokens.num_tokens
+    assert calibration.meter.stages["influence"].of("forward") > 0 == calibration.meter.stages["influence"].of("gram")
 
 
 def test_the_cache_replaces_the_forward(tmp_path: Path) -> None:

@@ -120,17 +120,19 @@ def test_every_class_says_what_it_is_what_it_reads_and_what_it_holds():
 
 
 @pytest.mark.parametrize(
-    "registry,name,field",
+    "registry,name,field,zero",
     [
-        (MLP_VARIANTS, "nystrom", "ridge"),
-        (MLP_VARIANTS, "nystrom_bias", "ridge"),
-        (MLP_VARIANTS, "columns", "ridge"),
-        (MLP_VARIANTS, "elimination", "ridge"),
-        (MLP_VARIANTS, "elimination", "block"),
-        (VALUE_OUTPUT_VARIANTS, "columns", "ridge"),
+        (MLP_VARIANTS, "nystrom", "ridge", False),
+        (MLP_VARIANTS, "nystrom_bias", "ridge", False),
+        (MLP_VARIANTS, "columns", "ridge", False),
+        (MLP_VARIANTS, "elimination", "ridge", True),
+        (MLP_VARIANTS, "elimination", "block", False),
+        (VALUE_OUTPUT_VARIANTS, "columns", "ridge", True),
     ],
 )
-def test_hyper_parameters_are_checked(registry, name, field):
-    for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=f"{field} must be"):
+def test_hyper_parameters_are_checked(registry, name, field, zero):
+    for wrong in (-1, float("nan"), float("inf"), *([] if zero else [0])):
+        with pytest.raises(UserError, match=f"{field} must be {'at least 0' if zero else 'positive'} and finite"):
             registry[name](**{field: wrong})
+    if zero:
+        assert getattr(registry[name](**{field: 0}), field) == 0
