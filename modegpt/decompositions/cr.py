@@ -110,7 +110,7 @@ class QueryKeyElimination(QueryKeySelection):
         C_Q, C_K = statistics["query_key.C_Q"].double(), statistics["query_key.C_K"].double()
         unit, size = weights.rank_unit, weights.inner_size
         products = group_heads(C_Q, len(C_K)).sum(dim=1) * C_K
-        blocks = products.unflatten(-1, (unit, -1)).unflatten(-3, (unit, -1)).sum(dim=(1, 3))
+        blocks = products.reshape(len(C_K), unit, size // unit, unit, size // unit).sum(dim=(1, 3))
         alive = torch.ones(blocks.shape[:2], dtype=torch.bool, device=blocks.device)
         for head, M in enumerate(blocks):
             gone, _ = elimination_order(M, (size - rank) // unit)

@@ -308,9 +308,9 @@ class MoDeGPT(RankMethod):
             if module == "query_key" and task.family.rope and not weights.rope:
                 variant = QueryKeySVD()  # the optimum, which a rotation rules out in the family's other layers
             try:
-                reduce: Any = (
-                    partial(experts.reduce_experts, variant) if isinstance(weights, ExpertWeights) else variant
-                )
+                reduce: Any = variant
+                if isinstance(weights, ExpertWeights):
+                    reduce = partial(experts.reduce_experts, reduce)
                 reductions[module] = reduce(weights, statistics, ranks[module], generator)
             except UserError as error:
                 raise UserError(f"layer {index}, {module}: {error}") from error
