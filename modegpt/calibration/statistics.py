@@ -107,7 +107,8 @@ class Statistic:
     Args:
         shape: in the letters of ``Sizes``, products spelled with a space. Where the last letter comes twice the
             statistic is a Gram matrix, or one a head: an unnormalised float64 sum over tokens. Else it is a mean.
-        linear: the role in ``Family`` of the linear map at which it is taken; None: it is taken at the residual stream.
+        linear: the role in ``Family`` of the linear map at which it is taken; None: it is taken at the residual stream,
+            or at every expert.
         side: whether the map's input or output is looked at.
         rows: from what passes there to what is summed.
     """
@@ -148,6 +149,9 @@ STATISTICS: dict[str, Statistic] = {
     "mlp.C": Statistic(("n", "n"), "down"),
     "mlp.mean": Statistic(("n",), "down"),
     "mlp.mean_square": Statistic(("n",), "down", "input", squared),
+    # each expert's down projection: the tokens that it sees, as they enter the sum, and their share of all
+    "experts.C": Statistic(("E", "n", "n"), None),
+    "experts.share": Statistic(("E",), None),
     # block influence 1 - mean cos(x_l, x_{l+1}), and how many tokens all of these are over
     "layer.influence": Statistic(()),
     "layer.num_tokens": Statistic(()),
@@ -204,6 +208,8 @@ class LayerObserver:
             for name, statistic in STATISTICS.items()
             if name in self.names and statistic.linear is not None
         ]
+        if {"experts.C", "experts.share"} & self.names:
+            handles += self._hook_experts()
         try:
             yield
         finally:
@@ -217,6 +223,24 @@ class LayerObserver:
         if statistic.side == "input":
             return linear.register_forward_pre_hook(lambda _, args: self._add(name, statistic, args[0]))
         return linear.register_forward_hook(lambda _, __, out: self._add(name, statistic, out))
+
+    def _hook_experts(self) -> list[RemovableHandle]:
+        downs = self.family.downs(self.layer)
+        count, width, device = len(downs), downs[0].in_features, downs[0].weight.device
+        C = self.moments.setdefault(
+            "experts.C", SecondMoment.zeros(count, width, device=device, precision=self.precision)
+        )
+        share = self.moments.setdefault("experts.share", FirstMoment.zeros(count, device=device))
+
+        def add(index: int, rows: Tensor) -> None:
+            with beside(self.stream, rows):
+                SecondMoment(C.sums[index : index + 1], self.precision).update(rows.unsqueeze(1))
+                share.sums[index] += len(rows)
+
+        return [
+            down.register_forward_pre_hook(lambda _, args, index=index: add(index, args[0]))
+            for index, down in enumerate(downs)
+        ]
 
     def _add(self, name: str, statistic: Statistic, states: Tensor) -> None:
         """Add the rows of ``states`` to the sum called ``name``."""

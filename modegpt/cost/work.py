@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from modegpt.models import block_linear_parameters, decoder_layers
+from modegpt.models import decoder_layers, family_of
 from modegpt.models.shapes import layer_shapes
 
 aten = torch.ops.aten
@@ -63,10 +63,18 @@ def forward_cost(model: PreTrainedModel) -> ForwardCost:
     attention_columns = sum(
         shape.num_kv_heads * group * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
     )
-    linears = [module for module in decoder_layers(model).modules() if isinstance(module, nn.Linear)]
+    experts_path = family_of(config).experts_path
+    share = 1.0 if experts_path is None else config.num_experts_per_tok / config.num_experts
+    # the maps, each with the share of the tokens that it sees
+    linears = [
+        (module, share if experts_path is not None and f".{experts_path}." in name else 1.0)
+        for name, module in decoder_layers(model).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    idle = sum((1 - seen) * linear.in_features * linear.out_features for linear, seen in linears)
     return ForwardCost(
-        num_weights=block_linear_parameters(model),
-        num_columns=sum(linear.in_features + linear.out_features for linear in linears),
+        num_weights=sum(each.numel() for each in decoder_layers(model).parameters() if each.ndim >= 2) - round(idle),
+        num_columns=round(sum(seen * (linear.in_features + linear.out_features) for linear, seen in linears)),
         attention_columns=attention_columns,
         dtype=model.dtype,
     )

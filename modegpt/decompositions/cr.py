@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from modegpt.decompositions.attention import elimination_order
 from modegpt.decompositions.modules import QueryKeySelection, QueryKeyWeights, Reduction, Statistics
 from modegpt.decompositions.selection import (
     choose_query_key,
@@ -86,3 +87,35 @@ class QueryKeyCRPairs(QueryKeyCR):
 
     label: ClassVar[str] = "CR, pair score"
     score: str = "pairs"
+
+
+@dataclass(frozen=True)
+class QueryKeyElimination(QueryKeySelection):
+    """Drop dims (pairs under RoPE) of each key head one by one, always the one that the logits miss least.
+
+    What dropping R costs is the squared error itself, ``tr(C_Q,RR C_K,RR)``, in which dims that add up or cancel count
+    together; the CR scores are its diagonal. Needs nothing but the Grams that these read.
+    Optimum: greedy, of each removal given those before.
+    relative_error: as QueryKeyCR. Cost: O(H_kv d^3) FLOPs at most.
+    Source: backward elimination on the error that docs/method.md, Type II, states; not the paper's.
+    """
+
+    label: ClassVar[str] = "Greedy elimination"
+    required: ClassVar[frozenset[str]] = frozenset({"query_key.C_Q", "query_key.C_K"})
+
+    def reduce(
+        self, weights: QueryKeyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[QueryKeyWeights]:
+        """Eliminate dims or pairs in each key head."""
+        C_Q, C_K = statistics["query_key.C_Q"].double(), statistics["query_key.C_K"].double()
+        unit, size = weights.rank_unit, weights.inner_size
+        products = group_heads(C_Q, len(C_K)).sum(dim=1) * C_K
+        blocks = products.reshape(len(C_K), unit, size // unit, unit, size // unit).sum(dim=(1, 3))
+        alive = torch.ones(blocks.shape[:2], dtype=torch.bool, device=blocks.device)
+        for head, M in enumerate(blocks):
+            gone, _ = elimination_order(M, (size - rank) // unit)
+            alive[head, gone] = False
+        kept = choose_query_key(alive.double(), rank, rope=weights.rope)
+        error = query_key_relative_error(C_Q, C_K, kept)
+        reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
+        return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)

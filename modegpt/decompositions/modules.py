@@ -23,7 +23,7 @@ class Sizes:
     """The letters of a layer: d_h hidden size, n MLP width, H query heads and H_kv key/value heads of size d.
 
     G_Q and G_K count the norms of queries and of keys, each of which is fitted on F_Q or F_K shares (those of the pairs
-    that it spans, and the offset); with ``joint_norms`` one norm spans all heads.
+    that it spans, and the offset); with ``joint_norms`` one norm spans all heads. E counts experts.
     """
 
     d_h: int
@@ -32,6 +32,7 @@ class Sizes:
     H_kv: int
     d: int
     joint_norms: bool = False
+    E: int = 1
 
     @property
     def G_Q(self) -> int:
@@ -88,6 +89,23 @@ class MLPWeights(Generic[Matrix]):
     def inner_size(self) -> int:
         """What a variant reduces: the width n."""
         return self.W_D.shape[0]
+
+    @property
+    def rank_unit(self) -> int:
+        """Ranks are multiples of this."""
+        return 1
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The MLPs of a layer's experts, all of one width and without biases."""
+
+    experts: tuple[MLPWeights[Any], ...]
+
+    @property
+    def inner_size(self) -> int:
+        """What a variant reduces: the width n of each expert."""
+        return self.experts[0].inner_size
 
     @property
     def rank_unit(self) -> int:
@@ -157,7 +175,7 @@ class ValueOutputWeights:
         return 1
 
 
-Weights = MLPWeights[Any] | QueryKeyWeights | ValueOutputWeights
+Weights = MLPWeights[Any] | ExpertWeights | QueryKeyWeights | ValueOutputWeights
 AnyWeights = TypeVar("AnyWeights", bound=Weights)
 
 

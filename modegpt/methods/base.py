@@ -99,6 +99,8 @@ class Method:
     """Several processes can share it: all it asks of the data is statistics that are sums."""
     streamed: ClassVar[bool] = False
     """It can go layer by layer from disk to disk."""
+    experts: ClassVar[bool] = False
+    """It can compress mixtures of experts."""
     revision: ClassVar[int] = 1
     """Raised when a mended method removes something else than before: its runs are then others than the old ones."""
 
@@ -147,6 +149,8 @@ class Method:
 
     def applicable(self, family: Family) -> str | None:
         """Why this method cannot compress ``family``, or None."""
+        if family.experts_path is not None and not self.experts:
+            return f"{self.name} does not know mixtures of experts; modegpt, shortgpt and sleb do"
         return None
 
     def check(self, task: CompressionTask) -> None:

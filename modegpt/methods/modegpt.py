@@ -7,6 +7,7 @@ global sparsity allocation. Any module's decomposition can be swapped for anothe
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +26,8 @@ from modegpt.allocation.ranks import (
 )
 from modegpt.calibration.statistics import Statistics
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
-from modegpt.decompositions import VARIANTS
-from modegpt.decompositions.modules import LowRank, Reduction, Variant
+from modegpt.decompositions import VARIANTS, experts
+from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, Reduction, Variant
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
@@ -38,14 +39,14 @@ from modegpt.models import (
     decoder_layers,
     dense_shape,
     layer_tensors,
-    read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
 )
 
 MODULES = ("mlp", "query_key", "value_output")
 READ: dict[str, Callable[[Family, nn.Module], Any]] = {
-    "mlp": read_mlp,
+    "mlp": read_mlps,
     "query_key": read_query_key,
     "value_output": read_value_output,
 }
@@ -85,7 +86,7 @@ def module_budgets(
     shape = dense_shape(config)
     num_heads = config.num_attention_heads
     per_head_dim = config.hidden_size * (num_heads + shape.num_kv_heads)
-    matrices = 2 if family.gate_path is None else 3
+    matrices = (2 if family.gate_path is None else 3) * (1 if family.experts_path is None else config.num_experts)
     sizes = {
         "mlp": (shape.intermediate_size, 1, config.hidden_size * matrices),
         "query_key": (shape.qk_head_dim, 2 if family.rope else 1, per_head_dim),
@@ -123,6 +124,7 @@ class MoDeGPT(RankMethod):
     reads: ClassVar[frozenset[str]] = RankMethod.reads | {"layer_sparsity"}
     shared: ClassVar[bool] = True
     streamed: ClassVar[bool] = True
+    experts: ClassVar[bool] = True
 
     mlp: Variant | None = field(metadata={"key": "decomposition/mlp"})
     query_key: Variant | None = field(metadata={"key": "decomposition/query_key"})
@@ -206,7 +208,7 @@ class MoDeGPT(RankMethod):
         """Refuse a decomposition that does not apply, and ranks that cannot be met where they are known beforehand."""
         layer = decoder_layers(task.model)[0]
         for module, variant in self.variants().items():
-            reason = None if variant is None else variant.applicable(READ[module](task.family, layer))
+            reason = None if variant is None else _applicable(variant, READ[module](task.family, layer))
             if reason is not None:
                 raise UserError(f"decomposition/{module} does not apply to {task.family.model_type}: {reason}")
         if ENGINES[self.engine].one_width and (self.skip_layers or not isinstance(self.allocation, Uniform)):
@@ -232,9 +234,14 @@ class MoDeGPT(RankMethod):
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Names of the statistics of a layer that its decompositions read."""
-        variants = self.variants().values()
-        head_norms = family.head_norms
-        return frozenset().union(*(each.reads(head_norms=head_norms) for each in variants if each is not None))
+        read = {
+            module: variant.reads(head_norms=family.head_norms)
+            for module, variant in self.variants().items()
+            if variant is not None
+        }
+        if family.experts_path is not None and "mlp" in read:
+            read["mlp"] = experts.REQUIRED
+        return frozenset().union(*read.values())
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Allocate, then reduce every layer on the dense model's statistics."""
@@ -301,7 +308,10 @@ class MoDeGPT(RankMethod):
             if module == "query_key" and task.family.rope and not weights.rope:
                 variant = QueryKeySVD()  # the optimum, which a rotation rules out in the family's other layers
             try:
-                reductions[module] = variant(weights, statistics, ranks[module], generator)
+                reduce: Any = variant
+                if isinstance(weights, ExpertWeights):
+                    reduce = partial(experts.reduce_experts, reduce)
+                reductions[module] = reduce(weights, statistics, ranks[module], generator)
             except UserError as error:
                 raise UserError(f"layer {index}, {module}: {error}") from error
         return reductions
@@ -315,7 +325,7 @@ def assemble_layer(
     weights = {module: reduction.weights for module, reduction in reductions.items()}
     mlp, query_key, value_output = (weights.get(module) for module in MODULES)
     linear_ranks, biases = {}, []
-    if mlp is not None:
+    if isinstance(mlp, MLPWeights):
         paths = {"W_U": family.up_path, "W_G": family.gate_path, "W_D": family.down_path}
         linear_ranks = {
             path: getattr(mlp, name).A.shape[1]
@@ -334,6 +344,11 @@ def assemble_layer(
         extra_biases=tuple(biases),
     )
     return shape, layer_tensors(family, config, shape, mlp=mlp, query_key=query_key, value_output=value_output)
+
+
+def _applicable(variant: Variant[Any], weights: Any) -> str | None:
+    """Why ``variant`` cannot reduce ``weights``, or None."""
+    return experts.experts_applicable(variant) if isinstance(weights, ExpertWeights) else variant.applicable(weights)
 
 
 def report(

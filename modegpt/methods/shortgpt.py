@@ -21,6 +21,7 @@ class ShortGPT(Method):
     """
 
     name: ClassVar[str] = "shortgpt"
+    experts: ClassVar[bool] = True
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:

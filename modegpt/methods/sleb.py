@@ -38,6 +38,7 @@ class SLEB(Method):
     """
 
     name: ClassVar[str] = "sleb"
+    experts: ClassVar[bool] = True
 
     num_first_kept: int = 0
     num_last_kept: int = 0

@@ -23,6 +23,7 @@ from modegpt.models.weights import (
     decoder_layers,
     layer_tensors,
     read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "layer_tensors",
     "merged_tensors",
     "read_mlp",
+    "read_mlps",
     "read_query_key",
     "read_value_output",
     "unfused",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,19 @@ def merged_tensors(family: Family, layer: nn.Module, changed: Mapping[str, Tenso
         for path in linears
         if any(name.startswith(f"{part}.") for name in changed for part in fused.get(path, (path,)))
     }
+    if family.experts_path is not None and any(name.startswith(f"{family.experts_path}.") for name in changed):
+        replaced.add(family.experts_path)  # where the family has those of all experts in one
     kept = {name: tensor for name, tensor in layer.state_dict().items() if name.rpartition(".")[0] not in replaced}
     return kept | dict(changed)
 
 
 def unfused(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with each of its family's fused maps taken apart; ``model`` itself where none is fused.
+    """``model`` with each of its family's fused maps, and its experts, taken apart; ``model`` itself without these.
 
     What comes back is of this package's class for the family, at full size, and its tensors are views of ``model``'s.
     """
     family = family_of(model.config)
-    if not family.fused or is_ours(model.config):
+    if not family.taken_apart or is_ours(model.config):
         return model
     config = compressed_config(model.config)
     with torch.device("meta"):
@@ -43,7 +46,21 @@ def unfused(model: PreTrainedModel) -> PreTrainedModel:
             rows = [empty.get_submodule(part).out_features for part in parts]
             views = linear_at(layer, path).weight.detach().split(rows)
             changed[-1] |= {f"{part}.weight": view for part, view in zip(parts, views, strict=True)}
+        if family.experts_path is not None:
+            changed[-1] |= _expert_views(family, layer.get_submodule(family.experts_path))
     return build_compressed(model, layer_shapes(config), changed)
+
+
+def _expert_views(family: Family, experts: Any) -> dict[str, Tensor]:
+    """The maps of each expert, as views of the tensors that hold those of all: gate and up (E, 2 n, d_h), down."""
+    assert family.gate_path is not None, "experts are gated"
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    parts = ((family.gate_path, gate), (family.up_path, up), (family.down_path, experts.down_proj.detach()))
+    return {
+        f"{one}.weight": view
+        for path, views in parts
+        for one, view in zip(family.of_experts(path, len(views)), views, strict=True)
+    }
 
 
 def build_layer(config: PreTrainedConfig, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:

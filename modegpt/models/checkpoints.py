@@ -210,10 +210,10 @@ def load_model(
         dtype = torch.float32
     with located(path) as source:
         config = load_config(path, source, revision)
-        if family_of(config).fused and device_map is not None and not is_compressed(config):
+        if family_of(config).taken_apart and device_map is not None and not is_compressed(config):
             raise UserError(
                 f"model.device_map cannot spread a dense {config.model_type} model: "
-                "its fused projections are taken apart when it is loaded"
+                "its fused projections or experts are taken apart when it is loaded"
             )
         spread = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory or None}
         with quiet():

@@ -169,7 +169,7 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
     config = model.config
     fields = family_fields(config)
     width = -(-max(1, *config.intermediate_sizes) // width_multiple) * width_multiple
-    fields["ffn_dim" if hasattr(config, "ffn_dim") else "intermediate_size"] = width
+    fields[_width_field(config)] = width
     if "head_dim" in fields:  # elsewhere the head size follows from the number of heads
         num_kv_heads = max(1, *config.kv_head_counts)
         fields |= {
@@ -178,7 +178,7 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
         }
         fields["head_dim"] = config.dense_head_dim
     attention = [family.query_path, family.key_path, family.value_path, family.output_path]
-    mlp = _mlp_paths(family)
+    mlp = _mlp_paths(family, getattr(config, "num_experts", 1))
     for switch, paths in (("attention_bias", attention), ("mlp_bias", mlp), ("enable_bias", attention + mlp)):
         if switch in fields:
             fields[switch] = any(
@@ -196,20 +196,31 @@ def _stock_layer(
 
     ``empty`` is a stock layer of the right sizes, without data.
     """
-    fused = {part: whole for whole, parts in family.fused.items() for part in parts}
-    paths = [family.query_path, family.key_path, family.value_path, family.output_path, *_mlp_paths(family)]
+    attention = [family.query_path, family.key_path, family.value_path, family.output_path]
+    paths = {*attention, *_mlp_paths(family, len(family.downs(layer)))}
     tensors = filled_layer(
         family,
         layer,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
-        width=config.ffn_dim if hasattr(config, "ffn_dim") else config.intermediate_size,
-        biased={path for path in paths if path not in fused and empty.get_submodule(path).bias is not None},
+        width=getattr(config, _width_field(config)),
+        biased=paths & {name.removesuffix(".bias") for name, _ in empty.named_parameters()},
         where=f"layer {index}",
         engine=f"{config.model_type} models",
     )
     for whole, parts in family.fused.items():
         tensors[f"{whole}.weight"] = torch.cat([tensors.pop(f"{part}.weight") for part in parts])
+    if family.experts_path is not None:
+        count = len(family.downs(layer))
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{path}.weight") for path in family.of_experts(role, count)])
+            for role in (family.gate_path, family.up_path, family.down_path)
+            if role is not None
+        )
+        tensors |= {
+            f"{family.experts_path}.gate_up_proj": torch.cat((gate, up), dim=1),
+            f"{family.experts_path}.down_proj": down,
+        }
     return tensors
 
 
@@ -233,6 +244,7 @@ def filled_layer(
     """
     attention: Any = family.attention(layer)
     own_kv_heads, group = attention.num_kv_heads, attention.num_key_value_groups
+    downs = family.downs(layer)
     kept = torch.arange(attention.qk_dim).repeat(own_kv_heads, 1)
     if attention.has_rope_index:
         pairs = attention.rope_index.cpu()
@@ -244,7 +256,7 @@ def filled_layer(
         family.key_path: (_places(kept, head_dim), num_kv_heads * head_dim),
         family.value_path: (_places(values, head_dim), num_kv_heads * head_dim),
         family.output_path: (_places(values.repeat_interleave(group, 0), head_dim), group * num_kv_heads * head_dim),
-        **{path: (torch.arange(family.up(layer).out_features), width) for path in _mlp_paths(family)},
+        **{path: (torch.arange(downs[0].in_features), width) for path in _mlp_paths(family, len(downs))},
     }
     tensors = {
         name: tensor
@@ -253,9 +265,10 @@ def filled_layer(
     }
     weights: dict[str, Tensor] = {}
     biases: dict[str, Tensor | None] = {}
+    down_paths = family.of_experts(family.down_path, len(downs))
     for path, (positions, count) in places.items():
         linear = layer.get_submodule(path)
-        inner = path in (family.output_path, family.down_path)
+        inner = path == family.output_path or path in down_paths
         weights[path] = _spread(_weight(linear), positions, count, dim=1 if inner else 0)
         bias = bias_of(linear)
         biases[path] = bias if bias is None or inner else _spread(bias, positions, count, dim=0)
@@ -278,8 +291,15 @@ def filled_layer(
     return tensors | {f"{path}.weight": weight for path, weight in weights.items()}
 
 
-def _mlp_paths(family: Family) -> list[str]:
-    return [path for path in (family.gate_path, family.up_path, family.down_path) if path is not None]
+def _width_field(config: PreTrainedConfig) -> str:
+    """What a family's configuration calls the width of its MLPs."""
+    return next(name for name in ("ffn_dim", "moe_intermediate_size", "intermediate_size") if hasattr(config, name))
+
+
+def _mlp_paths(family: Family, num_mlps: int) -> list[str]:
+    """Those of the one MLP, or of all experts."""
+    roles = (family.gate_path, family.up_path, family.down_path)
+    return [path for role in roles if role is not None for path in family.of_experts(role, num_mlps)]
 
 
 def _places(within: Tensor, size: int) -> Tensor:

@@ -46,8 +46,18 @@ def family_of(config: PreTrainedConfig) -> Family:
     rotary_share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotary_share != 1.0:
         raise UserError(f"{config.model_type} with partial_rotary_factor {rotary_share} is not supported: it must be 1")
+    if family.experts_path is not None:
+        _check_experts(config)
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(
             f"{config.model_type} with use_bidirectional_attention is not supported: only causal language models are"
         )
     return family
+
+
+def _check_experts(config: PreTrainedConfig) -> None:
+    """Raise UserError for a mixture of experts of which some layers have none, or that clips its states."""
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise UserError(f"{config.model_type} with layers that have no experts is not supported: all must have them")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UserError(f"{config.model_type} with clip_qkv={config.clip_qkv} is not supported: it must be null")

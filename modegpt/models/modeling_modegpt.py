@@ -56,6 +56,9 @@ class Family:
     """None where the MLP is not gated."""
     up_path: str = "mlp.up_proj"
     down_path: str = "mlp.down_proj"
+    experts_path: str | None = None
+    """Where a mixture of experts keeps its experts, each an MLP at the paths above, its number in place of ``*``."""
+    router_path: str | None = None
     attention_path: str = "self_attn"
     query_norm_path: str | None = None
     key_norm_path: str | None = None
@@ -79,6 +82,11 @@ class Family:
     def compressed(self) -> str:
         """The name of its compressed model class."""
         return f"MoDeGPT{self.classes}ForCausalLM"
+
+    @property
+    def taken_apart(self) -> bool:
+        """Whether a dense model of the family is compressed in another form than its own."""
+        return bool(self.fused) or self.experts_path is not None
 
     @property
     def head_norms(self) -> bool:
@@ -126,6 +134,15 @@ class Family:
         """The down projection of a layer's MLP."""
         return linear_at(layer, self.down_path)
 
+    def of_experts(self, path: str, num_experts: int) -> list[str]:
+        """``path`` of each expert; itself where there is but one MLP."""
+        return [path] if self.experts_path is None else [path.replace("*", str(e)) for e in range(num_experts)]
+
+    def downs(self, layer: nn.Module) -> list[nn.Linear]:
+        """The down projection of each expert of a layer, or of its one MLP."""
+        count = 1 if self.experts_path is None else len(cast(nn.ModuleList, layer.get_submodule(self.experts_path)))
+        return [linear_at(layer, path) for path in self.of_experts(self.down_path, count)]
+
 
 def linear_at(layer: nn.Module, path: str) -> nn.Linear:
     """The linear map at ``path`` in a layer.
@@ -137,6 +154,11 @@ def linear_at(layer: nn.Module, path: str) -> nn.Linear:
 
 
 HEAD_NORMS: dict[str, Any] = {"query_norm_path": "self_attn.q_norm", "key_norm_path": "self_attn.k_norm"}
+EXPERTS: dict[str, Any] = {
+    **{f"{role}_path": f"mlp.experts.*.{role}_proj" for role in ("gate", "up", "down")},
+    "experts_path": "mlp.experts",
+    "router_path": "mlp.gate",
+}
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -177,6 +199,9 @@ FAMILIES = {
                 "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
             },
         ),
+        Family("mixtral", "Mixtral", **EXPERTS),
+        Family("qwen3_moe", "Qwen3Moe", **HEAD_NORMS, **EXPERTS),
+        Family("olmoe", "Olmoe", joint_norms=True, **HEAD_NORMS, **EXPERTS),
     )
 }
 """Every family, by its model type. An entry is all that a new one needs."""
@@ -242,7 +267,10 @@ class CompressedFields:
     @property
     def dense_width(self) -> int:
         """MLP width of the dense model."""
-        return self.ffn_dim if hasattr(self, "ffn_dim") else self.intermediate_size
+        for name in ("ffn_dim", "moe_intermediate_size"):
+            if hasattr(self, name):
+                return getattr(self, name)
+        return self.intermediate_size
 
     def page_size(self, index: int) -> int:
         """What an engine that pages its cache keeps of a key and of a value in layer ``index``, in elements a head.
@@ -301,6 +329,10 @@ class SlicedHeadNorm(nn.Module):
     Each head has a weight w, a share c of each dim in what stands for the mean square of the whole head, and an eps of
     its own; where the norm is ``joint`` the sum is over all heads. Buffers, because they are fitted and not learned.
     """
+
+    weight: Tensor
+    energy: Tensor
+    eps: Tensor
 
     def __init__(self, num_heads: int, size: int, joint: bool):
         super().__init__()
@@ -457,16 +489,41 @@ class CompressedAttention:
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))``: the MLP of a family that stores gate and up as one map, taken apart."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def __init__(self, config: Any):
         super().__init__()
         self.act_fn = ACT2FN[config.hidden_act]
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(self, name, nn.Linear(1, 1, bias=False, device="meta"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_h) to the same shape."""
-        gate, up, down = (self.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        return down(self.act_fn(gate(x)) * up(x))
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """(..., d_h) to the same shape, times ``share`` (..., 1) if given, in front of the last map."""
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(h if share is None else (h * share).to(h.dtype))
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, each an MLP by itself.
+
+    What a down projection reads is weighted as its output enters the sum, so that statistics taken there are those of
+    what the experts contribute.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__(GatedMLP(config) for _ in range(config.num_experts))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, d_h), with the experts of each token and their shares (tokens, top k), to (tokens, d_h)."""
+        total = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, place = torch.where(top_k_index == index)
+            if len(token):
+                added = expert(hidden_states[token], top_k_weights[token, place].unsqueeze(-1))
+                total.index_add_(0, token, added.to(total.dtype))
+        return total
 
 
 def _take_apart(attention: Any, family: Family, path: str) -> None:
@@ -514,6 +571,8 @@ class CompressedCausalLM:
         layer.self_attn = cls.attention_class(config, index)
         if any(path.startswith("mlp.") for path in cls.family.fused):
             layer.mlp = GatedMLP(config)
+        if cls.family.experts_path is not None:
+            layer.set_submodule(cls.family.experts_path, Experts(config))
         ranks, biases = config.linear_ranks[index], config.extra_biases[index]
         for path, (in_features, out_features) in cls.linear_sizes(config, index).items():
             owner, _, name = path.rpartition(".")
@@ -533,10 +592,16 @@ class CompressedCausalLM:
             family.key_path: (hidden, key),
             family.value_path: (hidden, value),
             family.output_path: (group * value, hidden),
-            family.up_path: (hidden, width),
-            family.down_path: (width, hidden),
         }
-        return sizes if family.gate_path is None else sizes | {family.gate_path: (hidden, width)}
+        of_mlp = (
+            (family.gate_path, (hidden, width)),
+            (family.up_path, (hidden, width)),
+            (family.down_path, (width, hidden)),
+        )
+        for path, size in of_mlp:
+            if path is not None:
+                sizes |= dict.fromkeys(family.of_experts(path, getattr(config, "num_experts", 1)), size)
+        return sizes
 
 
 class CompressedModel:
@@ -583,5 +648,5 @@ def _declare(family: Family) -> Any:
     return causal
 
 
-MODELS = tuple(_declare(family) for family in FAMILIES.values())
+MODELS: tuple[Any, ...] = tuple(_declare(family) for family in FAMILIES.values())
 """Every compressed model class."""

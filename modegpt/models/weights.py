@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modegpt.decompositions.modules import HeadNorm, LowRank, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import (
+    ExpertWeights,
+    HeadNorm,
+    LowRank,
+    MLPWeights,
+    QueryKeyWeights,
+    ValueOutputWeights,
+)
 from modegpt.models.families import Family, family_of
 from modegpt.models.shapes import LayerShape, empty_dense_layer
 
@@ -24,13 +31,30 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def block_linear_parameters(model: PreTrainedModel) -> int:
     """Weights of the linear maps inside the decoder layers: every parameter there with two dimensions or more.
 
-    Factors of low-rank maps and any added matrices count in full; embeddings, head, norms and biases do not.
+    Factors of low-rank maps, all experts and any added matrices count in full; embeddings, head, norms, biases and the
+    routers of experts do not.
     """
-    return sum(parameter.numel() for parameter in decoder_layers(model).parameters() if parameter.ndim >= 2)
+    router = family_of(model.config).router_path
+    return sum(
+        parameter.numel()
+        for name, parameter in decoder_layers(model).named_parameters()
+        if parameter.ndim >= 2 and (router is None or f".{router}." not in name)
+    )
+
+
+def read_mlps(family: Family, layer: nn.Module) -> MLPWeights | ExpertWeights:
+    """The MLP of a layer, or all its experts."""
+    if family.experts_path is None:
+        return read_mlp(family, layer)
+    experts = []
+    for expert in layer.get_submodule(family.experts_path).children():
+        W_U, W_G, W_D = (_matrix(getattr(expert, name)) for name in ("up_proj", "gate_proj", "down_proj"))
+        experts.append(MLPWeights(W_U=W_U, W_G=W_G, W_D=W_D))
+    return ExpertWeights(tuple(experts))
 
 
 def read_mlp(family: Family, layer: nn.Module) -> MLPWeights:
-    """The MLP of a layer: W_U, W_G (d_h, n), W_D (n, d_h) and their biases."""
+    """The one MLP of a layer: W_U, W_G (d_h, n), W_D (n, d_h) and their biases."""
     up, gate, down = family.up(layer), family.gate(layer), family.down(layer)
     return MLPWeights(
         W_U=_matrix(up),
@@ -124,7 +148,7 @@ def layer_tensors(
     config: PreTrainedConfig,
     shape: LayerShape,
     *,
-    mlp: MLPWeights | None = None,
+    mlp: MLPWeights | ExpertWeights | None = None,
     query_key: QueryKeyWeights | None = None,
     value_output: ValueOutputWeights | None = None,
 ) -> dict[str, Tensor]:
@@ -153,14 +177,8 @@ def layer_tensors(
         if path in biased:
             tensors[f"{last}.bias"] = W.new_zeros(W.shape[1]) if bias is None else bias.contiguous()
 
-    if mlp is not None:
-        width = mlp.W_D.A.shape[0] if isinstance(mlp.W_D, LowRank) else mlp.W_D.shape[0]
-        assert width == shape.intermediate_size, (width, shape)
-        put(family.up_path, mlp.W_U, mlp.b_U)
-        if family.gate_path is not None:
-            assert mlp.W_G is not None, f"{family.model_type} has a gate"
-            put(family.gate_path, mlp.W_G, mlp.b_G)
-        put(family.down_path, mlp.W_D, mlp.b_D)
+    for path, W, bias in () if mlp is None else _mlp_maps(family, mlp, width=shape.intermediate_size):
+        put(path, W, bias)
     if query_key is not None:
         num_kv_heads, _, size = query_key.W_K.shape
         assert (num_kv_heads, size) == (shape.num_kv_heads, shape.qk_head_dim), (query_key.W_K.shape, shape)
@@ -179,6 +197,29 @@ def layer_tensors(
         put(family.value_path, _joined(value_output.W_V), _flat(value_output.b_V))
         put(family.output_path, value_output.W_O.flatten(0, 1), value_output.b_O)
     return tensors
+
+
+def _mlp_maps(
+    family: Family, mlp: MLPWeights | ExpertWeights, *, width: int
+) -> list[tuple[str, Tensor | LowRank, Tensor | None]]:
+    """Path, matrix and bias of each map of an MLP of ``width``, or of all experts."""
+    experts = mlp.experts if isinstance(mlp, ExpertWeights) else (mlp,)
+    maps: list[tuple[str, Tensor | LowRank, Tensor | None]] = []
+    for index, one in enumerate(experts):
+        found = one.W_D.A.shape[0] if isinstance(one.W_D, LowRank) else one.W_D.shape[0]
+        assert found == width, (found, width)
+        assert (one.W_G is None) == (family.gate_path is None), f"{family.model_type} has a gate, or has none"
+        of_one = (
+            (family.up_path, one.W_U, one.b_U),
+            (family.gate_path, one.W_G, one.b_G),
+            (family.down_path, one.W_D, one.b_D),
+        )
+        maps += [
+            (family.of_experts(path, len(experts))[index], W, bias)
+            for path, W, bias in of_one
+            if path is not None and W is not None
+        ]
+    return maps
 
 
 def _norm_tensors(family: Family, query_key: QueryKeyWeights) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ class StreamedModel:
             )
         with located(path) as source:
             config = load_config(path, source)
-            family_of(config)
+            if family_of(config).experts_path is not None:
+                raise UserError(f"out_of_core does not know mixtures of experts such as {config.model_type}")
             shards = Shards(Path(source))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(

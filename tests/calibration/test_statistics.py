@@ -1,7 +1,7 @@
 """What it takes to add a statistic and a decomposition that reads it: one entry, and one class."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from modegpt.calibration.statistics import STATISTICS, Statistic
 from modegpt.decompositions.modules import MLPVariant, MLPWeights, Reduction, Sizes, Statistics
 from modegpt.decompositions.selection import keep_mlp, largest
 from modegpt.methods.modegpt import MoDeGPT
-from modegpt.models import decoder_layers, dense_shape, read_mlp
+from modegpt.models import decoder_layers, dense_shape, read_mlp, read_mlps
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
 
@@ -105,3 +105,29 @@ def test_shares_of_head_norms_are_those_of_the_states_in_front_of_them(name: str
         N = found[f"query_key.{role}"]
         torch.testing.assert_close(N, expected, rtol=1e-4, atol=1e-6)
         assert N.numel() == STATISTICS[f"query_key.{role}"].num_elements(sizes)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_experts_are_seen_on_their_tokens_as_these_enter_the_sum(name: str) -> None:
+    model = dense_model(name)
+    task = task_of(model, 0.3)
+    layer = decoder_layers(model)[1]
+    block: Any = layer.mlp
+    seen: list[Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(task.calibration.tokens.ids, use_cache=False)
+        handle.remove()
+        x = torch.cat(seen)
+        _, shares, chosen = block.gate(x)
+    found = list(task.calibration.statistics(frozenset({"experts.C", "experts.share", "layer.num_tokens"})))[1]
+    for index, expert in enumerate(read_mlps(task.family, layer).experts):
+        token, place = torch.where(chosen == index)
+        with torch.no_grad():
+            h = torch.nn.functional.silu(x[token] @ expert.W_G) * (x[token] @ expert.W_U)
+        h = (h * shares[token, place].unsqueeze(1)).double()
+        torch.testing.assert_close(found["experts.C"][index], h.mT @ h, rtol=1e-4, atol=1e-5)
+        assert float(found["experts.share"][index]) * int(found["layer.num_tokens"]) == pytest.approx(len(token))
+    assert float(found["experts.share"].sum()) == pytest.approx(2), "each token sees two experts"
+    sizes = Sizes(d_h=32, n=40, H=4, H_kv=2, d=8, E=4)
+    assert STATISTICS["experts.C"].num_elements(sizes) == found["experts.C"].numel()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs
+from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.selection import query_key_relative_error, sum_pairs
 from modegpt.errors import UserError
@@ -147,3 +147,30 @@ def test_dead_dims_go_first():
     result = QueryKeyCR()(case.weights, case.statistics, 7, generator())
     assert (result.kept != 2).all()
     assert result.relative_error == pytest.approx(0, abs=1e-14)
+
+
+@heads
+@pytest.mark.parametrize("rope", [True, False])
+def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, rope):
+    case = query_key_case(heads=heads, rope=rope, seed=5)
+    result = QueryKeyElimination()(case.weights, case.statistics, 4, generator())
+    d, group = case.weights.inner_size, len(case.Q) // len(case.K)
+    dense = case.logits()
+
+    def dims(blocks: list[int]) -> list[int]:
+        return [*blocks, *(i + d // 2 for i in blocks)] if rope else blocks
+
+    def missed(head: int, blocks: list[int]) -> float:
+        queries, keys = case.Q[head * group : (head + 1) * group, :, dims(blocks)], case.K[head][:, dims(blocks)]
+        return float((dense[head * group : (head + 1) * group] - queries @ keys.mT).square().sum())
+
+    for head in range(len(case.K)):
+        alive = list(range(d // 2 if rope else d))
+        for _ in range(2 if rope else 4):
+            costs = {block: missed(head, [other for other in alive if other != block]) for block in alive}
+            alive.remove(min(costs, key=costs.get))
+        assert result.kept[head].tolist() == dims(alive)
+    chosen = QueryKeyCR()(case.weights, case.statistics, 4, generator())
+    assert result.relative_error <= chosen.relative_error * (1 + 1e-9)
+    error = (dense - case.logits(result.weights)).square().sum() / dense.square().sum()
+    assert result.relative_error == pytest.approx(float(error), rel=1e-8)

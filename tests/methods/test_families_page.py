@@ -47,7 +47,8 @@ def kind(name: str, module: str, model) -> str:
     """What the layers of a reduced model are, in the words of the page."""
     family, attentions = FAMILIES[name], [layer.self_attn for layer in decoder_layers(model)]
     if module == "mlp":
-        return "gated" if family.gate_path else "plain"
+        said = "gated" if family.gate_path else "plain"
+        return said if family.experts_path is None else f"experts, {said}"
     if module == "value_output":
         return "heads"
     rotated = [hasattr(attention, "rope_index") for attention in attentions]

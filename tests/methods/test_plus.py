@@ -29,7 +29,7 @@ from tests.methods.protocol_checks import (
     check_zero_sparsity,
 )
 from tests.methods.task_of import task_of
-from tests.models.family_table import CONFIGS, dense_model, tokens
+from tests.models.family_table import ONE_MLP, dense_model, tokens
 
 OFF = {
     "sequential": False,
@@ -49,7 +49,7 @@ def test_zero_sparsity_is_the_dense_model_to_the_bit(name: str) -> None:
     check_zero_sparsity(MoDeGPTPlus(), name)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ONE_MLP)
 def test_the_budget_is_met_within_half_a_step(name: str) -> None:
     model = dense_model(name)
     width, gated = model.config.hidden_size, family_of(model.config).gate_path is not None

@@ -139,6 +139,7 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     layer = decoder_layers(model)[0]
     some = replace(calibration.tokens, ids=calibration.tokens.ids[: sensitivity._curve_windows(calibration)])
     [statistics] = itertools.islice(replace(calibration, tokens=some, cache=None).statistics(STATISTICS["mlp"]), 1)
+    down: Any
     [(down, reduced)] = mlp_prospect(calibration.family, layer, statistics).map(removed)
     with torch.no_grad():
         dense = model(measured).logits[:, positions].double().log_softmax(-1)

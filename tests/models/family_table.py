@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from modegpt.decompositions.modules import HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import ExpertWeights, HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.models import (
     FAMILIES,
     LayerShape,
@@ -25,7 +25,7 @@ from modegpt.models import (
     dense_shape,
     family_of,
     layer_tensors,
-    read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
     unfused,
@@ -43,6 +43,8 @@ GROUPED = {**SIZES, "intermediate_size": 40, "num_key_value_heads": 2}
 OWN = {"opt": {"ffn_dim": 40, "dropout": 0.0}, "gemma": {"head_dim": 16}, "qwen3": {"head_dim": 16}}
 OWN["gemma3_text"] = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6}
 OWN["gemma3_text"]["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+OWN |= {name: {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2} for name in ("mixtral", "olmoe")}
+OWN["qwen3_moe"] = OWN["olmoe"] | {"moe_intermediate_size": 40, "head_dim": 16}
 OWN["smollm3"] = {"no_rope_layers": [1, 0, 1]}
 
 
@@ -76,6 +78,8 @@ CONFIGS = {
     ),
 }
 """Each family by its model type, and then its other forms."""
+ONE_MLP = [name for name, config in CONFIGS.items() if family_of(config).experts_path is None]
+"""Those without experts, which all methods can compress."""
 
 
 def native_model(name: str, **changes) -> PreTrainedModel:
@@ -102,9 +106,12 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
 
 @dataclass
 class Selection:
-    """Indices of what stays in a layer: MLP columns (n',), query-key pairs or columns (H_kv, r'), values (H_kv, v')."""
+    """Indices of what stays in a layer.
 
-    mlp: Tensor
+    Columns (n',) of its MLP, or of each expert; query-key pairs or columns (H_kv, r'); values (H_kv, v').
+    """
+
+    mlp: list[Tensor]
     query_key: Tensor
     rope_index: Tensor | None
     value: Tensor
@@ -118,12 +125,14 @@ def smaller_shape(config: PreTrainedConfig) -> LayerShape:
     )
 
 
-def random_selection(rotated: bool, dense: LayerShape, shape: LayerShape, generator: torch.Generator) -> Selection:
+def random_selection(
+    rotated: bool, dense: LayerShape, shape: LayerShape, generator: torch.Generator, num_mlps: int = 1
+) -> Selection:
     def choose(size: int, count: int) -> Tensor:
         return torch.randperm(size, generator=generator)[:count].sort().values
 
     heads = range(dense.num_kv_heads)
-    mlp = choose(dense.intermediate_size, shape.intermediate_size)
+    mlp = [choose(dense.intermediate_size, shape.intermediate_size) for _ in range(num_mlps)]
     value = torch.stack([choose(dense.v_head_dim, shape.v_head_dim) for _ in heads])
     if not rotated:
         return Selection(mlp, torch.stack([choose(dense.qk_head_dim, shape.qk_head_dim) for _ in heads]), None, value)
@@ -138,6 +147,13 @@ def _take(tensor: Tensor | None, index: Tensor, dim: int) -> Tensor | None:
         return None
     index = index.repeat_interleave(tensor.shape[0] // index.shape[0], dim=0)
     return torch.take_along_dim(tensor, index if tensor.ndim == 2 else index.unsqueeze(3 - dim), dim)
+
+
+def sliced_mlps(mlps: MLPWeights | ExpertWeights, selected: list[Tensor]) -> MLPWeights | ExpertWeights:
+    if isinstance(mlps, ExpertWeights):
+        return ExpertWeights(tuple(sliced_mlp(mlp, S) for mlp, S in zip(mlps.experts, selected, strict=True)))
+    [S] = selected
+    return sliced_mlp(mlps, S)
 
 
 def sliced_mlp(mlp: MLPWeights, S: Tensor) -> MLPWeights:
@@ -173,7 +189,7 @@ def sliced_layer(model: PreTrainedModel, index: int, shape: LayerShape, selectio
         family,
         model.config,
         shape,
-        mlp=sliced_mlp(read_mlp(family, layer), selection.mlp),
+        mlp=sliced_mlps(read_mlps(family, layer), selection.mlp),
         query_key=sliced_query_key(query_key, selection),
         value_output=sliced_value_output(read_value_output(family, layer), selection.value),
     )
@@ -185,6 +201,9 @@ def sliced_model(
     """``model`` with random columns removed from every layer, and what was kept."""
     shape = smaller_shape(model.config) if shape is None else shape
     generator, family, dense = torch.Generator().manual_seed(seed), family_of(model.config), dense_shape(model.config)
-    selections = [random_selection(family.rotates(layer), dense, shape, generator) for layer in decoder_layers(model)]
+    selections = [
+        random_selection(family.rotates(layer), dense, shape, generator, len(family.downs(layer)))
+        for layer in decoder_layers(model)
+    ]
     tensors = [sliced_layer(model, index, shape, selection) for index, selection in enumerate(selections)]
     return build_compressed(model, [shape] * len(selections), tensors), selections

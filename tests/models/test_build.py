@@ -277,8 +277,8 @@ def test_dtype_mode_attention_and_generation_settings_carry_over() -> None:
 def test_unsupported_models_are_refused_by_name() -> None:
     with pytest.raises(
         UserError,
-        match="'gpt2' is not supported; supported are gemma, gemma3_text, llama, mistral, olmo2, opt, phi3, qwen2, "
-        "qwen3, smollm3",
+        match="'gpt2' is not supported; supported are gemma, gemma3_text, llama, mistral, mixtral, olmo2, olmoe, opt, "
+        "phi3, qwen2, qwen3, qwen3_moe, smollm3",
     ):
         family_of(GPT2Config())
     with pytest.raises(UserError, match=r"'gemma3' is not supported.*\(the nearest is gemma3_text\)"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modegpt.decompositions.modules import ExpertWeights
 from modegpt.models import (
     block_linear_parameters,
     build_compressed,
@@ -17,7 +18,7 @@ from modegpt.models import (
     is_compressed,
     layer_shapes,
     layer_tensors,
-    read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
 )
@@ -34,7 +35,7 @@ def logits(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
 def test_full_size_reproduces_the_stock_model(name: str) -> None:
     native, dense = native_model(name), dense_model(name)
     family, shape = family_of(dense.config), dense_shape(dense.config)
-    readers = {"mlp": read_mlp, "query_key": read_query_key, "value_output": read_value_output}
+    readers = {"mlp": read_mlps, "query_key": read_query_key, "value_output": read_value_output}
     rewritten = [
         layer_tensors(family, dense.config, shape, **{module: read(family, layer) for module, read in readers.items()})
         for layer in decoder_layers(dense)
@@ -45,7 +46,7 @@ def test_full_size_reproduces_the_stock_model(name: str) -> None:
     expected = logits(native, tokens())
     assert torch.equal(logits(untouched, tokens()), logits(rebuilt, tokens()))
     # products of a fused map taken apart may round differently
-    torch.testing.assert_close(logits(rebuilt, tokens()), expected, rtol=0, atol=1e-5 if family.fused else 0)
+    torch.testing.assert_close(logits(rebuilt, tokens()), expected, rtol=0, atol=1e-5 if family.taken_apart else 0)
 
 
 def test_slicing_equals_the_stock_model_with_the_rest_zeroed(name: str) -> None:
@@ -68,8 +69,8 @@ def test_slicing_equals_the_stock_model_with_the_rest_zeroed(name: str) -> None:
             keep_rows(family.query(layer), selection.query_key)
             keep_rows(family.key(layer), selection.query_key)
             keep_rows(family.value(layer), selection.value)
-            mask = torch.zeros(family.down(layer).in_features).index_fill_(0, selection.mlp, 1.0)
-            family.down(layer).weight.mul_(mask)
+            for down, S in zip(family.downs(layer), selection.mlp, strict=True):
+                down.weight.mul_(torch.zeros(down.in_features).index_fill_(0, S, 1.0))
     expected = logits(zeroed, tokens())
     torch.testing.assert_close(logits(compressed, tokens()), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
     assert (expected - logits(dense, tokens())).abs().max() > 0.01 * expected.abs().max(), (
@@ -88,9 +89,10 @@ def test_sizes_are_what_the_shapes_say(name: str) -> None:
     )
     gated = 2 if family_of(config).gate_path else 1
     group = config.num_attention_heads // shape.num_kv_heads
+    num_mlps = len(family_of(config).downs(decoder_layers(compressed)[0]))
     inner = (
         shape.num_kv_heads * (group + 1) * (shape.qk_head_dim + shape.v_head_dim)
-        + (gated + 1) * shape.intermediate_size
+        + (gated + 1) * shape.intermediate_size * num_mlps
     )
     assert block_linear_parameters(compressed) == 3 * config.hidden_size * inner
     assert (
@@ -151,15 +153,18 @@ def test_weights_are_read_in_the_orientation_of_the_paper(name: str) -> None:
     def times(W: Tensor, b: Tensor | None, x: Tensor = x) -> Tensor:
         return x @ W if b is None else x @ W + b
 
-    mlp, qk, vo = read_mlp(family, layer), read_query_key(family, layer), read_value_output(family, layer)
+    mlps, qk, vo = read_mlps(family, layer), read_query_key(family, layer), read_value_output(family, layer)
     with torch.no_grad():
-        torch.testing.assert_close(times(mlp.W_U, mlp.b_U), family.up(layer)(x))
-        gate = family.gate(layer)
-        assert (mlp.W_G is None) == (gate is None)
-        if gate is not None:
-            torch.testing.assert_close(times(mlp.W_G, mlp.b_G), gate(x))
-        h = torch.randn(5, dense_shape(dense.config).intermediate_size)
-        torch.testing.assert_close(times(mlp.W_D, mlp.b_D, h), family.down(layer)(h))
+        each = mlps.experts if isinstance(mlps, ExpertWeights) else [mlps]
+        for index, (mlp, down) in enumerate(zip(each, family.downs(layer), strict=True)):
+            up = layer.get_submodule(family.of_experts(family.up_path, len(each))[index])
+            torch.testing.assert_close(times(mlp.W_U, mlp.b_U), up(x))
+            assert (mlp.W_G is None) == (family.gate_path is None)
+            if family.gate_path is not None:
+                gate = layer.get_submodule(family.of_experts(family.gate_path, len(each))[index])
+                torch.testing.assert_close(times(mlp.W_G, mlp.b_G), gate(x))
+            h = torch.randn(5, dense_shape(dense.config).intermediate_size)
+            torch.testing.assert_close(times(mlp.W_D, mlp.b_D, h), down(h))
         projections = [
             (qk.W_Q, qk.b_Q, family.query(layer)),
             (qk.W_K, qk.b_K, family.key(layer)),
@@ -190,7 +195,8 @@ def test_building_shares_what_is_untouched_and_leaves_the_dense_model_alone(name
     changed = linears | {family.query_norm_path, family.key_norm_path}
     untouched = {key for key in own if not any(f".{path}." in key for path in changed)} & theirs.keys()
     assert "norm" in " ".join(untouched) and all(own[key].data_ptr() == theirs[key].data_ptr() for key in untouched)
-    rewritten = {key for key in own if key.endswith(f".{family.down_path}.weight")}
+    downs = family.of_experts(family.down_path, getattr(dense.config, "num_experts", 1))
+    rewritten = {key for key in own if any(key.endswith(f".{path}.weight") for path in downs)}
     assert rewritten and not any(own[key].data_ptr() == theirs[key].data_ptr() for key in rewritten)
     assert all(torch.equal(before[key], value) for key, value in theirs.items())
     assert not any(tensor.is_meta for tensor in (*compressed.parameters(), *compressed.buffers()))

@@ -50,7 +50,7 @@ def test_a_real_model_knows_english(real: tuple[PreTrainedModel, PreTrainedToken
     order = torch.cat(
         [torch.zeros(1, dtype=torch.long), 1 + torch.randperm(64, generator=torch.Generator().manual_seed(0))]
     )
-    assert nats(model, ids) < 3.6 < nats(model, ids[:, order]) - 2
+    assert nats(model, ids) < 4 < nats(model, ids[:, order]) - 1
 
 
 def test_estimated_norms_lose_less_than_half_of_what_slicing_alone_does(

@@ -83,7 +83,7 @@ class Recipe:
 RECIPES = {
     "tiny-llama": Recipe(),
     "tiny-opt": Recipe(num_steps=4000, cosine_steps=4000),
-    "tiny-qwen3": Recipe(),
+    "tiny-qwen3": Recipe(num_steps=1300),
 }
 
 
@@ -290,7 +290,9 @@ def save_and_record(
 def main(arguments: list[str]) -> None:
     """Command line of the recipe."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(TINY_MODELS), help="train only this model (default: both)")
+    parser.add_argument(
+        "--model", choices=sorted(ARCHITECTURES), help="train only this model (default: those that ship)"
+    )
     parser.add_argument("--output", type=Path, default=MODELS_DIR, help="directory that receives the models")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
