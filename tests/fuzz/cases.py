@@ -325,9 +325,8 @@ def text(draw: random.Random) -> Case:
         if damage is not None:
             damage(path, random.Random(seed))
 
-    if draw.random() < 0.5:
-        words = (f"calibration={form}", f"calibration.path={name}")
-    else:
+    words: tuple[str, ...] = (f"calibration={form}", f"calibration.path={name}")
+    if draw.random() >= 0.5:
         words = ("evaluation=text", f"evaluation.perplexity.source={form}", f"evaluation.perplexity.path={name}")
         words += ("evaluation.perplexity.windows=[16]", "evaluation.zeroshot=null")
     what = f"of {content[:60]!r} after {getattr(damage, '__name__', 'nothing')}"
