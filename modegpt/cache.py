@@ -6,6 +6,7 @@ and what is damaged or in another's place is computed again, with a warning. Any
 moment, because another worker evicts it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -135,7 +136,7 @@ class Cache:
         except (FileNotFoundError, FileExistsError):
             return  # another worker needs the room and evicts this key right now
         except OSError as error:
-            warnings.warn(f"results are not kept for reuse: cannot write {self.root}: {error.strerror}", stacklevel=3)
+            _say_unwritable(self.root, error.strerror)
 
     def _make_room(self, needed_bytes: int) -> bool:
         """Evict other keys, least recently used first, until ``needed_bytes`` fit; none where they never would."""
@@ -149,6 +150,11 @@ class Cache:
                 shutil.rmtree(folder, ignore_errors=True)
                 excess -= size
         return excess <= 0
+
+
+@functools.cache  # once, whatever is not kept
+def _say_unwritable(root: Path, reason: str) -> None:
+    warnings.warn(f"results are not kept for reuse: cannot write {root}: {reason}", stacklevel=4)
 
 
 def _described(value: "Tensor") -> dict[str, Any]:

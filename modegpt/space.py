@@ -23,10 +23,12 @@ def space_warnings(run: Run) -> Iterator[str]:
         kept = model.num_parameters() - run.task.sparsity * block_linear_parameters(model)
         needed, free = round(kept * model.dtype.itemsize), free_bytes(directory)
         if needed > free:
-            yield (
-                f"the checkpoint will take about {gb(needed)}, and {directory.parent} has {gb(free)} free: "
-                "as it is, only the record will be kept"
+            then = (
+                "the run will stop where it is full, and go on from there when there is room"
+                if run.config.out_of_core.enabled
+                else "as it is, only the record will be kept"
             )
+            yield f"the checkpoint will take about {gb(needed)}, and {directory.parent} has {gb(free)} free: {then}"
 
 
 def _of_statistics(run: Run, cache: StatisticsCache) -> Iterator[str]:

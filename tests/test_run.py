@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,16 @@ def test_a_record_that_cannot_be_written_prints_its_metrics(
         run(small(results), command="modegpt")
     assert "ppl_jsonl_128" in capsys.readouterr().out
     assert files_of(results) == []
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (results.parent / "file").write_text("")
+    monkeypatch.setenv("MODEGPT_CACHE", str(results.parent / "file" / "cache"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        assert load_record(run(small(results), command="modegpt"))["metrics"]["compressed"] is not None
+    kept = [str(warning.message) for warning in said if "not kept" in str(warning.message)]
+    assert len(kept) == 1 and str(results.parent / "file" / "cache") in kept[0]
 
 
 def test_the_checkpoint_is_saved_before_it_is_scored(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
