@@ -119,7 +119,7 @@ class Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         """Count ``n`` more."""
-        if not self.disable and (run := self.pace.run(int(self.n + (n or 0)), self.total)):
+        if not self.disable and (run := self.pace.run(int(self.n + (n or 0)), int(self.total or 0))):
             self.set_postfix_str(run, refresh=False)
         return super().update(n)
 

@@ -76,25 +76,6 @@ def test_named_paths_exist(page: Path) -> None:
             assert any(REPOSITORY.glob(code.rstrip("/"))), code
 
 
-def unquoted(command: str) -> list[str]:
-    """The words of a command that set something and that zsh would take for a pattern: ``key=[0,1]`` without quotes."""
-    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
-    return [word for word in bare.split() if re.search(r"=.*[\[\]{}*?()]", word) and not word.startswith("#")]
-
-
-@pytest.mark.parametrize("page", [path for path in tracked("*.md") if "site-packages" not in path.parts], ids=short)
-def test_commands_are_quoted_for_zsh(page: Path) -> None:
-    text = page.read_text("utf-8")
-    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
-    inline = [code for code in re.findall(r"`([^`\n]+)`", prose(page)) if re.match(r"'?[a-z_]+[\w./]*=\S", code)]
-    assert [word for command in (*lines, *inline) for word in unquoted(command)] == []
-
-
-def test_an_unquoted_command_is_seen() -> None:
-    assert unquoted("modegpt compression.skip_layers=[0,1] seed=1") == ["compression.skip_layers=[0,1]"]
-    assert unquoted("modegpt 'compression.skip_layers=[0,1]' \"model.max_memory=[cpu:9GiB]\" seed=1") == []
-
-
 def test_every_page_is_in_the_site() -> None:
     def files(entries: list) -> list[str]:
         values = [value for entry in entries for value in (entry.values() if isinstance(entry, dict) else [entry])]

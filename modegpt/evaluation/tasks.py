@@ -285,12 +285,13 @@ def _data_from(folder: str) -> Iterator[None]:
 
     download = ConfigurableTask.download
 
-    def read(task: Any, *_: Any, **__: Any) -> None:
+    def read(task: Any, *_: object, **__: object) -> None:
         config = task.config
         rows = local_splits(config.task, folder, scored=config.test_split or config.validation_split)
         named = (config.training_split, config.validation_split, config.test_split, task.fewshot_cfg.split)
-        rows = {split: [] for split in named if split} | rows  # what is not scored need not be there
-        task.dataset = DatasetDict({split: Dataset.from_list(each) for split, each in rows.items()})
+        for split in filter(None, named):
+            rows.setdefault(split, [])  # what is not scored need not be there
+        task.dataset = DatasetDict({split: Dataset.from_list(found) for split, found in rows.items()})
 
     ConfigurableTask.download = read
     try:

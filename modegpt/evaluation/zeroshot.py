@@ -143,7 +143,7 @@ def _task_score(name: str, raw: Mapping[str, Any], items: Sequence[Mapping[str, 
     if metric not in ACCURACIES:
         figures = {key.removesuffix(",none"): _number(value) for key, value in raw.items() if "," in key}
         score["others"] = {key: value for key, value in figures.items() if "_stderr" not in key}
-    own = [item.get(metric) for item in items[: score["num_items"]]]
+    own: list[Any] = [item.get(metric) for item in items[: score["num_items"]]]
     if metric in ACCURACIES or share_right(own, score["value"]):
         score["right"] = pack(own)
     return score

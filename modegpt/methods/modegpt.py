@@ -5,7 +5,7 @@ global sparsity allocation. Any module's decomposition can be swapped for anothe
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -249,7 +249,9 @@ class MoDeGPT(RankMethod):
         influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
         plan = self.plan(task, influence)
         generator = task.generator()
-        nothing = calibration.progress.track([{}] * calibration.num_layers, "decomposition", unit="layer")
+        nothing: Iterable[Statistics] = calibration.progress.track(
+            [{}] * calibration.num_layers, "decomposition", unit="layer"
+        )
         statistics_of = calibration.statistics(names, loop="decomposition") if names else nothing
         layers = zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)
         done = [

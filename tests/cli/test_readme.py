@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,12 @@ from modegpt.records import cli as records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+EVERY_PAGE = [
+    *PAGES,
+    REPOSITORY / "CHANGELOG.md",
+    *sorted(page for page in REPOSITORY.glob("[!.]*/**/*.md") if page not in PAGES),
+]
+"""The Markdown outside ``docs`` too: results, examples."""
 GROUPS = (
     "model",
     "method",
@@ -33,17 +39,17 @@ ELSEWHERE = ("lm_eval run", "git clone", "cd ", "pre-commit ", "wandb sync ")
 """How commands of other programs begin, which are not checked."""
 
 
-def shell_lines() -> list[str]:
+def shell_lines(pages: Iterable[Path] = PAGES) -> list[str]:
     """Every command of every ``sh`` block, its continuation lines joined and its comment cut."""
     blocks = [
-        block for page in PAGES for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+        block for page in pages for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
     ]
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def settings() -> list[str]:
+def settings(pages: Iterable[Path] = PAGES) -> list[str]:
     """Every inline piece of code that sets something, such as ``method=slicegpt`` or ``compression.sparsity=0.4``."""
-    texts = [re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S) for page in PAGES]
+    texts = [re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S) for page in pages]
     return sorted({code for text in texts for code in re.findall(r"`([^`\n]+)`", text) if SETTING.match(code)})
 
 
@@ -124,7 +130,7 @@ def check_test_exists(name: str) -> None:
     assert all(f"def {each}(" in (REPOSITORY / path).read_text("utf-8") for each in function), name
 
 
-@pytest.mark.parametrize("code", [*COMMANDS, *settings()])
+@pytest.mark.parametrize("code", list(dict.fromkeys([*shell_lines(EVERY_PAGE), *settings(EVERY_PAGE)])))
 def test_quoted_for_zsh(code: str) -> None:
     """An open bracket, star or question mark outside quotes is a pattern to zsh, which stops where nothing matches."""
     assert not re.search(r"[\[*?]", re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", code))

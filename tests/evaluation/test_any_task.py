@@ -74,7 +74,13 @@ def talking(tokenizer):
 
 
 def score(model, tokenizer, tasks, **changes) -> dict:
-    options = {"batch_size": 4, "max_length": 512, "limit": None, "encodings": {}, "progress": Progress(quiet=True)}
+    options: dict = {
+        "batch_size": 4,
+        "max_length": 512,
+        "limit": None,
+        "encodings": {},
+        "progress": Progress(quiet=True),
+    }
     return zeroshot(model, copy.deepcopy(tokenizer), tasks, **(options | changes))
 
 

@@ -78,7 +78,7 @@ def test_sync_sends_everything_after_results_was_moved(
     moved = tmp_path / "elsewhere" / path.parent.relative_to(tmp_path)
     moved.parent.parent.mkdir(parents=True)
     (tmp_path / "results").rename(tmp_path / "elsewhere" / "results")
-    command = "wandb sync wandb/offline-run-*"
+    command = "wandb sync --yes"
     assert command in (repository / "docs" / "experiments.md").read_text(encoding="utf-8")
     kept = WandbServer()
     with kept.serve() as url:
