@@ -152,7 +152,7 @@ def share(barrier: Barrier, root: Path, key: str, max_bytes: int, num_rounds: in
 
 @pytest.mark.parametrize("own_key", [False, True], ids=["one calibration", "each evicts the others"])
 def test_processes_share_the_cache(tmp_path: Path, own_key: bool) -> None:
-    barrier, num_rounds = CLEAN.Barrier(3), 40
+    barrier, num_rounds = CLEAN.Barrier(3), 25
     max_bytes = 2000 if own_key else 10**6
     ended_well(
         [

@@ -66,7 +66,7 @@ def test_the_report_counts_the_sample_and_lists_survivors_with_why(tmp_path: Pat
     ]
     stray = {**entries[1], "occurrence": 99}
     state = tmp_path / "state"
-    state.write_text("\n".join(map(json.dumps, [{"tests": ["t"], "seconds": 1.0}, *entries, stray])), encoding="utf-8")
+    state.write_text("\n".join(map(json.dumps, [{"test": "t", "seconds": 1.0}, *entries, stray])), encoding="utf-8")
     page = report(drawn, 5, state)
     assert "3 changes drawn with seed 5, 2 killed (67%)" in page
     assert "| records | 3 | 2 |" in page and "| analysis | 0 | 0 |" in page
