@@ -289,6 +289,8 @@ class MoDeGPT(RankMethod):
         """Check that the weights of ``model`` changed as planned, and say how."""
         _check_budget(task, plan, model)
         details: dict[str, Any] = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
+        if cost := _query_key_cost(reports):
+            details["query_key_cost"] = cost
         warnings = [] if influence is None else self.foresee(task, influence)
         return Compressed(model=model, layers=reports, influence=influence, details=details, warnings=warnings)
 
@@ -346,6 +348,19 @@ def assemble_layer(
         extra_biases=tuple(biases),
     )
     return shape, layer_tensors(family, config, shape, mlp=mlp, query_key=query_key, value_output=value_output)
+
+
+def _query_key_cost(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What queries and keys lost under norms of their heads, on average over the layers that lost some.
+
+    The squared error of the logits, relative, with exact norms; and that of the estimates of the norms' mean squares.
+    """
+    cut = [report for report in reports if "norm_error" in report["numerics"].get("query_key", {})]
+    lost = [
+        {"logits": report["relative_error"]["query_key"], **report["numerics"]["query_key"]["norm_error"]}
+        for report in cut
+    ]
+    return {name: sum(each[name] for each in lost) / len(lost) for name in ("logits", "query", "key")} if lost else {}
 
 
 def _applicable(variant: Variant[Any], weights: Any) -> str | None:

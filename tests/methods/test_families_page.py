@@ -10,10 +10,17 @@ from transformers import AutoModelForCausalLM
 from modegpt.allocation.policies import Uniform
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.errors import UserError
+from modegpt.methods.base import Method
+from modegpt.methods.flap import FLAP
+from modegpt.methods.llm_pruner import LLMPruner
 from modegpt.methods.modegpt import MODULES, MoDeGPT
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.registry import METHODS
+from modegpt.methods.shortgpt import ShortGPT
+from modegpt.methods.svd_llm import SVDLLM
 from modegpt.models import FAMILIES, decoder_layers, dense_shape, layer_shapes
 from modegpt.models.export import stock_model
-from tests.methods.protocol_checks import check_generating
+from tests.methods.protocol_checks import check_generating, check_saved_and_generating
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, tokens
 
@@ -98,3 +105,29 @@ def test_exports_are_as_the_page_says(name: str) -> None:
     with torch.no_grad():
         expected = everything.model(tokens()).logits
         torch.testing.assert_close(stock(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [SVDLLM(), FLAP(), LLMPruner()], ids=lambda method: method.name)
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo2", "smollm3"])
+def test_baselines_compress_the_newer_families(name: str, method: Method, tmp_path: Path) -> None:
+    check_saved_and_generating(method, name, 0.3, tmp_path)
+
+
+def test_a_norm_of_all_heads_that_lost_some_is_one_of_those_that_stay() -> None:
+    model = dense_model("olmo2")
+    compressed = LLMPruner().compress(task_of(model, 0.3)).model
+    cut = [layer.self_attn for layer in decoder_layers(compressed) if layer.self_attn.num_kv_heads == 1]
+    assert cut, "the budget takes a group of heads somewhere"
+    for attention in cut:
+        states = torch.randn(5, 2, 8)
+        rms = states * (states.square().mean(dim=(1, 2), keepdim=True) + model.config.rms_norm_eps).rsqrt()
+        torch.testing.assert_close(attention.q_norm(states), attention.q_norm.weight * rms)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_methods_that_do_not_know_experts_refuse_them(name: str) -> None:
+    fit = {key for key, method in METHODS.items() if method.experts}
+    assert fit == {"modegpt", "random", "magnitude", "shortgpt", "sleb"}
+    for method in (SVDLLM(), FLAP(), LLMPruner(), MoDeGPTPlus()):
+        assert "does not know mixtures of experts" in method.applicable(FAMILIES[name])
+    assert ShortGPT().applicable(FAMILIES[name]) is None

@@ -90,6 +90,11 @@ def test_heads_with_norms_lose_pairs_and_the_record_says_what_that_costs() -> No
     task = task_of(model, 0.3)
     compressed = paper().compress(task)
     assert {layer["ranks"]["query_key"] for layer in compressed.layers} == {12}
+    cost = compressed.details["query_key_cost"]
+    assert cost["logits"] == pytest.approx(sum(layer["relative_error"]["query_key"] for layer in compressed.layers) / 3)
+    norm_errors = [layer["numerics"]["query_key"]["norm_error"] for layer in compressed.layers]
+    assert cost["key"] == pytest.approx(sum(error["key"] for error in norm_errors) / 3)
+    assert "query_key_cost" not in paper().compress(task_of(dense_model("llama"), 0.3)).details
     assert achieved_sparsity(compressed, model) == pytest.approx(0.3, abs=0.02)
     seen: list[Tensor] = []
     dense, smaller = (decoder_layers(each)[1].self_attn for each in (model, compressed.model))
