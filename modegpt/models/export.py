@@ -158,9 +158,8 @@ def dense_size(model: PreTrainedModel) -> Size:
 def _hint(config: PreTrainedConfig) -> str:
     widths = f"MLPs ({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)} wide) to the widest"
     return (
-        f"Zeros fill {widths}, and heads to the dense {config.dense_head_dim}. Smaller: compress with "
-        "allocation=uniform decomposition/query_key=none decomposition/value_output=none, which needs no zeros; or "
-        "--engine vllm, which keeps every size."
+        f"Zeros fill {widths}, and heads to the dense {config.dense_head_dim}. Smaller: --engine vllm, which keeps "
+        "every size, or a model compressed with engine=stock allocation=uniform, which needs no zeros."
     )
 
 

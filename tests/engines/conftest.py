@@ -57,6 +57,8 @@ def ask(engines: Path, environment: dict[str, str], tmp_path_factory: pytest.Tem
             )
         if not answers.is_file():
             pytest.skip(f"{script}: the engine cannot start here: {(folder / 'log').read_text()[-2000:]}")
-        return json.loads(answers.read_text())
+        found = json.loads(answers.read_text())
+        ended = {"error": f"the engine ended before this: {(folder / 'log').read_text()[-2000:]}"}
+        return found + [ended] * (len(jobs) - len(found))
 
     return run

@@ -11,10 +11,12 @@ from tests.models.family_table import CONFIGS, dense_model, sliced_model, smalle
 VOCABULARY = {"vocab_size": 1536}
 
 
-def of_family(name: str) -> PreTrainedModel:
-    """Layers of three widths, all head sizes smaller."""
+def of_family(name: str, *, query_key: bool = True) -> PreTrainedModel:
+    """Layers of two widths, all head sizes smaller, those of queries and keys if ``query_key``."""
     dense = dense_model(name, **VOCABULARY)
     smaller = smaller_shape(dense.config)
+    if not query_key:
+        smaller = dataclasses.replace(smaller, qk_head_dim=dense_shape(dense.config).qk_head_dim)
     shapes = [smaller, dataclasses.replace(smaller, intermediate_size=17, v_head_dim=3), smaller]
     cut = [sliced_model(dense, shape)[0] for shape in shapes]
     tensors = [decoder_layers(each)[index].state_dict() for index, each in enumerate(cut)]

@@ -40,7 +40,7 @@ for job in json.load(sys.stdin):
         del llm
     except Exception as error:  # told to the test, which names the checkpoint
         answers.append({"error": f"{type(error).__name__}: {error}"})
+    Path(sys.argv[1]).write_text(json.dumps(answers))  # each time: an engine may end the process
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-Path(sys.argv[1]).write_text(json.dumps(answers))
