@@ -1,8 +1,9 @@
 """What Hydra gets of us for a sweep: the plan, and a launcher for one machine on which no job concerns another."""
 
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -30,7 +31,12 @@ from modegpt.progress import Progress
 from modegpt.termination import EXIT_CODE, GRACE_SECONDS
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-PROCESSES = multiprocessing.get_context("spawn")
+WORK = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the sweep passes it on
+from modegpt.cli.launcher import work
+work(int(sys.argv[1]))
+"""
 
 
 class ProcessLauncher(Launcher):
@@ -61,7 +67,7 @@ class ProcessLauncher(Launcher):
         try:
             while waiting or busy:
                 while waiting and len(busy) < (self.n_jobs or len(job_overrides)):
-                    idle = [worker for worker in idle if worker.process.is_alive()]
+                    idle = [worker for worker in idle if worker.process.poll() is None]
                     worker = idle.pop() if idle else Worker(self.task, sweep.directory)
                     busy[worker.connection] = worker
                     worker.start(waiting.popleft())
@@ -97,27 +103,32 @@ class Worker:
     """One process, the ``number`` of the job that it does or did last, and how it came to its ``end``, if it did."""
 
     def __init__(self, task: TaskFunction, sweep: Path) -> None:
-        self.connection, other = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=work, args=(other, task, sweep))
-        self.process.start()
-        other.close()
+        ours, its = socket.socketpair()
+        with its:
+            command = [sys.executable, "-c", WORK, str(its.fileno())]
+            # no process of multiprocessing's, which would have this one complain of what a killed worker leaves
+            self.process = subprocess.Popen(command, pass_fds=[its.fileno()])
+        self.connection: Connection = Connection(ours.detach())
         self.number = 0
         self.end: str | None = None
+        self._send((task, sweep))
 
     def start(self, config: DictConfig) -> None:
         """Give it a job."""
         self.number = config.hydra.job.num
+        self._send(config)
+
+    def _send(self, value: object) -> None:
         with suppress(OSError):  # killed a moment ago: `returned` finds out
-            self.connection.send(config)
+            self.connection.send(value)
 
     def returned(self) -> bool:
         """Whether it is there for another job; waits until that is known."""
         try:
             self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode
-            self.end = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            code = self.process.wait()
+            self.end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return False
         return True
 
@@ -128,16 +139,19 @@ def stop(workers: Sequence[Worker]) -> None:
         worker.connection.close()
         worker.process.terminate()
     for worker in workers:
-        worker.process.join(0.8 * GRACE_SECONDS)  # after which it ended itself
-        worker.process.kill()
-        worker.process.join()
+        try:
+            worker.process.wait(0.8 * GRACE_SECONDS)  # after which it ended itself
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
 
 
-def work(connection: Connection, task: TaskFunction, sweep: Path) -> None:
-    """What a worker does: the jobs that come through ``connection``, until it closes or a signal ends one of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the sweep passes it on
+def work(handle: int) -> None:
+    """What a worker does: the jobs that come through the socket ``handle``, until it closes or a signal ends one."""
+    connection: Connection = Connection(handle)
+    task, sweep = connection.recv()
     sweep.mkdir(parents=True, exist_ok=True)
-    held = hold(sweep)
+    hold(sweep)
     try:
         while True:
             config: DictConfig = connection.recv()
@@ -147,8 +161,6 @@ def work(connection: Connection, task: TaskFunction, sweep: Path) -> None:
         pass
     except KeyboardInterrupt:
         sys.exit(EXIT_CODE)
-    finally:
-        os.close(held)
 
 
 def _do(config: DictConfig, task: TaskFunction, directory: Path) -> None:

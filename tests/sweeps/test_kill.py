@@ -109,7 +109,7 @@ def descendants(pid: int) -> list[int]:
 
 def workers(pid: int) -> list[int]:
     """The processes that do jobs for ``pid``, the oldest first."""
-    return sorted(child for child in descendants(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+    return sorted(child for child in descendants(pid) if b"cli.launcher" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
