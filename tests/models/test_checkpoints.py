@@ -242,7 +242,7 @@ def test_what_is_not_a_supported_model_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config.json"):
         load(tmp_path)
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported are gemma, .*llama"):
+    with pytest.raises(UserError, match=r"'gpt2' is not supported; supported are gemma, .*llama"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "big"}')
     with pytest.raises(UserError, match=r"config.json has hidden_size='big'; it must be a whole number"):
