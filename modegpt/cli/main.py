@@ -11,7 +11,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from modegpt.cli.messages import explain, is_defect
 from modegpt.cli.schema import check_choices, config_directory, register, run_config
@@ -115,7 +115,8 @@ def run_job(cfg: DictConfig) -> None:
     """Hydra's task: one run, alone or as a job of a sweep (then in any process)."""
     any_terminal()
     settings = HydraConfig.get()
-    overrides = [str(override) for override in settings.overrides.task]
+    # as they were typed: what stands for a value may have none
+    overrides = [str(override) for override in OmegaConf.to_container(settings.overrides.task, resolve=False)]
     if settings.mode is RunMode.MULTIRUN:
         directory = Path(settings.runtime.output_dir)
         # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is

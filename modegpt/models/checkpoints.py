@@ -261,8 +261,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises UserError when there is none, an empty one, or one that is larger than the model's embedding.
     """
     with located(path) as source:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf_file(path))
         written, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **gguf_file(path))
+        check_config(written, path)  # which Transformers reads too, before it knows a tokenizer's class
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf_file(path))
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise UserError(f"the tokenizer of {path} is empty: it has no token but special ones")
     if isinstance(written.get("vocab_size"), int):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import struct
@@ -36,6 +37,9 @@ SIZES = (
     "max_position_embeddings",
 )
 """Fields of a configuration that count something."""
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MOST = 10_000
+"""Of each of ``COUNTS``: Transformers makes a module for every layer before it looks at the weights."""
 UNSEALED = frozenset({MANIFEST, "README.md"})
 """Files outside the manifest: itself, and the model card, which people edit."""
 LONGEST_HEADER_BYTES = 100_000_000
@@ -86,9 +90,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         return UserError(f"{where}: config.json has {field}={config[field]!r:.80}; {wanted}")
 
     for field in SIZES:
-        size = config.get(field)
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise refuse(field, "it must be a whole number, 1 or more")
+        if wanted := _size_problem(field, config.get(field)):
+            raise refuse(field, wanted)
     for field in ("dtype", "torch_dtype"):
         dtype = config.get(field)
         if dtype is not None and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
@@ -97,10 +100,27 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if config.get(field) is not None and str(config[field]) not in ACT2FN:
             raise refuse(field, "Transformers knows no such activation function")
     for field in ("rope_parameters", "rope_scaling"):
-        rope = config.get(field)
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if rope is not None and kind not in ("default", *ROPE_INIT_FUNCTIONS, "su"):  # what longrope was called once
-            raise refuse(field, f"its rope_type must be one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+        if wanted := _rope_problem(config.get(field)):
+            raise refuse(field, wanted)
+
+
+def _size_problem(field: str, size: Any) -> str | None:
+    """What a count should be and is not."""
+    if size is not None and (type(size) is not int or size < 1):
+        return "it must be a whole number, 1 or more"
+    return f"it must be at most {MOST}" if field in COUNTS and size is not None and size > MOST else None
+
+
+def _rope_problem(rope: Any) -> str | None:
+    """What the description of rotary positions should be and is not."""
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if rope is not None and kind not in ("default", *ROPE_INIT_FUNCTIONS, "su"):  # what longrope was called once
+        return f"its rope_type must be one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+    for name in ("rope_theta", "factor"):
+        value = rope.get(name) if isinstance(rope, dict) else None
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            return f"its {name} must be a positive number"
+    return None
 
 
 def _check_manifest(directory: Path) -> None:

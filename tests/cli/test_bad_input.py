@@ -81,6 +81,10 @@ BAD = {
     ),
     "no UTF-8": (["output.save_model='a\udcff'"], "output.save_model=a\\udcff holds a character"),
     "no UTF-8 in a list": (["tracking.tags=['a\udcff']"], "tracking.tags=a\\udcff holds a character"),
+    "a variable that is not set": (
+        ["tracking.mode=${oc.env:MODEGPT_NO_SUCH_VARIABLE}"],
+        "Environment variable 'MODEGPT_NO_SUCH_VARIABLE' not found",
+    ),
     "sweep without the flag": (["seed=1,2"], "add --multirun"),
     "grammar": (["seed=["], "cannot read the override seed=["),
     "flag": (["--sparsity"], "--sparsity", "modegpt --help"),
