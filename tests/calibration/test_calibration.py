@@ -9,14 +9,10 @@ from torch.nn.functional import cosine_similarity
 
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
-from modegpt.calibration.statistics import STATISTICS
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers, dense_shape, family_of
 from tests.methods.task_of import task_of
-from tests.models.family_table import ONE_MLP, dense_model
-
-EVERYTHING = frozenset(name for name in STATISTICS if not name.startswith("experts."))
-WITHOUT_HEAD_NORMS = frozenset(name for name in EVERYTHING if not name.startswith("query_key.N_"))
+from tests.models.family_table import ONE_MLP, dense_model, statistics_of
 
 
 def calibration_of(name: str, cache: StatisticsCache | None = None) -> Calibration:
@@ -72,7 +68,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 def test_statistics_equal_brute_force(name: str) -> None:
     calibration = calibration_of(name)
     d = dense_shape(calibration.model.config).qk_head_dim
-    names = EVERYTHING if calibration.family.head_norms else WITHOUT_HEAD_NORMS
+    names = statistics_of(calibration.family)
     seen, residual = inputs_and_outputs(calibration)
     for index, (layer, statistics) in enumerate(
         zip(decoder_layers(calibration.model), calibration.statistics(names), strict=True)
@@ -186,7 +182,7 @@ def test_activations_that_overflow_name_their_layer() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     calibration = calibration_of("opt")
     before = {name: tensor.clone() for name, tensor in calibration.model.state_dict().items()}
-    list(calibration.statistics(WITHOUT_HEAD_NORMS))
+    list(calibration.statistics(statistics_of(calibration.family)))
     assert all("forward" not in vars(layer) for layer in decoder_layers(calibration.model))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in calibration.model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in calibration.model.state_dict().items())

@@ -9,14 +9,15 @@ import torch
 
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.moments import SecondMoment
-from modegpt.calibration.statistics import STATISTICS, Statistics
+from modegpt.calibration.statistics import Statistics
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.methods.base import CompressionTask
 from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.models import family_of
 from modegpt.models.checkpoints import load_model
 from modegpt.progress import Progress
 from tests.gpu.device import DEVICE, ON_GPU
-from tests.models.family_table import CONFIGS, dense_model, tokens
+from tests.models.family_table import CONFIGS, dense_model, statistics_of, tokens
 from tests.scripts import load_script
 
 pytestmark = ON_GPU
@@ -41,7 +42,7 @@ def calibration(name: str, device: str, **options) -> Calibration:
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_statistics(name: str, precision: torch.dtype) -> None:
-    names = frozenset(STATISTICS)
+    names = statistics_of(family_of(CONFIGS[name]))
     ours, theirs = (
         list(calibration(name, device, precision=precision).statistics(names)) for device in (DEVICE, "cpu")
     )
@@ -80,7 +81,7 @@ def beside(overlap: bool) -> list[Statistics]:
         progress=Progress(True),
         overlap=overlap and DEVICE == "cuda",
     )
-    return list(calibration.statistics(frozenset(STATISTICS) - {"query_key.C_Q"}))
+    return list(calibration.statistics(statistics_of(calibration.family) - {"query_key.C_Q"}))
 
 
 def test_sums_beside_the_forward_are_the_same_to_the_bit() -> None:

@@ -16,9 +16,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from modegpt.calibration.statistics import STATISTICS
 from modegpt.decompositions.modules import ExpertWeights, HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
 from modegpt.models import (
     FAMILIES,
+    Family,
     LayerShape,
     build_compressed,
     decoder_layers,
@@ -80,6 +82,13 @@ CONFIGS = {
 """Each family by its model type, and then its other forms."""
 ONE_MLP = [name for name, config in CONFIGS.items() if family_of(config).experts_path is None]
 """Those without experts, which all methods can compress."""
+
+
+def statistics_of(family: Family) -> frozenset[str]:
+    """The statistics that a layer of ``family`` can be asked for."""
+    absent = ("experts.",) if family.experts_path is None else ("mlp.",)
+    absent += () if family.head_norms else ("query_key.N_",)
+    return frozenset(name for name in STATISTICS if not name.startswith(absent))
 
 
 def native_model(name: str, **changes) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from modegpt.streaming import memory
 from modegpt.streaming.hidden import embedded
 from modegpt.streaming.memory import FLOAT64, Prediction, check_fits, predict, resident_bytes
 from modegpt.streaming.model import StreamedModel
-from tests.models.family_table import CONFIGS
+from tests.models.family_table import CONFIGS, statistics_of
 from tests.processes import CLEAN, STUCK_SECONDS
 from tests.streaming.streamed_task import save_dense, task_on
 
@@ -64,17 +64,19 @@ def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
     assert 0.5 * predicted < measured < 1.05 * predicted + 2**24, (name, measured / 2**20, predicted / 2**20)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3", "olmo2"])
 def test_statistics_have_the_sizes_that_are_counted(name: str, tmp_path: Path) -> None:
     streamed = StreamedModel.open(str(save_dense(name, tmp_path / "dense")))
     task = task_on(streamed.model)
     hidden = embedded(streamed, task.calibration.tokens.ids, batch_size=3, directory=None)
     with streamed.layer(0) as layer:
-        statistics = task.calibration.observe(hidden, 0, frozenset(STATISTICS))
+        names = statistics_of(task.family)
+        statistics = task.calibration.observe(hidden, 0, names)
         W_V = read_value_output(task.family, layer).W_V
-    sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2])
+    joint = task.family.joint_norms
+    sizes = Sizes(d_h=32, n=read_width(name), H=4, H_kv=len(W_V), d=W_V.shape[2], joint_norms=joint)
     assert {key: value.numel() for key, value in statistics.items()} == {
-        key: statistic.num_elements(sizes) for key, statistic in STATISTICS.items()
+        key: STATISTICS[key].num_elements(sizes) for key in names
     }
 
 
