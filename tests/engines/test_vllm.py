@@ -23,8 +23,9 @@ from tests.models.family_table import sliced_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
-NAMES = [name for name in FORMS if name != "opt-post-norm-projected"]
-"""vLLM gives the head as many inputs as the hidden state has, and this one has fewer."""
+NAMES = [name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer")]
+"""vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products with a size of zero
+kill it on a CPU, so that such exports are refused."""
 
 
 @pytest.fixture(scope="module")

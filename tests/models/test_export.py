@@ -244,3 +244,7 @@ def test_pages_for_an_engine_that_takes_all_sizes(tmp_path: Path, capsys) -> Non
     assert torch.equal(static, model.generate(ids, **options))
     with pytest.raises(UserError, match="no layers of free sizes"):
         paged_model(native_model("llama"), pages="gpu")
+    empty = dataclasses.replace(full, intermediate_size=0)
+    layers = [dict(layer.state_dict()) for layer in decoder_layers(sliced_model(dense, empty)[0])]
+    with pytest.raises(UserError, match="layer 0 has no heads or no MLP"):
+        paged_model(build_compressed(dense, [empty] * 3, layers), pages="cpu")
