@@ -409,7 +409,7 @@ KINDS: dict[str, Callable[[random.Random], Case]] = {
 
 def truncated(path: Path, draw: random.Random) -> None:
     """It ends early."""
-    os.truncate(path, draw.randrange(path.stat().st_size))
+    os.truncate(path, draw.randrange(max(1, path.stat().st_size)))
 
 
 def grown(path: Path, draw: random.Random) -> None:
