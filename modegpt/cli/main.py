@@ -116,7 +116,9 @@ def run_job(cfg: DictConfig) -> None:
     any_terminal()
     settings = HydraConfig.get()
     # as they were typed: what stands for a value may have none
-    overrides = [str(override) for override in OmegaConf.to_container(settings.overrides.task, resolve=False)]
+    typed = OmegaConf.to_container(settings.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    overrides = [str(override) for override in typed]
     if settings.mode is RunMode.MULTIRUN:
         directory = Path(settings.runtime.output_dir)
         # bars of several processes would overwrite each other on one terminal, where the sweep's own bar is
