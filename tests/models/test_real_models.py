@@ -61,7 +61,7 @@ def test_estimated_norms_lose_less_than_half_of_what_slicing_alone_does(
     if not family_of(model.config).head_norms:
         pytest.skip("its heads have no norms")
     fitted, scored = (
-        windows(tokenizer, " ".join(load_documents("tiny", path=None, split=split)[:200]), count, 256)
+        windows(tokenizer, " ".join(load_documents("tiny", path=None, split=split).texts[:200]), count, 256)
         for split, count in (("calibration", 8), ("test", 2))
     )
     tokens, excess = CalibrationTokens(fitted, sha256="", stream_tokens=fitted.numel()), {}

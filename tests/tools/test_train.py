@@ -17,6 +17,16 @@ from tools.tiny_world.train import (
 
 WINDOW = 32
 MICRO = {
+    "tiny-qwen3": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": WINDOW,
+    },
     "tiny-llama": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
