@@ -35,6 +35,11 @@ def test_the_table_is_the_measurement(tmp_path: Path) -> None:
     assert prefill.labels == ("prefill", "4", "32", "30% exact")
     assert [cell.mean for cell in prefill.cells] == pytest.approx([64, 2000, 1.5, 2, 75])
     assert decode.cells[1].mean == pytest.approx(125)
+    for device, named in (("cpu", "a processor, 1 thread(s)"), ("cuda", "a card")):
+        measured["settings"]["device"], measured["provenance"]["hardware"]["gpus"] = device, [{"name": "a card"}]
+        path.write_text(json.dumps(measured), encoding="utf-8")
+        [table] = throughput(tmp_path)
+        assert named in table.blocks[0][0], "the machine that ran it, not all that was in it"
 
 
 def test_the_committed_measurement_is_read(repository: Path) -> None:
