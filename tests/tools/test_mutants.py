@@ -64,10 +64,10 @@ def test_the_report_counts_the_sample_and_lists_survivors_with_why(tmp_path: Pat
         {**vars(mutant), "outcome": outcome, "why": why}
         for mutant, outcome, why in zip(drawn, ("killed", "survived", "killed"), ("", "only looks", ""), strict=True)
     ]
-    stray = {**entries[1], "occurrence": 99}
+    stray = {**entries[1], "change": "of another sample -> or of older sources"}
     state = tmp_path / "state"
     state.write_text("\n".join(map(json.dumps, [{"test": "t", "seconds": 1.0}, *entries, stray])), encoding="utf-8")
     page = report(drawn, 5, state)
-    assert "3 changes drawn with seed 5, 2 killed (67%)" in page
+    assert "drew 3 changes with seed 5 and tried 3 of them" in page and "2 were killed (67%)" in page.replace("\n", " ")
     assert "| records | 3 | 2 |" in page and "| analysis | 0 | 0 |" in page
     assert page.count("only looks") == 1 and "  -a1\n  +b1" in page
