@@ -135,6 +135,8 @@ def paged_model(model: PreTrainedModel, *, pages: str) -> tuple[PreTrainedModel,
     """
     if not model.config.model_type.startswith(RESIZED):
         raise UserError(f"{model.config.model_type} has no layers of free sizes; serve it as it is")
+    if any(model.config.linear_ranks):
+        raise UserError("this model has maps of two factors, which vLLM cannot fuse; compress with others")
     own = Size.of(model)
     sizes = []
     for index, shape in enumerate(layer_shapes(model.config)):
