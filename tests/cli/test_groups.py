@@ -136,7 +136,7 @@ def test_sources_are_the_readers() -> None:
 
 def test_yaml_holds_values_only() -> None:
     for path in config_directory().rglob("*.yaml"):
-        if path != config_directory() / "config.yaml":  # Hydra demands a _target_ for its callbacks
+        if path.parent.name != "launcher" and path != config_directory() / "config.yaml":  # Hydra wants them there
             assert "_target_" not in path.read_text(encoding="utf-8"), path
 
 
