@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from modegpt.allocation.exchange import allowed_ranks, exchange, hull
-from modegpt.allocation.ranks import ModuleBudget, integer_ranks, removed_parameters
+from modegpt.allocation.ranks import ModuleBudget, RankPlan, integer_ranks, removed_parameters
 
 MLP, QK = (
     ModuleBudget(size=8, unit=1, parameters_per_dimension=3),
@@ -70,3 +70,19 @@ def test_no_module_loses_more_than_the_cap() -> None:
 
 def test_hull_skips_what_lies_above() -> None:
     assert hull([(0, 0), (1, 5), (2, 1), (3, 2), (4, 10)]) == [0, 2, 3, 4]
+
+
+def test_a_hull_drops_every_corner_that_a_later_point_lies_below() -> None:
+    assert hull([(0, 0), (1, 1), (2, 3), (3, 7), (4, 2)]) == [0, 4]
+
+
+@pytest.mark.parametrize("costs", [(1.0, 4.0), (4.0, 1.0)])
+def test_what_no_step_meets_is_closed_where_that_is_cheapest(costs: tuple[float, float]) -> None:
+    """The small module is at its cap, and a step of either large one overshoots what is left: the cheaper one goes."""
+    small, large = (ModuleBudget(size, 1, parameters) for size, parameters in ((2, 1), (8, 12)))
+    layers = [{"mlp": small}, {"mlp": large}, {"mlp": large}]
+    start = RankPlan(ranks=[{"mlp": 2}, {"mlp": 8}, {"mlp": 8}], target=11 / 194, achieved=0.0)
+    curves = [{"mlp": [0.0] * 3}, *({"mlp": quadratic(cost, 8)} for cost in costs)]
+    plan = exchange(curves, layers, start, cap=0.5)
+    cheap = 1 + costs.index(min(costs))
+    assert [plan.ranks[cheap]["mlp"], plan.ranks[3 - cheap]["mlp"]] == [7, 8]

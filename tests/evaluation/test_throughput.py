@@ -164,3 +164,11 @@ def test_the_scripts_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     ]
     assert throughput.main([str(tmp_path / "whole"), str(tmp_path / "nothing"), *options]) == 2
     assert "no model directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 11])
+def test_decoding_needs_the_prompt_and_what_is_decoded(length: int) -> None:
+    spec = ThroughputSpec(decode=[f"1x{length}"], decode_tokens=4)
+    spec.check(length + 4)
+    with pytest.raises(UserError, match=f"needs {length + 4} tokens"):
+        spec.check(length + 3)

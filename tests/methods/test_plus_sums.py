@@ -102,3 +102,11 @@ def test_weights_change_the_result_and_are_recorded() -> None:
 def test_what_cannot_be_is_refused(switches: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         MoDeGPTPlus(**switches)
+
+
+def test_tokens_that_the_loss_does_not_feel_leave_the_plain_moments(rows) -> None:
+    z, t, w = rows
+    sums = summed(z, t, torch.zeros_like(w))
+    for gamma in (0.5, 1.0):
+        parts = sums.blended(gamma)
+        torch.testing.assert_close((parts[False] + parts[True]).G, (1 - gamma) * torch.einsum("bti,btj->ij", z, z))

@@ -1,5 +1,8 @@
 """What of a compression goes into its record: a target that was missed is never silent, whatever the method."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from modegpt.allocation.policies import Uniform
@@ -12,9 +15,10 @@ from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.shortgpt import ShortGPT
 from modegpt.methods.slicegpt import SliceGPT
 from modegpt.methods.svd import SVD
-from modegpt.records.recording import compression_facts
+from modegpt.records.recording import compression_facts, run_name
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
+from tests.small_run import small
 
 METHODS = [
     MoDeGPT(MLPNystrom(), QueryKeyCR(), ValueOutputSVD(), Uniform()),
@@ -49,3 +53,22 @@ def test_some_of_these_miss_and_some_do_not() -> None:
         for method in (ShortGPT(), MoDeGPTPlus(cap=0.3), FLAP())
     }
     assert number == {ShortGPT: 1, MoDeGPTPlus: 1, FLAP: 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "tiny-llama-modegpt-entropic-s30-seed3"),
+        ({"method": {"name": "shortgpt"}}, "tiny-llama-shortgpt-s30-seed3"),
+        ({"method": {"name": "dense"}}, "tiny-llama-dense"),
+    ],
+)
+def test_a_run_is_named_by_what_tells_it_from_its_neighbours(tmp_path: Path, changes: dict, name: str) -> None:
+    config = small(tmp_path / "results", **changes)
+    seeded = replace(
+        config,
+        calibration=replace(config.calibration, seed=3),
+        compression=replace(config.compression, sparsity=0.3),
+    )
+    assert run_name(seeded, recovery=None) == name
+    assert run_name(seeded, recovery="lora") == f"{name}-lora"

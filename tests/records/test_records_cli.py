@@ -174,3 +174,9 @@ def test_looking_at_records_needs_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_pack_and_unpack_end_well(root: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(root, capsys, "pack", "demo")[0] == 0
+    status, out, _ = run(root, capsys, "unpack", "demo")
+    assert status == 0 and out.strip().endswith("demo: 1 records")

@@ -3,7 +3,7 @@
 import pytest
 
 from modegpt.records.summary import number, percent, summary, text_table
-from tests.records.sample import sample_record
+from tests.records.sample import sample_record, sample_throughput
 
 
 def cells(text: str, start: str) -> str:
@@ -82,3 +82,13 @@ def test_number(value: float | None, text: str) -> None:
 def test_percent_and_columns() -> None:
     assert percent(0.5) == "50.0 %" and percent(0.5, 0.01) == "50.0 ± 1.0 %" and percent(None) == "-"
     assert text_table(["a", "b"], [["long", "1"], ["x", "10"]]) == "a      b\n----  --\nlong   1\nx     10"
+
+
+def test_speeds_have_a_row_a_workload() -> None:
+    record = sample_record()
+    record["metrics"]["throughput"] = sample_throughput(speedup=1.5)
+    for dense, compressed in zip(*[iter(record["metrics"]["throughput"]["measurements"])] * 2, strict=True):
+        row = cells(summary(record), f"{dense['phase']} {dense['batch_size']} x {dense['length']} (tokens/s)")
+        for each in (dense, compressed):
+            assert number(each["tokens_per_second"], 0) in row
+        assert f"x {number(compressed['speedup'])} of x {number(compressed['ideal_speedup'])}" in row
