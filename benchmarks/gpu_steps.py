@@ -181,7 +181,7 @@ def compared(path: str, method: str, setting: Setting, _: float) -> dict[str, An
         report: dict[str, Any] = vars(smaller)["modegpt_report"]
         ranks[side] = [layer["ranks"] for layer in report["compression"]["layers"]]
         scores[side] = _perplexity(smaller, tokenizer, text)
-    scores["bfloat16"] = _perplexity(smaller.to(torch.bfloat16), tokenizer, text)
+    scores["bfloat16"] = _perplexity(smaller.bfloat16(), tokenizer, text)
     differences = {side: abs(scores[side] / scores["cpu"] - 1) for side in TOLERANCE}
     within = {side: differences[side] <= tolerance for side, tolerance in TOLERANCE.items()}
     return {

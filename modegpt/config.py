@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from modegpt.allocation.engines import ENGINES
-from modegpt.data.tokens import BOS_HABITS
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
 
@@ -29,6 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 TRACKING_MODES = ("offline", "online", "disabled")
 BUDGETS = ("exact", "nearest")
+BOS_HABITS = ("auto", "each_window", "stream_start")
+"""Where a text's BOS token stands: in front of every window, or where the tokenizer puts it, at the text's start."""
 LARGEST = 2**63 - 1
 """The largest integer that PyTorch takes, for a seed or a size."""
 MOST_THREADS = 1024

@@ -26,6 +26,11 @@ with heeding_sigterm(0.2), last_words(lambda error: print("last words:", error, 
 """
 
 
+def ticks_at_work(pid: int) -> int:
+    """Processor time of a process, in clock ticks."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
+
+
 def test_a_process_that_hears_no_signal_is_ended_with_its_last_words(repository: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK],
@@ -35,6 +40,9 @@ def test_a_process_that_hears_no_signal_is_ended_with_its_last_words(repository:
         text=True,
     )
     assert process.stdout.readline() == "at work\n"
+    printed = ticks_at_work(process.pid)
+    while ticks_at_work(process.pid) < printed + 5:  # by now it is in the product, and not on its way there
+        time.sleep(0.01)
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 143

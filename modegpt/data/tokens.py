@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from modegpt.data.texts import Documents, tokenize_stream
 from modegpt.errors import UserError
 
-BOS_HABITS = ("auto", "each_window", "stream_start")
-"""Where a text's BOS token stands: in front of every window, or where the tokenizer puts it, at the text's start."""
 BOS_IN_EACH_WINDOW = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 """Families trained with a BOS before whatever they see: on WikiText-2 Gemma 3 270M has 3.37 nats with it, 4.13 without.
 
@@ -23,7 +21,7 @@ def window_bos(habit: str, *, family: str, tokenizer: PreTrainedTokenizerBase) -
     """The token in front of every window; None where windows are cut from the stream as it is.
 
     Args:
-        habit: of ``BOS_HABITS``; ``"auto"`` is what the ``family`` (a Transformers model type) was trained with.
+        habit: of ``config.BOS_HABITS``; ``"auto"`` is what the ``family`` (a Transformers model type) was trained with.
 
     Raises UserError where the tokenizer has no BOS token to put there.
     """

@@ -170,7 +170,9 @@ def test_each_key_head_takes_the_candidate_that_errs_least_for_its_own_query_hea
             lost[number] += torch.stack([changed[:2].sum(), changed[2:].sum()])
     best = lost.argmin(dim=0).tolist()
     assert best[0] != best[1], "the heads disagree"
-    choice = choose(weights, found, held)
+    grams = torch.zeros(4, 8, 8), torch.zeros(2, 8, 8), torch.zeros(2, 8)
+    sampled = SampledStates(*grams, num_tokens=1, fit=[], held=held)
+    choice = choose(weights, found, sampled)
     assert choice.names == [str(number) for number in best]
     assert choice.relative_error == pytest.approx(
         float(sum(lost[number, head] for head, number in enumerate(best))) / energy
@@ -182,7 +184,7 @@ def test_each_key_head_takes_the_candidate_that_errs_least_for_its_own_query_hea
         T_Q, T_K = found[best[head // 2]].T_Q[head], found[best[head // 2]].T_K[head // 2]
         torch.testing.assert_close(choice.weights.W_Q[head], (weights.W_Q[head].double() @ T_Q).float())
         torch.testing.assert_close(choice.weights.W_K[head // 2], (weights.W_K[head // 2].double() @ T_K).float())
-    tied = choose(weights, [found[2], replace(found[2], name="same")], held)
+    tied = choose(weights, [found[2], replace(found[2], name="same")], sampled)
     assert tied.names == ["2", "2"], "ties go to the earlier"
 
 

@@ -86,7 +86,7 @@ ONE_MLP = [name for name, config in CONFIGS.items() if family_of(config).experts
 
 def statistics_of(family: Family) -> frozenset[str]:
     """The statistics that a layer of ``family`` can be asked for."""
-    absent = ("experts.",) if family.experts_path is None else ("mlp.",)
+    absent: tuple[str, ...] = ("experts.",) if family.experts_path is None else ("mlp.",)
     absent += () if family.head_norms else ("query_key.N_",)
     return frozenset(name for name in STATISTICS if not name.startswith(absent))
 
