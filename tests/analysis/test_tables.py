@@ -60,7 +60,8 @@ def test_runs_of_another_experiment_do_not_count_as_begun(store, tmp_path: Path)
     store.write(tmp_path, "variants_query_key")
     built = table(tmp_path, "variants_query_key_perplexity")
     assert built.missing == ()
-    assert [each.labels[0] for each in built.blocks[0][1]] == ["Dense", "CR", "CR, pair score", "Magnitude", "Random"]
+    labels = ["Dense", "CR", "CR, pair score", "Greedy elimination", "Magnitude", "Random"]
+    assert [each.labels[0] for each in built.blocks[0][1]] == labels
     assert build(SPECS["variants_value_output_perplexity"], load_runs(tmp_path))[0].missing == ()
 
 
