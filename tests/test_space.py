@@ -13,6 +13,7 @@ from modegpt.config import CacheConfig, OutputConfig
 from modegpt.prepare import Run, prepare
 from modegpt.run import run
 from modegpt.space import space_warnings
+from tests.models.family_table import dense_model
 from tests.small_run import small
 
 
@@ -86,3 +87,9 @@ def test_the_figure_of_a_7b_model() -> None:
         sizes = sizes_of(config)
     names = ("mlp.C", "query_key.C_Q", "query_key.C_K", "attention.C_x")
     assert 30e9 < 32 * 8 * sum(STATISTICS[name].num_elements(sizes) for name in names) < 36e9
+
+
+def test_every_expert_counts() -> None:
+    config = dense_model("mixtral").config
+    sizes = sizes_of(config)
+    assert STATISTICS["experts.C"].num_elements(sizes) == config.num_experts * sizes.n**2 > sizes.n**2

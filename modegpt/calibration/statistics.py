@@ -169,6 +169,7 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
         H_kv=shape.num_kv_heads,
         d=shape.qk_head_dim,
         joint_norms=family_of(config).joint_norms,
+        E=getattr(config, "num_experts", 1),
     )
 
 
