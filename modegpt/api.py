@@ -37,7 +37,6 @@ from modegpt.config import (
 )
 from modegpt.cost.metering import CostMeter
 from modegpt.data.texts import SOURCES, Documents, load_documents
-from modegpt.data.tokens import draw_tokens, window_bos
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import evaluate as score
 from modegpt.evaluation.evaluate import prepare_evaluation
@@ -47,8 +46,8 @@ from modegpt.methods.base import Compressed, make_task
 from modegpt.methods.registry import make_method, settled
 from modegpt.models import is_compressed, unfused
 from modegpt.models.checkpoints import load_model, load_tokenizer
-from modegpt.models.families import family_name
 from modegpt.models.saving import REPORT
+from modegpt.prepare import calibration_tokens
 from modegpt.progress import Progress
 from modegpt.records.provenance import package_versions
 from modegpt.records.recording import calibration_facts, compression_facts, model_facts, model_name
@@ -354,16 +353,7 @@ def _compressed(
     """``model`` compressed as ``config`` says, and the report of it."""
     wanted, method, meter = config.calibration, make_method(config), CostMeter()
     assert method is not None
-    tokens = draw_tokens(
-        documents,
-        tokenizer,
-        context=int(model.config.max_position_embeddings),
-        vocab_size=model.config.vocab_size,
-        num_samples=wanted.num_samples,
-        sequence_length=wanted.sequence_length,
-        seed=wanted.seed,
-        bos=window_bos(config.model.bos, family=family_name(model.config), tokenizer=tokenizer),
-    )
+    tokens = calibration_tokens(config, documents, tokenizer, model)
     task = make_task(
         method,
         model,

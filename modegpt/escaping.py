@@ -37,4 +37,4 @@ def spreadsheet(value: Any) -> Any:
 def drawable(text: str) -> str:
     """``text`` in a picture: no formula of Matplotlib, and no longer than there is room."""
     short = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
-    return "\n".join(map(printable, short.split("\n"))).replace("$", r"\$")
+    return printable_lines(short).replace("$", r"\$")

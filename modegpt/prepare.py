@@ -107,6 +107,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     config = aimed(config, backend.model, say=progress.say)
     config = settled(config, device=device, model_config=backend.model.config)
     method, task, commits = make_method(config), None, commit_of_model(config.model)
+    documents: Documents | None = None
     if method is not None:
         documents = load_documents(config.calibration.source, path=config.calibration.path, split="calibration")
         commits |= documents.commits
@@ -131,7 +132,8 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     config.evaluation.throughput.check(evaluation.context)
     recovery = None
     if training is not None:
-        recovery = plan_recovery(config, training, tokenizer=tokenizer, model=backend.model)
+        assert documents is not None, "recovery trains on the calibration text of a method"
+        recovery = plan_recovery(config, training, documents, tokenizer=tokenizer, model=backend.model)
     backend.check(method, task, evaluation)
     return Run(
         config=config,
@@ -238,14 +240,14 @@ def make_recovery(config: RunConfig) -> Lora | None:
 
 
 def plan_recovery(
-    config: RunConfig, lora: Lora, *, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    config: RunConfig, lora: Lora, documents: Documents, *, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> Recovery:
     """Draw the training windows of ``lora`` from the calibration text and check them against the test text."""
-    training, test = config.calibration, config.evaluation.perplexity
+    test = config.evaluation.perplexity
     return prepare_recovery(
         lora,
         name=config.recovery["name"],
-        training=load_documents(training.source, path=training.path, split="calibration"),
+        training=documents,
         test=load_documents(test.source, path=test.path, split="test") if test and test.source else None,
         tokenizer=tokenizer,
         context=int(model.config.max_position_embeddings),

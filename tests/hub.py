@@ -3,18 +3,19 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow
 import pyarrow.parquet
 import yaml
+
+from tests.loopback import serving
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,9 @@ class Hub:
     repositories: Mapping[str, list[Repository]]
     asked: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def serve(self) -> Iterator[str]:
-        """Serve on the loopback and yield what ``HF_ENDPOINT`` is set to."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+    def serve(self) -> AbstractContextManager[str]:
+        """Serve on the loopback inside its block, which gets what ``HF_ENDPOINT`` is set to."""
+        return serving(Handler, hub=self)
 
     def state(self, name: str, revision: str) -> Repository | None:
         """The state of a repository that ``revision`` (a commit, a tag or ``main``) names."""

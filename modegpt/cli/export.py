@@ -8,10 +8,11 @@ from typing import Any
 
 import huggingface_hub
 
-from modegpt.errors import UserError, exit_status
+from modegpt.errors import UserError, exit_status, shortened
 from modegpt.escaping import markdown
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet, saving
 from modegpt.models.export import ExportReport, paged_model, stock_model
+from modegpt.models.gguf import SUFFIX
 from modegpt.models.gguf_file import TYPES, write_gguf
 from modegpt.models.integrity import check_files
 
@@ -98,9 +99,9 @@ def export(
 
     if width_multiple is not None and width_multiple < 1:
         raise UserError(f"--width-multiple must be at least 1, got {width_multiple}")
-    if destination.suffix == ".gguf" and destination.exists():
-        raise UserError(f"{destination} is there already; name a new file or remove it")
-    if destination.suffix == ".gguf":
+    if destination.suffix == SUFFIX:
+        if destination.exists():
+            raise UserError(f"{destination} is there already; name a new file or remove it")
         destination.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
         write_gguf(model, tokenizer, destination, kind=kind, width_multiple=width_multiple, accept=accept)
@@ -153,7 +154,7 @@ def put_on_hub(path: Path, name: str) -> None:
         else:
             hub.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
     except (ValueError, OSError) as error:
-        raise UserError(f"cannot put {path} on the hub as {name}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot put {path} on the hub as {name}: {shortened(str(error))}") from None
     print(f"on the hub: {address}")
 
 

@@ -40,12 +40,11 @@ def fit_head_norm(norm: HeadNorm, N: Tensor, pairs: Tensor, fit: str) -> tuple[H
     N_S = N.gather(1, index.unsqueeze(-1).expand(-1, -1, N.shape[2]))
     N_S = N_S.gather(2, index.unsqueeze(1).expand(-1, index.shape[1], -1))
     towards_S = towards.gather(1, index)
-    factors = _fit(N_S, towards_S, eps, fit, all_dims=f / k)
-    error = ((factors @ N_S.mT).squeeze(1) * factors.squeeze(1)).sum(dim=1) - 2 * (factors.squeeze(1) * towards_S).sum(
-        dim=1
-    )
+    rows = _fit(N_S, towards_S, eps, fit, all_dims=f / k)
+    factors = rows.squeeze(1)
+    error = ((rows @ N_S.mT).squeeze(1) * factors).sum(dim=1) - 2 * (factors * towards_S).sum(dim=1)
     error = ((error + num_tokens) / num_tokens).clamp(min=0)
-    a, b = factors.squeeze(1)[:, :-1].reshape(num_heads, k), factors.squeeze(1)[:, -1]
+    a, b = factors[:, :-1].reshape(num_heads, k), factors[:, -1]
     dims = torch.cat([pairs, pairs + f], dim=1)
     w, c = (tensor.double().gather(1, dims) for tensor in (norm.w, norm.c))
     return HeadNorm(w=w, c=c * a.repeat(1, 2), eps=b), error

@@ -232,8 +232,8 @@ class MoDeGPT(RankMethod):
         warning = self.allocation.warning([influence[index] for index in free], free_sparsity(task.sparsity, layers))
         return [warning] if warning else []
 
-    def required_statistics(self, family: Family) -> frozenset[str]:
-        """Names of the statistics of a layer that its decompositions read."""
+    def statistics_read(self, family: Family) -> dict[str, frozenset[str]]:
+        """Of each module that may be reduced, the statistics that its decomposition reads."""
         read = {
             module: variant.reads(head_norms=family.head_norms)
             for module, variant in self.variants().items()
@@ -241,7 +241,11 @@ class MoDeGPT(RankMethod):
         }
         if family.experts_path is not None and "mlp" in read:
             read["mlp"] = experts.REQUIRED
-        return frozenset().union(*read.values())
+        return read
+
+    def required_statistics(self, family: Family) -> frozenset[str]:
+        """Names of the statistics of a layer that its decompositions read."""
+        return frozenset().union(*self.statistics_read(family).values())
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Allocate, then reduce every layer on the dense model's statistics."""

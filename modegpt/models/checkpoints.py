@@ -115,8 +115,9 @@ def publish(partial: Path, directory: Path, *, run: str | None = None) -> None:
     """
     manifest = {"format": 1, "files": describe_files(partial)} | ({"run": run} if run else {})
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    umask = _umask()
     for path in (*partial.rglob("*"), partial):  # safetensors and mkdtemp make what they write the owner's alone
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         sync(path)
     if _same_checkpoint(partial, directory):
         return

@@ -20,12 +20,16 @@ def is_ours(config: PreTrainedConfig) -> bool:
 
 def family_name(config: PreTrainedConfig) -> str:
     """Transformers' name of the family of a model, compressed or not, supported or not."""
-    return config.model_type.removeprefix(RESIZED).removeprefix(SLICED)
+    return _family_name(config.model_type)
+
+
+def _family_name(model_type: str) -> str:
+    return model_type.removeprefix(RESIZED).removeprefix(SLICED)
 
 
 def check_supported(model_type: str) -> Family:
     """The family called ``model_type``. Raises UserError naming the supported ones, and the nearest, otherwise."""
-    family = FAMILIES.get(model_type.removeprefix(RESIZED).removeprefix(SLICED))
+    family = FAMILIES.get(_family_name(model_type))
     if family is None:
         longer = [name for name in FAMILIES if name.startswith(model_type)]
         close = longer or get_close_matches(model_type, FAMILIES, n=1)

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modegpt.decompositions.linalg import all_finite
-from modegpt.errors import UserError
+from modegpt.errors import UserError, shortened
 from modegpt.files import LARGEST_BYTES, read_json
 
 MANIFEST = "modegpt_manifest.json"
@@ -181,8 +181,9 @@ def _check_pickle(path: Path) -> None:
             "give the checkpoint as safetensors"
         ) from None
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
-        told = " ".join(str(error).split())[:100]
-        raise UserError(f"{path} is damaged ({told}); give the checkpoint as safetensors") from None
+        raise UserError(
+            f"{path} is damaged ({shortened(str(error), 100)}); give the checkpoint as safetensors"
+        ) from None
 
 
 def _check_regular(path: Path) -> None:

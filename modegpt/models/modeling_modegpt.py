@@ -337,9 +337,6 @@ class SlicedHeadNorm(nn.Module):
     def __init__(self, num_heads: int, size: int, joint: bool):
         super().__init__()
         self.joint = joint
-        self.weight: Tensor
-        self.energy: Tensor
-        self.eps: Tensor
         self.register_buffer("weight", torch.ones(num_heads, size))
         self.register_buffer("energy", torch.full((num_heads, size), 1.0 / size))
         self.register_buffer("eps", torch.zeros(1 if joint else num_heads))
@@ -347,9 +344,14 @@ class SlicedHeadNorm(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(..., heads, size) to the same shape; computed in float32 at least."""
         x = states.to(torch.promote_types(states.dtype, torch.float32))
-        mean_square = (self.energy * x.square()).sum(-1)
-        mean_square = (mean_square.sum(-1, keepdim=True) if self.joint else mean_square) + self.eps
-        return (self.weight * x * mean_square.rsqrt().unsqueeze(-1)).to(states.dtype)
+        return normed_heads(x, self.weight, self.energy, self.eps, joint=self.joint).to(states.dtype)
+
+
+def normed_heads(x: Tensor, w: Tensor, c: Tensor, eps: Tensor, *, joint: bool) -> Tensor:
+    """``w_i x_i / sqrt(sum_j c_j x_j^2 + eps)`` of each head of x (..., heads, size), the sum over all if ``joint``."""
+    n = (c * x.square()).sum(dim=-1)
+    n = (n.sum(dim=-1, keepdim=True) if joint else n) + eps
+    return w * x * n.rsqrt().unsqueeze(-1)
 
 
 class CompressedAttention:

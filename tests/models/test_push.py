@@ -2,9 +2,8 @@
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from modegpt.cli import export as command
 from modegpt.models.checkpoints import load_model, save_checkpoint
+from tests.loopback import serving
 from tests.models.family_table import dense_model, sliced_model
 from tests.models.saved import RECORD, tiny_tokenizer
 
@@ -20,7 +20,7 @@ from tests.models.saved import RECORD, tiny_tokenizer
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload needs: a repository is a dict of files."""
 
-    repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012  # one server, one test process
+    repositories: dict[str, dict[str, bytes]]
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -31,7 +31,7 @@ class Hub(BaseHTTPRequestHandler):
                 return self._answer({"error": "you may not write here"}, 403)
             name = f"{asked['organization']}/{asked['name']}"
             self.repositories.setdefault(name, {})
-            return self._answer({"url": f"{self.server.address}/{name}", "id": name})
+            return self._answer({"url": f"http://{self.headers['Host']}/{name}", "id": name})
         if parts[-2] == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(raw)["files"]]
             return self._answer({"files": [file | {"shouldIgnore": False} for file in files]})
@@ -44,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
                     kept[step["value"]["path"]] = base64.b64decode(step["value"]["content"])
             return self._answer(
                 {
-                    "commitUrl": f"{self.server.address}/{'/'.join(parts[2:4])}/commit/1",
+                    "commitUrl": f"http://{self.headers['Host']}/{'/'.join(parts[2:4])}/commit/1",
                     "commitOid": "1",
                     "success": True,
                 }
@@ -71,16 +71,12 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, bytes]]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_address[1]}"
-    Hub.repositories = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    repositories: dict[str, dict[str, bytes]] = {}
     whole = huggingface_hub.HfApi
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: whole(endpoint=server.address, token="hf_test"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield Hub.repositories
-    server.shutdown()
-    server.server_close()
+    with serving(Hub, repositories=repositories) as address:
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: whole(endpoint=address, token="hf_test"))
+        yield repositories
 
 
 def test_checkpoints_and_exports_go_to_the_hub(hub: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,12 @@
 """As much of a W&B server, on the loopback, as ``wandb sync`` talks to: it keeps what is uploaded."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.loopback import serving
 
 
 @dataclass
@@ -16,18 +16,9 @@ class WandbServer:
     files: dict[str, bytes] = field(default_factory=dict)
     artifacts: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
-    @contextmanager
-    def serve(self) -> Iterator[str]:
-        """Serve and yield what ``WANDB_BASE_URL`` is set to."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"kept": self}))
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+    def serve(self) -> AbstractContextManager[str]:
+        """Serve inside its block, which gets what ``WANDB_BASE_URL`` is set to."""
+        return serving(Handler, kept=self)
 
 
 class Handler(BaseHTTPRequestHandler):

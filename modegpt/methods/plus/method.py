@@ -122,14 +122,6 @@ class MoDeGPTPlus(Switches, RankMethod):
             return plan
         return exchange(costs, self.faithful().budgets(task), plan, cap=self.cap)
 
-    def _modules(self, task: CompressionTask) -> dict[str, frozenset[str]]:
-        """The modules that may be reduced, and the statistics that their decompositions read."""
-        variants = self.faithful().variants()
-        head_norms = task.family.head_norms
-        return {
-            module: variant.reads(head_norms=head_norms) for module, variant in variants.items() if variant is not None
-        }
-
     def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
         """The weight of every token for each layer and module with an output solve. One backward pass."""
         calibration, family, layers = task.calibration, task.family, decoder_layers(task.model)
@@ -140,7 +132,7 @@ class MoDeGPTPlus(Switches, RankMethod):
         ]
 
     def _costs(self, task: CompressionTask) -> Costs:
-        calibration, modules = task.calibration, self._modules(task)
+        calibration, modules = task.calibration, self.faithful().statistics_read(task.family)
         kept = (
             None if calibration.cache is None else KeptCosts(calibration.cache, modules, self.shares, self.skip_layers)
         )
@@ -159,7 +151,8 @@ class MoDeGPTPlus(Switches, RankMethod):
         self, task: CompressionTask, plan: RankPlan, costs: Costs | None, influence: list[float] | None
     ) -> Compressed:
         """Order every dim on the dense stream, and cut to ``plan``; at sparsity 0 the orders are kept as well."""
-        calibration, modules, generator = task.calibration, self._modules(task), task.generator()
+        modules = self.faithful().statistics_read(task.family)
+        calibration, generator = task.calibration, task.generator()
         names, hidden = frozenset().union(*modules.values()), calibration.embed()
         split = Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
         nested = []

@@ -24,6 +24,7 @@ from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 from modegpt.files import json_sha256
 from modegpt.models import Family, decoder_layers, read_mlp, read_query_key, read_value_output
+from modegpt.models.modeling_modegpt import normed_heads
 
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
@@ -159,9 +160,7 @@ def _full_norm(family: Family, norm: HeadNorm, pairs: Tensor, size: int) -> Call
     def forward(states: Tensor) -> Tensor:
         shape, rows = states.shape, states.transpose(-2, -3) if family.heads_first else states
         rows = rows.reshape(*rows.shape[: 2 if family.joint_norms else -2], len(pairs), size)
-        n = (c.to(rows.dtype) * rows.square()).sum(dim=-1)
-        n = (n.sum(dim=-1, keepdim=True) if family.joint_norms else n) + norm.eps.to(rows.dtype)
-        rows = w.to(rows.dtype) * rows * n.rsqrt().unsqueeze(-1)
+        rows = normed_heads(rows, *(part.to(rows.dtype) for part in (w, c, norm.eps)), joint=family.joint_norms)
         return rows.transpose(-2, -3) if family.heads_first else rows.reshape(shape)
 
     return forward
