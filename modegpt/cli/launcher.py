@@ -26,6 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from modegpt.cli.sweep import LOG, Sweep
+from modegpt.errors import UserError
 from modegpt.files import hold
 from modegpt.progress import Progress
 from modegpt.termination import EXIT_CODE, GRACE_SECONDS
@@ -52,7 +53,11 @@ class ProcessLauncher(Launcher):
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra once a sweep."""
+        """Called by Hydra once a sweep. Raises UserError, which Hydra would dress up if ``__init__`` did."""
+        if self.n_jobs is not None and (type(self.n_jobs) is not int or self.n_jobs < 1):
+            raise UserError(
+                f"hydra.launcher.n_jobs={self.n_jobs} must be a whole number, 1 or more, or null: one a job"
+            )
         self.hydra_context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -106,10 +106,10 @@ def factored_shape(task: CompressionTask, ranks: Mapping[str, int]) -> LayerShap
 
 
 def factored_tensors(family: Family, layer: nn.Module, truncations: Mapping[str, Truncation]) -> dict[str, Tensor]:
-    """The changed tensors of a layer whose linears are stored as the given factors; biases stay."""
+    """The changed tensors of a layer whose linears are stored as the given factors, by role; biases stay."""
     tensors: dict[str, Tensor] = {}
-    for role, linear in block_linears(family, layer).items():
-        path, factors = getattr(family, f"{role}_path"), truncations[role].factors
+    for role, truncation in truncations.items():
+        linear, path, factors = getattr(family, role)(layer), getattr(family, f"{role}_path"), truncation.factors
         tensors[f"{path}.A.weight"] = factors.A.T.contiguous()
         tensors[f"{path}.B.weight"] = factors.B.T.contiguous()
         if linear.bias is not None:

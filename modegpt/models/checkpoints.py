@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
 from modegpt.models.fit import check_names, check_sizes, check_tied, check_unquantised, check_vocabulary
 from modegpt.models.gguf import check_gguf, gguf_file, without_quantisation
-from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files
+from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files, stored_sizes
 
 EMBEDDED = "embedded:"
 CONTENT_ERRORS = (
@@ -216,6 +217,8 @@ def load_model(
                 f"model.device_map cannot spread a dense {config.model_type} model: "
                 "its fused projections or experts are taken apart when it is loaded"
             )
+        if Path(source).is_dir():
+            check_sizes(path, config, sizes_apart(config, stored_sizes(Path(source))))
         spread = {} if device_map is None else {"device_map": device_map, "max_memory": max_memory or None}
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -240,6 +243,20 @@ def load_model(
     check_tied(path, model)
     apart: Any = unfused(model)  # Transformers' type of ``to`` asks for a model, not a device
     return apart.to(device).eval()
+
+
+def sizes_apart(
+    config: PreTrainedConfig, stored: Mapping[str, list[int]]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Name, stored size and size of each tensor that a model of ``config`` has under the same name in another size.
+
+    Before a weight is read. Tensors that Transformers would rename or stack when it loads them are not among them.
+    """
+    with torch.device("meta"), quiet():
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    for name, tensor in model.state_dict().items():
+        if name in stored and stored[name] != list(tensor.shape):
+            yield name, stored[name], list(tensor.shape)
 
 
 def load_config(path: str, source: str, revision: str | None = None) -> PreTrainedConfig:

@@ -194,6 +194,24 @@ def _check_regular(path: Path) -> None:
 
 def _check_length(path: Path) -> None:
     """A safetensors file is 8 bytes of header length, the header, and as many bytes as its furthest tensor ends at."""
+    header_bytes, header = _header(path)
+    try:
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+    except (AttributeError, TypeError, ValueError, LookupError):
+        raise UserError(f"{path} is damaged: its header does not say where each tensor is") from None
+    size, expected = path.stat().st_size, 8 + header_bytes + max(ends, default=0)
+    if size != expected:
+        raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")
+
+
+def stored_sizes(directory: Path) -> dict[str, list[int]]:
+    """The size of every tensor in the safetensors files of ``directory``, by name, from their headers alone."""
+    headers = [_header(path)[1] for path in sorted(directory.glob("*.safetensors"))]
+    return {name: list(entry["shape"]) for header in headers for name, entry in header.items()}
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """How long the header of a safetensors file is, and what it says of each tensor. Raises UserError."""
     _check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -210,13 +228,9 @@ def _check_length(path: Path) -> None:
             header = json.loads(file.read(header_bytes))
         except (ValueError, RecursionError):
             raise UserError(f"{path} is damaged: its header is not JSON") from None
-    try:
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (AttributeError, TypeError, ValueError, LookupError):
-        raise UserError(f"{path} is damaged: its header does not say where each tensor is") from None
-    expected = 8 + header_bytes + max(ends, default=0)
-    if size != expected:
-        raise UserError(f"{path} is truncated or damaged: {size} bytes instead of {expected}")
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is damaged: its header does not say where each tensor is")
+    return header_bytes, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def check_finite(model: nn.Module) -> None:

@@ -55,7 +55,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[tuple[
 def process(tmp_path: Path) -> Callable[..., Any]:
     """``process(*arguments)`` runs ``python -m modegpt`` in a fresh process, from a folder of its own.
 
-    With ``timeout=None`` it is started and not waited for.
+    With ``timeout=None`` it is started and not waited for; with ``streams`` its output goes where they say.
     """
     site, folder = tmp_path / "site", tmp_path / "folder"
     site.mkdir()
@@ -63,12 +63,13 @@ def process(tmp_path: Path) -> Callable[..., Any]:
     (site / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
     repository = Path(cli.__file__).resolve().parents[2]
 
-    def run(*arguments: str, timeout: float | None = 180) -> subprocess.CompletedProcess | subprocess.Popen:
+    def run(
+        *arguments: str, timeout: float | None = 180, **streams: Any
+    ) -> subprocess.CompletedProcess | subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(site), str(repository)))}
         command = [sys.executable, "-m", "modegpt", *arguments]
-        started = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+        started = subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)
         if timeout is None:
             return started
         with started:

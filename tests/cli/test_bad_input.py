@@ -93,6 +93,10 @@ BAD = {
         "hydra/launcher=slurm is not known",
         "modegpt[sweep]",
     ),
+    "launcher of no processes": (
+        ["--multirun", "seed=1,2", "hydra/launcher=node", "hydra.launcher.n_jobs=0"],
+        "error: hydra.launcher.n_jobs=0 must be a whole number",
+    ),
     "sweep of a wrong key": (["--multirun", "sede=1,2"], "error: sede is not known", "did you mean seed?"),
 }
 

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import pty
 import signal
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,38 @@ def test_jobs_are_shown_whole_when_they_end(process: Callable, tmp_path: Path) -
         f"{number}] seed={seed} output.root={root}\nsaid by modegpt seed={seed} output.root={root}\n"
         for number, seed in enumerate((1, 2, 3))
     ]
+
+
+@PARALLEL
+def test_what_jobs_print_stays_off_the_bar(process: Callable, tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    """On a terminal: the bar is wiped first, and drawn again below."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
+    started = process(
+        "--multirun", "seed=1,2,3", f"output.root={tmp_path}/results", *launcher,
+        timeout=None, stdout=its, stderr=its,
+    )  # fmt: skip
+    os.close(its)
+    written = b""
+    with suppress(OSError):  # as Linux says that no process has the terminal open any more
+        while part := os.read(ours, 1 << 16):
+            written += part
+    os.close(ours)
+    assert started.wait() == 0
+    assert b"sweep:   0%|" in written and written.count(b"[job ") == 3
+
+    def seen(line: str) -> str:
+        """What a terminal shows of a line whose parts each begin at its start."""
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        return shown.rstrip()
+
+    lines = [seen(line) for line in written.decode().split("\n")]
+    assert sorted(line[:14] for line in lines if "[job " in line) == [
+        f"[job {number}] seed={number + 1}" for number in range(3)
+    ]
+    assert all(line.startswith("said by modegpt ") for line in lines if "said" in line)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 from modegpt.data.fingerprints import fingerprint_tokenizer
 from modegpt.errors import UserError
@@ -372,6 +372,15 @@ def test_a_configuration_of_other_weights_names_the_field(
             function(str(tmp_path))
         assert "ignore_mismatched_sizes" not in str(error.value)
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_sizes_are_compared_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match="intermediate_size=48"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,11 @@ class Launcher:
             assert not any(partial.iterdir())
 
 
-def wait_for(condition: Callable[[], object]) -> object:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> object:
+    """What ``condition`` gives at last, while ``process`` lives."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while not (found := condition()):
+        assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     return found
@@ -140,7 +142,8 @@ def test_killing_a_worker(tmp_path: Path, repository: Path, launcher: tuple[str,
     """With all that it started, while its sibling is at work and others wait."""
     sweep = Launcher(tmp_path, repository, *launcher, "compression.sparsity=0.1,0.2,0.3,0.4")
     process = sweep.launch()
-    wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(f".sweeps/*/*/{LOG}")))
+    logs = f".sweeps/*/*/{LOG}"
+    wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(logs)), process)
     victim = workers(process.pid)[0]
     for pid in (victim, *descendants(victim)):
         os.kill(pid, signal.SIGKILL)
