@@ -37,7 +37,7 @@ def check_gguf(file: Path) -> None:
 def without_quantisation(loaded: PreTrainedModel) -> PreTrainedModel:
     """An ordinary model with the tensors of ``loaded``, which Transformers takes for a quantised one."""
     config: Any = loaded.config
-    del config.quantization_config  # of the file, not of these weights
+    vars(config).pop("quantization_config", None)  # of the file, not of these weights; Transformers 5.16 sets none
     with torch.device("meta"):
         model = type(loaded)(config)
     model.generation_config = loaded.generation_config
