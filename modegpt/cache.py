@@ -89,6 +89,10 @@ class Cache:
         return json_sha256({"key": self.key, "name": name, "content": content})
 
     def _read_tensor(self, name: str, path: Path) -> "Tensor":
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > 16 * OVERHEAD_BYTES:  # before the file is mapped, however large it claims to be
+            raise ValueError(f"its header would have {header_bytes} bytes")
         with safe_open(path, framework="pt") as file:
             checksum, value = (file.metadata() or {}).get("sha256"), file.get_tensor("value")
         self._check(checksum, name, _described(value))

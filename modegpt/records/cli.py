@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from modegpt.errors import UserError, any_terminal
@@ -230,9 +231,10 @@ def _resolve(store: RecordStore, reference: str) -> Entry:
     """The record that ``reference`` means. Raises UserError if none or several."""
     if f"{SUFFIX}#" in reference:
         return Entry.at(Path(reference))
-    for path in (Path(reference), Path(reference) / RECORD):
-        if path.name == RECORD and path.is_file():
-            return Entry.at(path)
+    with suppress(OSError):  # what is too long for a path may still be a name
+        for path in (Path(reference), Path(reference) / RECORD):
+            if path.name == RECORD and path.is_file():
+                return Entry.at(path)
     by_hash = store.find(reference) if SOME_DIGITS.fullmatch(reference) else []
     found = by_hash or [entry for entry in store.entries() if _is_called(entry, reference)]
     if not found:

@@ -78,6 +78,19 @@ def a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def test_a_header_of_any_length_is_refused_before_the_file_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_at(tmp_path)
+    cache.store(0, STATISTICS)
+    path = cache.directory / "layer000.mlp.C.safetensors"
+    path.write_bytes((20 * 2**30).to_bytes(8, "little"))
+    os.truncate(path, 8 + 20 * 2**30)
+    monkeypatch.setattr("modegpt.cache.safe_open", lambda *_, **__: pytest.fail("20 GiB are mapped"))
+    with pytest.warns(UserWarning, match="damaged .its header would have 21474836480 bytes"):
+        assert cache.load(0, frozenset({"mlp.C"})) == {}
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -26,7 +26,7 @@ def scored() -> tuple[Any, PreparedEvaluation, dict[str, Any]]:
     """A model, an evaluation of nine batches, and its scores."""
     model = load_model("embedded:tiny-llama", device="cpu")
     spec = EvaluationSpec(
-        PerplexitySpec(source="tiny", windows=[128, 256], batch_tokens=4096),
+        PerplexitySpec(source="tiny", windows=[128, 256], batch_tokens=1024, limit=5120),
         ZeroShotSpec(tasks=["tiny_pronoun", "tiny_story"], limit=8, batch_size=8),
     )
     prepared = prepare_evaluation(spec, tokenizer=load_tokenizer("embedded:tiny-llama"), model_config=model.config)

@@ -155,10 +155,15 @@ def test_export(root: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["show", "nothing"], "no record 'nothing'"), (["list"], "not a directory"), (["verify"], "not a directory")],
+    [
+        (["show", "nothing"], "no record 'nothing'"),
+        (["show", "1" * 5000], "no record '111"),
+        (["list"], "not a directory"),
+        (["verify"], "not a directory"),
+    ],
 )
 def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture, arguments: list[str], complaint: str) -> None:
-    status, out, err = run(root if "nothing" in complaint else root / "absent", capsys, *arguments)
+    status, out, err = run(root if "no record" in complaint else root / "absent", capsys, *arguments)
     assert status == 2 and out == "" and complaint in err and err.count("\n") == 1
 
 
