@@ -85,12 +85,16 @@ def test_setting(job: Callable, setting: str) -> None:
 
 @pytest.mark.parametrize("line", SWEEPS)
 def test_sweep_composes(job: Callable, line: str, tmp_path: Path) -> None:
-    """Each as a sweep in this process, an experiment at one rate; its launcher's configuration is composed apart."""
+    """Each as a sweep in this process, its launcher's configuration apart; an experiment, whose jobs
+    ``tests/experiments`` composes, as one job.
+    """
     arguments = arguments_of(line)
     own = [argument for argument in arguments if not argument.startswith("hydra")]
-    own += ["compression.sparsity=0.5"] * ("+experiments=" in line)
-    code, calls = job(*own, f"output.root={tmp_path}")
-    assert code == 0 and len(calls) > 1
+    if "+experiments=" in line:
+        assert job(*(argument for argument in own if argument != "--multirun"), "--cfg", "job")[0] == 0
+    else:
+        code, calls = job(*own, f"output.root={tmp_path}")
+        assert code == 0 and len(calls) > 1
     launcher = [argument for argument in arguments if argument.startswith("hydra")]
     assert job("--cfg", "hydra", "-p", "hydra.launcher", *launcher)[0] == 0
 
