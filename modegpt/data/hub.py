@@ -65,7 +65,9 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
         cause = cause.__cause__
-    gated = cause.repo_id if isinstance(cause, errors.GatedRepoError) else None
+    gated = None
+    if isinstance(cause, errors.GatedRepoError):  # older versions of huggingface_hub know its address alone
+        gated = cause.repo_id or urlsplit(str(cause.response.url)).path.partition("/resolve/")[0].strip("/")
     if data := re.match(r"Dataset '(\S+)' is a gated dataset", str(error)):  # ``datasets`` drops the cause
         gated = f"datasets/{data[1]}"
     if gated is not None:
