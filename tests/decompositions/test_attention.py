@@ -68,6 +68,7 @@ def test_the_output_is_that_of_the_attention_and_maps_change_its_logits_alone() 
 def test_what_goes_first_costs_least_and_the_cost_of_all_that_is_gone_is_known() -> None:
     M = sensitivity(6, 1)[0]
     order, lost = elimination_order(M, 5)
+    assert [each.tolist() for each in elimination_order(M, 0)] == [[], []]
     for gone in range(1, 6):
         costs = {
             f: float(M[S][:, S].sum())

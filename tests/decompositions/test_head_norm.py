@@ -95,7 +95,7 @@ def test_a_factor_for_each_pair_is_the_ridge_solution_with_nothing_negative() ->
 
 @pytest.mark.parametrize("wanted", [(2.5, 0.4, -0.3, 0.8), (0.2, -1.7, 3.0, -0.01), (0.5, 0.1, 0.3, 0.2)])
 def test_no_factors_of_none_negative_err_less(wanted: tuple[float, ...]) -> None:
-    """The conditions of Karush, Kuhn and Tucker: no slope where a factor is positive, and only upwards where it is 0."""
+    """The conditions of Karush, Kuhn and Tucker: no slope where a factor is positive, an upward one where it is 0."""
     features, target = normal(60, 4, seed=5), torch.tensor(wanted, dtype=torch.float64)
     N, one = features.mT @ features, torch.full((1, 4), 0.5, dtype=torch.float64)
     found = _each(N, N @ target, one).squeeze(0)
