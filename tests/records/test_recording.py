@@ -93,7 +93,7 @@ def test_a_record_says_what_was_asked_seen_and_removed(tmp_path: Path) -> None:
     config = replace(
         base,
         calibration=replace(base.calibration, seed=3),
-        compression=CompressionConfig(sparsity=1 / 3),
+        compression=CompressionConfig(sparsity=1 / 3, target_bytes="1GB", target_context=0),
         output=replace(base.output, experiment="trial"),
         evaluation=EvaluationSpec(PerplexitySpec(source="jsonl"), None),
     )
@@ -140,6 +140,7 @@ def test_a_record_says_what_was_asked_seen_and_removed(tmp_path: Path) -> None:
     assert facts["achieved_sparsity"] == pytest.approx(1 / 3)
     assert facts["whole_model_sparsity"] == pytest.approx(layer / sum(weights))
     assert facts["num_parameters"] == sum(weights) - layer
+    assert (facts["target_bytes"], facts["achieved_bytes"]) == (10**9, 4 * (sum(weights) - layer))
     assert facts["full_ranks"] == {"mlp": 40, "query_key": 8, "value_output": 8}
     assert facts["influence"] == compressed.influence and "warnings" not in facts and "recovery" not in facts
     assert [each["index"] for each in facts["layers"]] == [0, 1, 2]
@@ -167,7 +168,12 @@ def test_a_record_warns_of_what_the_method_warned_and_names_the_layers_that_it_s
     assert facts["warnings"] == ["spread far"] and facts["recovery"] == {"name": "lora"}
     silent = facts["layers"][1]
     assert silent == {"index": 1, "sparsity": silent["sparsity"], "ranks": {}, "relative_error": {}, "numerics": {}}
-    assert silent["sparsity"] > 0 and facts["layers"][2]["ranks"] == compressed.layers[1]["ranks"]
+    left, dense = (
+        sum(weight.numel() for weight in decoder_layers(model)[1].parameters() if weight.ndim == 2)
+        for model in (compressed.model, task.model)
+    )
+    assert silent["sparsity"] == pytest.approx(1 - left / dense, rel=1e-12) and 0.2 < silent["sparsity"] < 0.4
+    assert facts["layers"][2]["ranks"] == compressed.layers[1]["ranks"]
     target = {"target_bytes": 5, "achieved_bytes": 7}
     in_bytes = compression_facts(task.model, compressed, method="m", target_sparsity=0.3, target=target)
     assert in_bytes["target_bytes"] == 5 and "7 bytes needed, 5 asked" in in_bytes["warnings"][-1]
