@@ -85,6 +85,14 @@ def test_what_lies_behind_a_corner_waits_for_its_own_slope() -> None:
         assert [of_layer["mlp"] for of_layer in exchange(costs, layers, start, cap=0.9).ranks] == ranks
 
 
+def test_a_dear_first_dim_pays_where_those_behind_it_are_free() -> None:
+    """Four dims of the first module cost less than four of the second, though the first of them alone costs more."""
+    layers = [{"mlp": MLP}, {"mlp": MLP}]
+    costs = [{"mlp": [0.0, *[5.0] * 8]}, {"mlp": [2.0 * k for k in range(9)]}]
+    start = RankPlan(ranks=[{"mlp": 8}, {"mlp": 8}], target=4 / 16, achieved=0.0)
+    assert [of_layer["mlp"] for of_layer in exchange(costs, layers, start, cap=0.9).ranks] == [4, 8]
+
+
 @pytest.mark.parametrize("costs", [(1.0, 4.0), (4.0, 1.0)])
 def test_what_no_step_meets_is_closed_where_that_is_cheapest(costs: tuple[float, float]) -> None:
     """The small module is at its cap, and a step of either large one overshoots what is left: the cheaper one goes."""
