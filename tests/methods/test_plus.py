@@ -126,6 +126,8 @@ def test_every_solve_is_fitted_on_three_quarters_of_the_windows_and_checked_on_t
     monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", noted)
     compressed = MoDeGPTPlus(allocation="uniform").compress(task_of(dense_model(name), 0.3))
     assert {solve[:2] for solve in solves} == {(120, 40)} and {solve[3] for solve in solves} == {32}
+    for layer in compressed.layers:
+        assert all({"ridge", "held_out"} <= layer["numerics"][module].keys() for module in ("mlp", "value_output"))
     inputs = [solve for solve in solves if solve[2] == 32]
     assert len(inputs) >= 5, "two alignments a layer, but for the first layer's attention"
     constant, shapes = int(name == "opt"), layer_shapes(compressed.model.config)

@@ -37,6 +37,23 @@ def test_the_budget_is_met_and_nothing_removed_is_the_dense_model(name: str) -> 
     check_zero_sparsity(MoDeGPTPlus(**NESTED), name)
 
 
+def test_orders_come_from_the_positions_and_windows_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+
+    def noted(*args, **options):
+        asked.append(options)
+        return sample(*args, **options)
+
+    monkeypatch.setattr("modegpt.methods.plus.method.sample", noted)
+    method = MoDeGPTPlus(**NESTED, allocation="uniform", queries_per_window=3, query_key_windows=5)
+    task = task_of(dense_model("llama"), 0.3)
+    task.calibration.precision = torch.float32
+    method.compress(task)
+    wanted = {"queries_per_window": 3, "num_windows": 5, "precision": torch.float32}
+    assert len(asked) == 3 and all(each | wanted == each for each in asked)
+    assert asked[0]["generator"].initial_seed() == task.seed and asked[0]["generator"] is asked[2]["generator"]
+
+
 @pytest.mark.parametrize(("name", "allocation"), [("llama", "loss"), ("opt", "loss"), ("qwen2", "uniform")])
 def test_cutting_a_saved_model_is_compressing_to_that_rate(
     name: str, allocation: str, tmp_path: Path, capsys: pytest.CaptureFixture
