@@ -154,9 +154,12 @@ def places(path: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
     source = (CHECKOUT / path).read_text(encoding="utf-8")
     nodes, excluded = list(ast_nodes(get_ast(source))), unseen(source)
     found: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    starts: dict[str, list[tuple[int, int]]] = {}
     for name, operator in OPERATORS.items():
-        starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
-        for occurrence, start in enumerate(starts):
+        replaced = name.rpartition("_")[0] or name  # whatever replaces it, it stands at the same places
+        if replaced not in starts:
+            starts[replaced] = [start for node in nodes for start, _ in operator.mutation_positions(node)]
+        for occurrence, start in enumerate(starts[replaced]):
             if start not in excluded:
                 found.setdefault(start, []).append((name, occurrence))
     return found
