@@ -333,7 +333,7 @@ def test_ranks_are_searched_on_so_many_windows(monkeypatch: pytest.MonkeyPatch) 
         raise Asked(options["num_windows"])
 
     monkeypatch.setattr("modegpt.methods.asvd.truncated_losses", asked)
-    with pytest.raises(Asked, match="^3$"):
+    with pytest.raises(Asked, match=r"^3$"):
         method_of(config("asvd", method={"search_windows": 3})).compress(thirds())
 
 
