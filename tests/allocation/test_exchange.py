@@ -76,6 +76,23 @@ def test_a_hull_drops_every_corner_that_a_later_point_lies_below() -> None:
     assert hull([(0, 0), (1, 1), (2, 3), (3, 7), (4, 2)]) == [0, 4]
 
 
+def test_what_lies_behind_a_corner_waits_for_its_own_slope() -> None:
+    """Two dims of the first module are free and the next ones dear; the rest comes from the second, an even slope."""
+    layers = [{"mlp": MLP}, {"mlp": MLP}]
+    costs = [{"mlp": [0.0, 0.0, 0.0, *(100.0 * k for k in range(1, 7))]}, {"mlp": [1.0 * k for k in range(9)]}]
+    for gone, ranks in ((2, [6, 8]), (3, [6, 7]), (4, [6, 6]), (9, [6, 1])):
+        start = RankPlan(ranks=[{"mlp": 8}, {"mlp": 8}], target=gone / 16, achieved=0.0)
+        assert [of_layer["mlp"] for of_layer in exchange(costs, layers, start, cap=0.9).ranks] == ranks
+
+
+def test_a_dear_first_dim_pays_where_those_behind_it_are_free() -> None:
+    """Four dims of the first module cost less than four of the second, though the first of them alone costs more."""
+    layers = [{"mlp": MLP}, {"mlp": MLP}]
+    costs = [{"mlp": [0.0, *[5.0] * 8]}, {"mlp": [2.0 * k for k in range(9)]}]
+    start = RankPlan(ranks=[{"mlp": 8}, {"mlp": 8}], target=4 / 16, achieved=0.0)
+    assert [of_layer["mlp"] for of_layer in exchange(costs, layers, start, cap=0.9).ranks] == [4, 8]
+
+
 @pytest.mark.parametrize("costs", [(1.0, 4.0), (4.0, 1.0)])
 def test_what_no_step_meets_is_closed_where_that_is_cheapest(costs: tuple[float, float]) -> None:
     """The small module is at its cap, and a step of either large one overshoots what is left: the cheaper one goes."""

@@ -170,6 +170,8 @@ GOOD = dict(influence=[0.1, 0.2], sparsity=0.3, epsilon=0.1, cap=0.8)
         (dict(epsilon=math.inf), "allocation.epsilon=inf must be positive and finite"),
         (dict(cap=0.2), "a mean sparsity of 0.3 .* out of reach: allocation.cap=0.2 lets none lose more"),
         (dict(cap=1.0), "allocation.cap=1.0 must lie between 0 and 1"),
+        (dict(cap=0.0, sparsity=0.0), "allocation.cap=0.0 must lie between 0 and 1"),
+        (dict(cap=-0.5, sparsity=0.0), "allocation.cap=-0.5 must lie between 0 and 1"),
         (dict(influence=[0.1, math.nan]), "finite"),
         (dict(influence=[]), "finite"),
         (dict(weights=[1.0]), "1 layer weights given for 2 layers"),

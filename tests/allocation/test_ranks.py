@@ -141,6 +141,8 @@ def test_full_size_is_allowed_where_the_multiple_does_not_divide_it():
     assert module.nearest_rank(-50) == 173
     assert module.move(173, -1) == 128 and module.move(128, 1) == 173 and module.move(173, 1) is None
     assert module.move(128, -1) == 64 and module.move(64, -1) is None
+    one = ModuleBudget(size=1, unit=1, parameters_per_dimension=1)
+    assert (one.nearest_rank(0), one.move(1, 1), one.move(1, -1)) == (1, None, None)
     assert ModuleBudget(size=16, unit=64, parameters_per_dimension=1).move(16, -1) is None
 
 

@@ -4,18 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from modegpt.calibration.world import World, join_world
 from modegpt.cli.main import main
 from modegpt.errors import UserError
 from tests.methods.task_of import task_of
-from tests.models.family_table import dense_model
+from tests.models.family_table import dense_model, statistics_of
 from tests.processes import CLEAN, STUCK_SECONDS, ended_well
 
 NAMES = frozenset({"mlp.C", "mlp.mean", "query_key.C_Q", "value_output.G", "layer.influence"})
@@ -58,6 +59,26 @@ def test_pooled_statistics_are_those_of_one_process(tmp_path: Path) -> None:
         for name in NAMES:
             assert torch.equal(one[name], other[name])
             assert float((one[name] - whole[name]).norm()) <= 1e-12 * float(whole[name].norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_sums_of_two_shares_make_the_statistics_of_all_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every statistic there is. The second process runs first, and its sums are added to those of the first one."""
+    sent: list[Tensor] = []
+
+    def statistics(world: World, reduce: Callable[[Tensor], object]) -> list[dict[str, Tensor]]:
+        monkeypatch.setattr(distributed, "all_reduce", reduce)
+        calibration = task_of(dense_model(name), 0.0).calibration
+        calibration.world = world
+        names = statistics_of(calibration.family) | {"layer.influence", "layer.num_tokens"}
+        return [{key: value.clone() for key, value in layer.items()} for layer in calibration.statistics(names)]
+
+    statistics(World(rank=1, size=2), lambda flat: sent.append(flat.clone()))
+    pooled = statistics(World(rank=0, size=2), lambda flat: flat.add_(sent.pop(0)))
+    alone = statistics(World(), lambda _: pytest.fail("there is nobody else"))
+    assert len(pooled) == len(alone) and not sent
+    for one, whole in zip(pooled, alone, strict=True):
+        torch.testing.assert_close(one, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_a_run_under_torchrun_writes_the_record_of_one_process(

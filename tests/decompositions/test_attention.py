@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from modegpt.calibration.statistics import rotate
-from modegpt.decompositions.attention import AttentionStates, block_map, eliminate_blocks, output_sensitivity
+from modegpt.decompositions.attention import (
+    AttentionStates,
+    block_map,
+    eliminate_blocks,
+    elimination_order,
+    output_sensitivity,
+)
 
 HEADS, KEY_HEADS, SIZE, LENGTH = 4, 2, 6, 9
 
@@ -47,6 +53,30 @@ def test_a_shift_common_to_all_keys_costs_nothing() -> None:
     dense = states()
     dense.k[..., 0] = 1.0
     assert output_sensitivity(dense, pairs=False)[:, 0].abs().max() < 1e-13
+
+
+def test_the_output_is_that_of_the_attention_and_maps_change_its_logits_alone() -> None:
+    dense = states()
+    T_Q, T_K = (torch.randn(count, SIZE, 4, dtype=torch.float64) for count in (HEADS, KEY_HEADS))
+    for given, (query_map, key_map) in (((), (torch.eye(SIZE).double(),) * 2), ((T_Q, T_K), (T_Q, T_K))):
+        q, k = dense.q @ query_map, (dense.k @ key_map).repeat_interleave(HEADS // KEY_HEADS, dim=1)
+        logits = torch.einsum("bhti,bhsi->bhts", q, k).exp() * (dense.bias == 0)
+        expected = torch.einsum("bhts,bhsm->bhtm", logits / logits.sum(dim=-1, keepdim=True), dense.v)
+        torch.testing.assert_close(dense.output(*given), expected)
+
+
+def test_what_goes_first_costs_least_and_the_cost_of_all_that_is_gone_is_known() -> None:
+    M = sensitivity(6, 1)[0]
+    order, lost = elimination_order(M, 5)
+    assert [each.tolist() for each in elimination_order(M, 0)] == [[], []]
+    for gone in range(1, 6):
+        costs = {
+            f: float(M[S][:, S].sum())
+            for f in set(range(6)) - {*order[: gone - 1].tolist()}
+            for S in [torch.tensor([*order[: gone - 1].tolist(), f])]
+        }
+        assert int(order[gone - 1]) == min(costs, key=costs.__getitem__)
+        assert float(lost[gone - 1]) == pytest.approx(min(costs.values()))
 
 
 def sensitivity(num_features: int, group: int) -> Tensor:

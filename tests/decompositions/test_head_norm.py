@@ -8,8 +8,8 @@ from torch import Tensor
 
 from modegpt.decompositions import QueryKeyCR, QueryKeyRandom
 from modegpt.decompositions.attention import AttentionStates
-from modegpt.decompositions.head_norm import PAIR_RIDGE, fit_head_norm, norm_shares, share_factors
-from modegpt.decompositions.modules import HEAD_NORM_FITS, HeadNorm
+from modegpt.decompositions.head_norm import PAIR_RIDGE, _each, fit_head_norm, norm_shares, share_factors
+from modegpt.decompositions.modules import HEAD_NORM_FITS, HeadNorm, Sizes
 from modegpt.errors import UserError
 from tests.decompositions.cases import generator, normal, query_key_case
 
@@ -91,6 +91,26 @@ def test_a_factor_for_each_pair_is_the_ridge_solution_with_nothing_negative() ->
             "both dims of a pair weigh the same"
         )
     torch.testing.assert_close(error, relative_error(x, norm, fitted), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("wanted", [(2.5, 0.4, -0.3, 0.8), (0.2, -1.7, 3.0, -0.01), (0.5, 0.1, 0.3, 0.2)])
+def test_no_factors_of_none_negative_err_less(wanted: tuple[float, ...]) -> None:
+    """The conditions of Karush, Kuhn and Tucker: no slope where a factor is positive, an upward one where it is 0."""
+    features, target = normal(60, 4, seed=5), torch.tensor(wanted, dtype=torch.float64)
+    N, one = features.mT @ features, torch.full((1, 4), 0.5, dtype=torch.float64)
+    found = _each(N, N @ target, one).squeeze(0)
+    assert torch.equal(found > 0, target > 0)
+    slope = N @ (found - target) + PAIR_RIDGE * N.diagonal() * (found - 0.5)
+    assert slope[found > 0].abs().max() < 1e-9 and (slope[found <= 0] > 0).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["each head", "all heads"])
+def test_the_norms_of_queries_and_keys_and_their_shares_are_counted(joint: bool) -> None:
+    sizes = Sizes(d_h=32, n=40, H=6, H_kv=2, d=8, joint_norms=joint)
+    for heads, counted in ((6, (sizes.G_Q, sizes.F_Q)), (2, (sizes.G_K, sizes.F_K))):
+        w = normal(heads, 8, seed=1)
+        norm = HeadNorm(w=w, c=torch.ones_like(w), eps=torch.ones(1 if joint else heads))
+        assert norm_shares(normal(5, heads, 8, seed=2), norm).shape == (5, *counted)
 
 
 def test_each_fit_is_at_least_as_good_as_the_simpler_one() -> None:

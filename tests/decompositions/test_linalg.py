@@ -29,6 +29,16 @@ def test_singular_matrix_is_jittered_and_reported():
     assert (L @ L.mT - C).abs().max() < 1e-10 * C.diagonal().max()
 
 
+@pytest.mark.parametrize("jitter", [1e-12, 1e-11, 1e-10, 1e-9, 1e-8])
+def test_the_jitter_is_the_smallest_that_makes_it_definite(jitter: float):
+    """Of two channels that agree a little better than they could."""
+    C = torch.tensor([[1.0, 1 + jitter / 2], [1 + jitter / 2, 1.0]], dtype=torch.float64)
+    factor = psd_cholesky(torch.stack([C, torch.eye(2).double()]))
+    assert factor.numerics == {"jitter": jitter, "num_jittered": 1}
+    expected = torch.linalg.cholesky(C + jitter * torch.eye(2))
+    torch.testing.assert_close(factor.root()[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_only_the_singular_matrix_of_a_batch_is_jittered():
     X = normal(2, 30, 6, seed=0)
     X[1, :, 3] = X[1, :, 2]
@@ -36,6 +46,16 @@ def test_only_the_singular_matrix_of_a_batch_is_jittered():
     factor = psd_cholesky(C)
     assert factor.numerics["num_jittered"] == 1
     torch.testing.assert_close(factor.root()[0], torch.linalg.cholesky(C[0]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_channel_is_dead_beside_the_others_of_its_own_matrix():
+    """However quiet a whole matrix is beside another of the batch, as a head is that the values of one layer avoid."""
+    X = normal(2, 30, 6, seed=0) * torch.tensor([1e20, 1.0]).view(2, 1, 1)
+    factor = psd_cholesky(X.mT @ X)
+    assert factor.numerics == {}
+    torch.testing.assert_close(factor.root(), torch.linalg.cholesky(X.mT @ X), rtol=1e-10, atol=1e-12)
+    X[0, :, 2] = 0
+    assert psd_cholesky(X.mT @ X).numerics == {"num_dead": 1}
 
 
 def test_jitter_is_blind_to_outlier_channels():

@@ -1,15 +1,18 @@
 """What every registered variant promises, whatever it computes."""
 
 import copy
+import weakref
 from dataclasses import fields, is_dataclass, replace
 from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modegpt.calibration.statistics import STATISTICS
 from modegpt.decompositions import MLP_VARIANTS, VALUE_OUTPUT_VARIANTS, VARIANTS
-from modegpt.decompositions.modules import LowRank
+from modegpt.decompositions.modules import LowRank, Sizes
 from modegpt.errors import UserError
 from tests.decompositions.cases import generator, mlp_case, query_key_case, value_output_case
 
@@ -79,6 +82,49 @@ def test_reduced_weights_keep_dtype_and_share_no_memory(module, name):
             assert result.weights.inner_size == rank
         matrices = {t.data_ptr() for t in tensors(result.weights) if t.ndim > 1}
         assert not matrices & {t.data_ptr() for t in tensors(weights)}
+
+
+class Held(TorchDispatchMode):
+    """The most bytes of tensors that live at once among those that are made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[int, list[weakref.ref]]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def storages(values):
+            return [(t.untyped_storage(), t) for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+        given = {storage.data_ptr() for storage, _ in storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage, tensor in storages(result):
+            if storage.data_ptr() in self.made or storage.data_ptr() not in given:
+                _, views = self.made.get(storage.data_ptr(), (0, []))
+                self.made[storage.data_ptr()] = storage.nbytes(), [*views, weakref.ref(tensor)]
+        self.made = {key: held for key, held in self.made.items() if any(view() is not None for view in held[1])}
+        self.most = max(self.most, sum(size for size, _ in self.made.values()))
+        return result
+
+
+@variants
+def test_what_it_holds_grows_as_predicted(module, name):
+    """In width, in heads and in head size; solvers hold room of their own, so the prediction may be the larger one."""
+    shares = []
+    for wide, heads, d, full in ((1, (4, 4), 16, 96), (3, (4, 4), 16, 96), (1, (12, 4), 16, 192), (1, (4, 4), 32, 192)):
+        d_h, rank = 48 * wide, (3 * full // 4 if module == "mlp" else 3 * d // 4)
+        case = {
+            "mlp": lambda d_h=d_h, full=full: mlp_case(T=300, d_h=d_h, n=full),
+            "query_key": lambda **given: query_key_case(**given, rope=name != "svd"),
+            "value_output": value_output_case,
+        }[module](**({} if module == "mlp" else {"heads": heads, "d_h": d_h, "d": d}))
+        statistics, sizes = dict(case.statistics), Sizes(d_h=d_h, n=full, H=heads[0], H_kv=heads[1], d=d)
+        variant = VARIANTS[module][name]()
+        with Held() as held:
+            variant(case.weights, statistics, rank, generator())
+        shares.append(held.most / 8 / variant.solver_elements(sizes, rank))
+    assert min(shares) > 0.15 and max(shares) < 1.25, shares
+    assert max(shares) < 4 * min(shares), shares
 
 
 @pytest.mark.parametrize("module,name", [pair for pair in ALL if pair[1] != "random"])

@@ -22,7 +22,7 @@ ROWS = {
     "winogrande": [
         {"context_options": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "continuation": "waved to her.", "gold": 1},
         {"context_options": ["Ann", "The cat"], "continuation": "sat_down.", "gold": 0},
-        {"context_options": ["a_b c", "a_b d"], "continuation": "e.", "gold": 0},
+        {"context_options": ["_a b", "_a c"], "continuation": "e.", "gold": 0},
     ],
     "arc_easy": [
         {"question": "What is hot?", "choices": ["ice", "fire", "snow"], "gold": 1},

@@ -73,6 +73,20 @@ def test_bad_logits_are_refused(model, token_ids, bad):
         perplexity(broken, token_ids, window=16, batch_tokens=64, progress=QUIET)
 
 
+def test_a_perplexity_beyond_any_number_is_refused_and_the_largest_is_not(model, token_ids, monkeypatch):
+    """1.8e308 is the largest float64: e^709.8."""
+    for nats, fits in ((709, True), (710, False)):
+        monkeypatch.setattr(
+            "modegpt.evaluation.perplexity.token_log_likelihoods",
+            lambda logits, targets, what, nats=nats: torch.full((len(targets),), -float(nats)),
+        )
+        if fits:
+            assert perplexity(model, token_ids, window=16, batch_tokens=64, progress=QUIET)["mean_nll"] == nats
+            continue
+        with pytest.raises(UserError, match="the perplexity overflows: 710 nats a token on windows of 16"):
+            perplexity(model, token_ids, window=16, batch_tokens=64, progress=QUIET)
+
+
 CONTEXTS = [(256, [256]), (2048, [2048]), (3000, [2048, 3000]), (4096, [2048, 4096]), (131072, [2048, 4096])]
 
 

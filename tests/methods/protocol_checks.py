@@ -70,6 +70,8 @@ def check_compression(
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert [layer["index"] for layer in compressed.layers] == list(range(model.config.num_hidden_layers))
     json.dumps([compressed.layers, compressed.details])
+    meter = task.calibration.meter
+    assert all(stage.flops > 0 for stage in meter.stages.values()), "the work of every stage is counted"
     with torch.no_grad():
         ours, dense = compressed.model(tokens()).logits, model(tokens()).logits
     assert torch.isfinite(ours).all() and not torch.equal(ours, dense)

@@ -1,9 +1,10 @@
 """Configuration in, fields out: what is asked for reaches the method, its identity, its task and the weights."""
 
+import functools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from modegpt.decompositions import VARIANTS, MLPMagnitude, MLPRandom, QueryKeyCR
 from modegpt.methods.base import CompressionTask, Method, RankMethod, make_task
 from modegpt.methods.modegpt import MODULES, MoDeGPT
 from modegpt.methods.registry import METHODS, decides, make_method, settled
+from modegpt.methods.slimgpt import eliminate_batches
 from modegpt.progress import Progress
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model
@@ -260,3 +262,89 @@ def test_an_allocation_does_by_default_what_its_records_did() -> None:
     recorded = [each["allocation"] for each in RECORDED if "allocation" in each]
     for name in {each["name"] for each in recorded} - {"explicit"}:
         assert decides(config(allocation={"name": name}))["allocation"] in recorded
+
+
+ANOTHER: dict[str, dict[str, Any]] = {
+    "asvd": {"alpha": 0.1, "rank_search": True},
+    "svd_llm": {"update": True},
+    "slicegpt": {
+        "budget": "slicing",
+        "calibrate_on": "dense",
+        "signal": "normalised",
+        "slice_head": True,
+        "multiple": 5,
+    },
+    "sleb": {"num_first_kept": 0, "num_last_kept": 1},
+    "flap": {"compensate": False},
+    "llm_pruner": {"importance": "vector", "aggregation": "max", "protect_first": 0.4, "protect_last": 0.4},
+    "llm_surgeon": {"shots": 1, "damping": 10.0, "coupling": "both"},
+    "obc": {"damping": 10.0},
+    "slimgpt": {"first": 1.0, "batch": 1.0, "last_batch": 16, "damping": 10.0},
+}
+"""A value of each option that makes another model; those of modegpt_plus are in ``test_plus.py``."""
+ONLY_HOW = {"asvd": {"search_windows"}, "llm_pruner": {"batch_size"}, "llm_surgeon": {"batch_size"}}
+"""Options of which the tests below see what they are handed on as."""
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "asvd": {"rank_search": False},
+    "sleb": {"num_first_kept": 1},
+    "slimgpt": {"batch": 0.02, "last_batch": 1},
+}
+"""What the others are tried beside: ranks that are not searched, which takes time; one channel at a time."""
+
+
+def test_every_option_of_every_method_is_looked_at() -> None:
+    for name, method in METHODS.items():
+        own = {each.name for each in fields(cast(Any, method)) if "key" not in each.metadata}
+        if name != "modegpt_plus":
+            assert own == ANOTHER.get(name, {}).keys() | ONLY_HOW.get(name, set()), name
+
+
+def thirds() -> CompressionTask:
+    """Of one layer of three, on few tokens."""
+    return task_of(dense_model("llama"), 1 / 3, num_samples=6, sequence_length=12)
+
+
+@functools.cache
+def without(name: str) -> tuple:
+    return weights_of(method_of(config(name, method=ELSEWHERE.get(name, {}))), thirds())
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, options in ANOTHER.items() for option in options]
+)
+def test_each_option_makes_another_model(name: str, option: str) -> None:
+    changed = method_of(config(name, method={**ELSEWHERE.get(name, {}), option: ANOTHER[name][option]}))
+    assert weights_of(changed, thirds()) != without(name)
+
+
+@pytest.mark.parametrize("name", ["llm_pruner", "llm_surgeon"])
+def test_gradients_are_of_so_many_windows_at_a_time(name: str) -> None:
+    task = thirds()
+    seen: list[int] = []
+    task.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    method_of(config(name, method={"batch_size": 4})).compress(task)
+    assert set(seen) == {4, 2}
+
+
+def test_ranks_are_searched_on_so_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception): ...
+
+    def asked(*args: Any, **options: Any) -> None:
+        raise Asked(options["num_windows"])
+
+    monkeypatch.setattr("modegpt.methods.asvd.truncated_losses", asked)
+    with pytest.raises(Asked, match=r"^3$"):
+        method_of(config("asvd", method={"search_windows": 3})).compress(thirds())
+
+
+def test_batches_of_channels_begin_at_a_share_of_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def noted(*args: Any, first: int, last: int) -> torch.Tensor:
+        asked.append((first, last))
+        return eliminate_batches(*args, first=first, last=last)
+
+    monkeypatch.setattr("modegpt.methods.slimgpt.eliminate_batches", noted)
+    for batch in (0.25, 0.01):
+        method_of(config("slimgpt", method={"batch": batch, "last_batch": 3})).compress(thirds())
+    assert asked == [(10, 3)] * 3 + [(3, 3)] * 3, "of 40 channels, and no fewer than the last batch has"

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from modegpt.calibration.gradients import summed_loss, weight_gradients
 from modegpt.errors import UserError
@@ -129,16 +130,26 @@ def test_aggregations_join_the_matrices_of_a_structure(aggregation: str):
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_removed_scores_lowest():
-    model = dense_model("llama")
-    task = task_of(model, 0.5)
-    compressed = LLMPruner(**NO_PROTECTION, batch_size=3).compress(task)
+@pytest.mark.parametrize(("importance", "aggregation"), [("element", "sum"), ("vector", "max"), ("element", "last")])
+def test_what_is_removed_scores_lowest(importance: Any, aggregation: Any):
+    """Channels and heads alike, joined as the options say."""
+    model = dense_model("llama", num_key_value_heads=4)
+    method = LLMPruner(**NO_PROTECTION, batch_size=3, importance=importance, aggregation=aggregation)
+    compressed = method.compress(task_of(model, 0.5))
     for dense, small in zip(decoder_layers(model), decoder_layers(compressed.model), strict=True):
         weights, gradients = gradients_of(task_of(model, 0.5), dense)
-        scores = structure_scores(weights, gradients, ("up", "gate", "down"), 40, "element", "sum")
-        kept = scores.argsort()[40 - small.mlp.up_proj.out_features :].sort().values
+
+        def best(roles: tuple[str, ...], count: int, left: int, weights=weights, gradients=gradients) -> Tensor:
+            scores = structure_scores(weights, gradients, roles, count, importance, aggregation)
+            return scores.argsort()[count - left :].sort().values
+
+        kept = best(("up", "gate", "down"), 40, small.mlp.up_proj.out_features)
         assert torch.equal(small.mlp.up_proj.weight, dense.mlp.up_proj.weight[kept])
         assert torch.equal(small.mlp.down_proj.weight, dense.mlp.down_proj.weight[:, kept])
+        heads = best(("query", "key", "value", "output"), 4, 2)
+        for role in ("q_proj", "k_proj"):
+            rows, whole = (getattr(layer.self_attn, role).weight for layer in (small, dense))
+            assert torch.equal(rows, whole.unflatten(0, (4, -1))[heads].flatten(0, 1))
 
 
 @pytest.mark.parametrize("form", ["llama", "llama-multihead-biased", "qwen3", "opt"])

@@ -126,6 +126,8 @@ def test_every_solve_is_fitted_on_three_quarters_of_the_windows_and_checked_on_t
     monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", noted)
     compressed = MoDeGPTPlus(allocation="uniform").compress(task_of(dense_model(name), 0.3))
     assert {solve[:2] for solve in solves} == {(120, 40)} and {solve[3] for solve in solves} == {32}
+    for layer in compressed.layers:
+        assert all({"ridge", "held_out"} <= layer["numerics"][module].keys() for module in ("mlp", "value_output"))
     inputs = [solve for solve in solves if solve[2] == 32]
     assert len(inputs) >= 5, "two alignments a layer, but for the first layer's attention"
     constant, shapes = int(name == "opt"), layer_shapes(compressed.model.config)
@@ -159,13 +161,20 @@ def unridged(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) -> Refit
     return Refit(W, W, 0.0, (0.0, 0.0), {})
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-multihead-biased", "opt", "opt-post-norm-projected"])
-def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ridge, the last layer's two output maps solve for the dense stream plus beta times the error so far."""
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("llama", "added"), ("llama-multihead-biased", "none"), ("opt", "own"), ("opt-post-norm-projected", "none")],
+)
+def test_refits_are_least_squares_on_explicit_activations(
+    name: str, bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ridge, the last layer's two output maps solve for the dense stream plus beta times the error so far; with
+    their biases, where these take up a constant.
+    """
     monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", unridged)
     beta = 0.5
     model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
-    done = MoDeGPTPlus(beta=beta, allocation="uniform", bias="none").compress(task)
+    done = MoDeGPTPlus(beta=beta, allocation="uniform", bias=bias).compress(task)
     compressed, report = done.model, done.layers[-1]
     family, ids = task.family, task.calibration.tokens.ids
     last = [decoder_layers(m)[-1] for m in (model, compressed)]
@@ -187,12 +196,17 @@ def test_refits_are_least_squares_on_explicit_activations(name: str, monkeypatch
 
     def check(features: str, output: str, before: str, linear: torch.nn.Linear, module: str) -> None:
         target = dense[output] + beta * (dense[before] - ours[before])
-        if linear.bias is not None:
-            target = target - linear.bias.double()
-        W = torch.linalg.lstsq(ours[features], target).solution
-        best, got = ((ours[features] @ M - target).square().sum() for M in (W, linear.weight.detach().double().T))
+        z, W_got = ours[features], linear.weight.detach().double().T
+        if bias == "none":
+            target = target if linear.bias is None else target - linear.bias.double()
+        else:
+            z = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], dim=1)
+            W_got = torch.cat([W_got, linear.bias.detach().double().unsqueeze(0)])
+        W = torch.linalg.lstsq(z, target).solution
+        best, got = ((z @ M - target).square().sum() for M in (W, W_got))
         assert got <= best * (1 + 1e-5)
-        assert report["relative_error"][module] == pytest.approx(float(got / target.square().sum()), rel=1e-3)
+        if bias != "own":  # there it is over the target without the dense bias
+            assert report["relative_error"][module] == pytest.approx(float(got / target.square().sum()), rel=1e-3)
 
     check("z", "attention", "x", family.output(last[1]), "value_output")
     check("h", "mlp", "middle", family.down(last[1]), "mlp")

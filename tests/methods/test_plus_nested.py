@@ -32,8 +32,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen3"])
 def test_the_budget_is_met_and_nothing_removed_is_the_dense_model(name: str) -> None:
-    check_compression(MoDeGPTPlus(**NESTED), name, 0.3, tolerance=0.02)
+    compressed = check_compression(MoDeGPTPlus(**NESTED), name, 0.3, tolerance=0.02)
+    assert not compressed.files, "orders of the dense model's dims are nothing to cut a smaller one by"
     check_zero_sparsity(MoDeGPTPlus(**NESTED), name)
+
+
+def test_orders_come_from_the_positions_and_windows_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+
+    def noted(*args, **options):
+        asked.append(options)
+        return sample(*args, **options)
+
+    monkeypatch.setattr("modegpt.methods.plus.method.sample", noted)
+    method = MoDeGPTPlus(**NESTED, allocation="uniform", queries_per_window=3, query_key_windows=5)
+    task = task_of(dense_model("llama"), 0.3)
+    task.calibration.precision = torch.float32
+    method.compress(task)
+    wanted = {"queries_per_window": 3, "num_windows": 5, "precision": torch.float32}
+    assert len(asked) == 3 and all(each | wanted == each for each in asked)
+    assert asked[0]["generator"].initial_seed() == task.seed and asked[0]["generator"] is asked[2]["generator"]
 
 
 @pytest.mark.parametrize(("name", "allocation"), [("llama", "loss"), ("opt", "loss"), ("qwen2", "uniform")])

@@ -4,11 +4,13 @@ float32 copies.
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
@@ -27,8 +29,9 @@ from modegpt.methods.plus.sensitivity import (
     perturbed_passes,
     query_key_prospect,
     rank_costs,
+    value_output_prospect,
 )
-from modegpt.models import decoder_layers, dense_shape
+from modegpt.models import decoder_layers, dense_shape, read_mlp, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, tokens
@@ -181,3 +184,64 @@ def test_what_stands_in_for_lost_pairs_is_the_model_without_them(name: str) -> N
         expected, dense = compressed(tokens()).logits, model(tokens()).logits
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert (moved - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("opt", {}), ("llama-multihead-biased", {}), ("llama", {"num_key_value_heads": 1})]
+)
+def test_what_stands_in_loses_what_the_curve_says_and_keeps_the_biases(name: str, changes: dict) -> None:
+    """On the Grams that each curve is made of: of values or attention outputs, of channels, of queries and keys."""
+    model = dense_model(name, **changes)
+    task, layer = task_of(model, 0.3, num_samples=24), decoder_layers(model)[1]
+    names = frozenset({"mlp.C", "value_output.A", "value_output.G", "query_key.C_Q", "query_key.C_K"})
+    statistics = list(task.calibration.statistics(names))[1]
+    of_values, of_keys, mlp = (read(task.family, layer) for read in (read_value_output, read_query_key, read_mlp))
+    num_heads, num_groups, d = len(of_values.W_O), len(of_values.W_V), of_values.inner_size
+    pooled = statistics["value_output.A"].reshape(num_groups, -1, d, d).sum(dim=1)
+    for of, G in (("value_output.A", pooled), ("value_output.G", statistics["value_output.G"])):
+        prospect = value_output_prospect(task.family, layer, {of: statistics[of]})
+        for removed in (1, 5):
+            [(linear, forward)] = prospect.map(removed)
+            assert linear is task.family.output(layer)
+            W, b = matrix_of(forward, num_heads * d)
+            E = (of_values.W_O.flatten(0, 1).double() - W).unflatten(0, (num_groups, -1, d))
+            lost = float(torch.einsum("kgdm,kde,kgem->", E, G, E))
+            assert prospect.curve[removed] == pytest.approx(lost, rel=1e-3)
+            if of_values.b_V is not None:
+                values = of_values.b_V.repeat_interleave(num_heads // num_groups, dim=0).flatten().double()
+                torch.testing.assert_close(values @ W + b, values @ linear.weight.double().T + bias_of(linear))
+    prospect, C = mlp_prospect(task.family, layer, statistics), statistics["mlp.C"]
+    for removed in (1, 25):
+        [(linear, forward)] = prospect.map(removed)
+        W, b = matrix_of(forward, len(C))
+        E = mlp.W_D.double() - W
+        assert prospect.curve[removed] == pytest.approx(float((E * (C @ E)).sum()), rel=1e-3)
+        assert linear is task.family.down(layer) and int((W == 0).all(dim=1).sum()) == removed
+        torch.testing.assert_close(b, bias_of(linear).expand_as(b))
+    prospect = query_key_prospect(task.family, layer, statistics)
+    if of_keys.rope:
+        assert prospect.unit == 2 and prospect.curve[1] == prospect.curve[2] < prospect.curve[3] == prospect.curve[4]
+    C_Q = statistics["query_key.C_Q"].reshape(num_groups, -1, d, d).sum(dim=1)
+    for removed in (2, 6):
+        [(linear, forward)] = prospect.map(removed)
+        W, b = matrix_of(forward, model.config.hidden_size)
+        gone = (W == 0).all(dim=0).reshape(num_groups, d)
+        assert linear is task.family.key(layer) and gone.sum(dim=1).tolist() == [removed] * num_groups
+        both = (gone.unsqueeze(2) & gone.unsqueeze(1)).double()
+        assert prospect.curve[removed] == pytest.approx(
+            float((both * C_Q * statistics["query_key.C_K"]).sum()), rel=1e-6
+        )
+        kept = ~gone.flatten()
+        torch.testing.assert_close(W[:, kept], of_keys.W_K.transpose(0, 1).flatten(1).double()[:, kept])
+        torch.testing.assert_close(b, bias_of(linear).expand_as(b) * kept)
+
+
+def matrix_of(forward: Callable[[Tensor], Tensor], num_inputs: int) -> tuple[Tensor, Tensor]:
+    """The matrix (in, out) and the bias (out,) of an affine map, float64."""
+    with torch.no_grad():
+        b = forward(torch.zeros(1, num_inputs)).double().squeeze(0)
+        return forward(torch.eye(num_inputs)).double() - b, b
+
+
+def bias_of(linear: Any) -> Tensor:
+    return torch.zeros(()).double() if linear.bias is None else linear.bias.detach().double()

@@ -52,6 +52,7 @@ def test_batches_halve_and_each_sees_the_ones_before():
 def test_layers_are_pruned_behind_pruned_layers_and_refitted_on_what_they_read():
     model = dense_model("llama").double()
     compressed = SlimGPT(first=0.8).compress(task_of(model, 0.4))
+    assert compressed.details["rates"] == rising_rates(0.4, 3, 0.8)
     task = task_of(model, 0.4)
     hidden = task.calibration.embed()
     for index, (layer, small) in enumerate(zip(decoder_layers(model), decoder_layers(compressed.model), strict=True)):

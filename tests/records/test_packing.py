@@ -168,7 +168,7 @@ def test_a_note_of_an_error_is_no_error_where_an_archive_has_the_record(store: R
     assert [note["identity"]["decides"]["seed"] for note in store.errors()] == [70]
 
 
-@pytest.mark.parametrize("change", ["metric", "order", "twice", "experiment", "cut", "line"])
+@pytest.mark.parametrize("change", ["metric", "order", "twice", "experiment", "cut", "line", "text"])
 def test_a_changed_archive_is_found(store: RecordStore, change: str) -> None:
     pack(store, "demo")
     path = store.root / "demo.jsonl.gz"
@@ -182,11 +182,14 @@ def test_a_changed_archive_is_found(store: RecordStore, change: str) -> None:
         lines.insert(3, lines[3])
     elif change == "line":
         lines[3] = b"{}\n"
+    elif change == "text":
+        lines[3] = b"{\n"
     path.write_bytes(content[:-30] if change == "cut" else gzip.compress(b"".join(lines)))
     if change == "experiment":
         path = path.rename(store.root / "moved.jsonl.gz")
     problems = store.problems()
     assert problems and all(str(path) in problem and "\n" not in problem for problem in problems)
+    assert change not in ("order", "line", "text") or "line 4 is not" in " ".join(problems)
     if change != "experiment":
         with pytest.warns(UserWarning, match=r"left out: .*demo\.jsonl\.gz"):
             frame = load_records(store.root)
@@ -195,6 +198,14 @@ def test_a_changed_archive_is_found(store: RecordStore, change: str) -> None:
         with pytest.raises(UserError, match=r"demo\.jsonl\.gz"):
             unpack(store, "demo")
         assert path.exists() and not (store.root / "demo").exists()
+
+
+def test_a_record_of_an_archive_has_a_name_of_its_own(store: RecordStore) -> None:
+    pack(store, "demo")
+    with pytest.raises(UserError, match=rf"{len(SEEDS)} records begin with '', name one"):
+        load_record(store.root / "demo.jsonl.gz#")
+    with pytest.raises(UserError, match="0 records begin with 'none'"):
+        load_record(store.root / "demo.jsonl.gz#none")
 
 
 def test_a_broken_record_is_not_packed(store: RecordStore) -> None:

@@ -11,7 +11,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 from tools import mutants
-from tools.mutants import LeaveOutKeyword, Mutant, annotations, mutated, report, sample, unseen
+from tools.mutants import KnownTests, LeaveOutKeyword, Mutant, mutated, ranges, report, sample, unseen
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,13 @@ def test_keyword_arguments_are_left_out_one_at_a_time(call: str, without: list[s
 
 
 def test_what_no_test_can_see_is_left_alone() -> None:
-    source = "def f(x: int | None, *, y: int = 1 - 2) -> int | None:\n    return g(x, strict=True, z=not y)\n"
-    places = annotations(source) | unseen(source)
-    first, second = source.splitlines()
+    source = "def f(x: int | None, *, y: int = 1 - 2) -> int | None:\n    return g(x, strict=True, width=2, z=not y)\n"
+    places, (first, second) = unseen(source), source.splitlines()
     assert {(1, first.index("|")), (1, first.rindex("|"))} <= places
     assert (1, first.index("-")) not in places and (2, second.index("not")) not in places
-    assert {(2, second.index("strict")), (2, second.index("True"))} <= places, "a guard, and its value"
+    assert {(2, second.index("strict")), (2, second.index("True")), (2, second.index("2"))} <= places
+    decorated = "@dataclass(frozen=True)\nclass A(B):\n    def f(self): ...\n"
+    assert (1, 1) in unseen(decorated) and (1, 1) not in unseen(decorated.replace("def", "x: int = 1\n    def"))
 
 
 def test_a_sample_is_that_of_its_seed_and_each_of_it_another_program() -> None:
@@ -51,11 +52,39 @@ def test_a_sample_is_that_of_its_seed_and_each_of_it_another_program() -> None:
         assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(before))
 
 
-def test_every_module_has_tests_and_they_exist() -> None:
-    for path in mutants.modules():
-        if not path.endswith("__init__.py"):
-            tests = mutants.tests_of(path)
-            assert tests and all((mutants.CHECKOUT / test).is_file() for test in tests), path
+def test_a_change_is_tried_by_what_runs_its_statement_or_else_its_function() -> None:
+    lines = (
+        "@cached",
+        "def f(",
+        "    x=1,",
+        "):",
+        "    if (",
+        "        x",
+        "    ):",
+        "        return g(",
+        "x",
+        ")",
+        "",
+        "Y = 2",
+    )
+    source = "\n".join(lines)
+    assert ranges(source, 9) == [(8, 10), (2, 10)], "the whole of a call over several lines"
+    assert ranges(source, 6)[0] == (5, 7), "of a condition, not what it guards"
+    assert ranges(source, 3) == [(1, 4), (2, 10)], "a default is made at import: whatever runs the function"
+    assert ranges(source, 12) == [(12, 12)]
+
+
+def test_the_quickest_tests_of_a_line_come_first_and_those_named_after_the_module_before_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, tests = "def f():\n    return 1\n\nY = 2\n", KnownTests.__new__(KnownTests)
+    slow, quick, other, own = (f"tests/records/test_{name}.py::t" for name in ("a", "b", "c", "cli"))
+    tests.seconds = {slow: 50.0, quick: 1.0, other: 2.0, own: 5.0}
+    tests.lines = {"modegpt/records/cli.py": {2: {slow, quick, own}}}
+    assert tests.of("modegpt/records/cli.py", 2, source) == [own, quick, slow]
+    assert tests.of("modegpt/records/cli.py", 4, source) == [own, quick, other, slow], "at import: all of the package"
+    monkeypatch.setattr(mutants, "ENOUGH_SECONDS", 6)
+    assert tests.of("modegpt/records/cli.py", 2, source) == [own, quick]
 
 
 def test_the_report_counts_the_sample_and_lists_survivors_with_why(tmp_path: Path) -> None:
@@ -68,6 +97,8 @@ def test_the_report_counts_the_sample_and_lists_survivors_with_why(tmp_path: Pat
     state = tmp_path / "state"
     state.write_text("\n".join(map(json.dumps, [{"test": "t", "seconds": 1.0}, *entries, stray])), encoding="utf-8")
     page = report(drawn, 5, state)
-    assert "drew 3 changes with seed 5 and tried 3 of them" in page and "2 were killed (67%)" in page.replace("\n", " ")
+    said = page.replace("\n", " ")
+    assert "drew 3 changes with seed 5 and tried 3 of them" in said and "2 were killed (67%)" in said
+    assert "Of the others 1 are the same program" in said and "could see, 100% were killed" in said
     assert "| records | 3 | 2 |" in page and "| analysis | 0 | 0 |" in page
     assert page.count("only looks") == 1 and "  -a1\n  +b1" in page
