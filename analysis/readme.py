@@ -38,7 +38,7 @@ class Extract:
 
 EXTRACTS = (
     Extract(
-        ("methods_perplexity",),
+        ("real_models_perplexity", "methods_perplexity"),
         "30 %",
         "Perplexity with 30 % removed",
         "Methods that remove whole layers removed more; the full report has the table.",
@@ -50,7 +50,7 @@ EXTRACTS = (
         "Mean over the five tasks made for these models.",
     ),
     Extract(
-        ("plus_excess", "plus_released"),
+        ("plus_released", "plus_excess"),
         "Less than entropic (%)",
         "MoDeGPT plus: how much less log-perplexity it adds than the paper's method (%)",
         "Per cent of the paper's excess log-perplexity over the dense model that `modegpt_plus` does not have, seed by "
@@ -72,7 +72,7 @@ def readme(runs: Sequence[Run], claims: Sequence[Claim], tables: Mapping[str, Ta
     sizes = {run.facts["model"]: run.record["model"]["num_parameters"] / 1e6 for run in runs}
     models = ", ".join(
         f"{name} ({value(size, 1 if size < 10 else 0)} million parameters)"
-        for name, size in sorted(sizes.items(), key=lambda item: item[1])
+        for name, size in sorted(sizes.items(), key=lambda item: -item[1])
     )
     found = [
         across(sources, each.quantity, each.title, each.note)
