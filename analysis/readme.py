@@ -72,7 +72,7 @@ def readme(runs: Sequence[Run], claims: Sequence[Claim], tables: Mapping[str, Ta
     sizes = {run.facts["model"]: run.record["model"]["num_parameters"] / 1e6 for run in runs}
     models = ", ".join(
         f"{name} ({value(size, 1 if size < 10 else 0)} million parameters)"
-        for name, size in sorted(sizes.items(), key=lambda item: -item[1])
+        for name, size in sorted(sizes.items(), key=lambda item: item[1])
     )
     found = [
         across(sources, each.quantity, each.title, each.note)
