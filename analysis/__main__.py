@@ -11,12 +11,12 @@ from pathlib import Path
 
 from analysis import orderings, page
 from analysis.claims import claims
-from analysis.expected import experiment
+from analysis.expected import experiment, screen
 from analysis.figures import Panel, draw, fingerprint, panels, save, save_small
 from analysis.formats import latex, markdown, tidy_csv
 from analysis.published import Beside, beside
 from analysis.readme import SHOWN, readme
-from analysis.runs import Run, read_runs, screen
+from analysis.runs import Run, read_runs
 from analysis.specs import COMPARED, FIGURES, PARTS, TABLES, folders
 from analysis.tables import Table, build
 from analysis.throughput import damaged, throughput

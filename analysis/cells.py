@@ -78,7 +78,11 @@ class Group:
             source, window = name.removeprefix("ppl_").rsplit("_", 1)
             text = label(Path(file).name) if file and source in ("jsonl", "text") else label(source)
             first = "" if name == self.perplexity else " that begin with a BOS"
-            parts.append(f"perplexity on {text}, {window}-token windows{first}")
+            limit = self.runs[0].setting("evaluation.perplexity.limit")
+            share = f" of its first {limit:,} tokens" if limit else ""
+            parts.append(f"perplexity on {text}, {window}-token windows{share}{first}")
+        elif limit := self.runs[0].setting("evaluation.zeroshot.limit"):
+            parts.append(f"the first {limit:,} items of each task")
         return ", ".join(parts)
 
     @cached_property

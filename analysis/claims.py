@@ -41,7 +41,7 @@ RULE = (
     "misses the figure but has the published sign, it holds in part. Within the standard deviation nothing is decided, "
     "which counts as part."
 )
-ZERO_SHOT_RUNS = ("zeroshot", "zeroshot_seeds")
+ZERO_SHOT_RUNS = (("real_models_zeroshot",), ("zeroshot", "zeroshot_seeds"))
 PERPLEXITY_RIVALS = ("slicegpt", "llm_pruner", "llm_surgeon", "shortgpt")
 ZERO_SHOT_RIVALS = ("slicegpt", "shortgpt")
 GUESSING = {
@@ -168,7 +168,10 @@ def _accuracy_kept(runs: Sequence[Run]) -> Claim:
     rates = [float(rate) / 100 for rate in source.rate.split("-")]
     goal = float(source.value.partition("-")[0])
     measured = []
-    for experiments, tasks in ((ZERO_SHOT_RUNS, "five tasks"), (("plus_zeroshot",), "next sentence")):
+    named = zip(
+        (*ZERO_SHOT_RUNS, ("plus_zeroshot",)), ("the paper's tasks", "five tasks", "next sentence"), strict=True
+    )
+    for experiments, tasks in named:
         for group in groups(runs, experiments, per_perplexity=False):
             if guesses(group):
                 continue
@@ -223,7 +226,8 @@ def _entropic(runs: Sequence[Run], metric: str) -> Claim:
     [uniform] = published(method="MoDeGPT uniform allocation", metric=metric)
     [entropic] = published(method="MoDeGPT BI allocation", metric=metric)
     rate = float(entropic.rate) / 100
-    experiments = [(*OWN, "plus_uniform"), *([("plus_released", "plus_released_uniform")] if of_perplexity else [])]
+    released = [("plus_released", "plus_released_uniform"), ("real_models", "real_models_uniform")]
+    experiments = [*(released if of_perplexity else []), (*OWN, "plus_uniform")]
     measured, measured_on = [], []
     for names in experiments:
         for group in groups(runs, names, per_perplexity=of_perplexity, where=BOTH):
@@ -246,7 +250,7 @@ def _entropic(runs: Sequence[Run], metric: str) -> Claim:
     )
 
 
-def _order(runs: Sequence[Run], other: str, quantity: str, experiments: Sequence[str]) -> Claim:
+def _order(runs: Sequence[Run], other: str, quantity: str, experiments: Sequence[Sequence[str]]) -> Claim:
     column, of_perplexity = QUANTITIES[quantity], quantity == "perplexity"
     pairs = {
         rate: own
@@ -255,7 +259,7 @@ def _order(runs: Sequence[Run], other: str, quantity: str, experiments: Sequence
         and (own := [pair for pair in found if pair[0].paper == "MoDeGPT"])
     }
     measured = []
-    for group in groups(runs, experiments, per_perplexity=of_perplexity):
+    for group in (each for names in experiments for each in groups(runs, names, per_perplexity=of_perplexity)):
         found = {rate: judge(group, "modegpt", other, float(rate) / 100, column) for rate in pairs}
         verdicts = {rate: verdict for rate, verdict in found.items() if verdict is not None}
         if verdicts and (of_perplexity or not guesses(group)):

@@ -1,7 +1,8 @@
-"""What an experiment file promises, so that what is missing can be named with the command that produces it."""
+"""What an experiment file promises: which runs keep it, and what is missing, with the command that produces it."""
 
 import itertools
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from omegaconf import OmegaConf
 
-from analysis.runs import Run, hashable
+from analysis.runs import Refusal, Run, hashable, setting
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments"
 NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments")
@@ -20,11 +21,15 @@ NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+ex
 
 @dataclass(frozen=True)
 class Experiment:
-    """One file of ``experiments/``: its folder in the store and every combination of its settings, the model apart."""
+    """One file of ``experiments/``: its folder in the store and every combination of its settings, the model apart.
+
+    ``limits``: how many tokens of the text and items of each task it scores; None for all.
+    """
 
     name: str
     folder: str
     settings: tuple[Mapping[str, Any], ...]
+    limits: tuple[int | None, int | None]
 
     @property
     def swept(self) -> set[str]:
@@ -86,7 +91,7 @@ def allows(wanted: Any, value: Any) -> bool:
 @cache
 def experiment(name: str) -> Experiment:
     """Read ``experiments/<name>.yaml``."""
-    content = OmegaConf.load(DIRECTORY / f"{name}.yaml")
+    content: Any = OmegaConf.load(DIRECTORY / f"{name}.yaml")
     choices: dict[str, list] = {}
     for override in OverridesParser.create().parse_overrides(
         [f"{key}={value}" for key, value in content.hydra.sweeper.params.items()]
@@ -101,4 +106,44 @@ def experiment(name: str) -> Experiment:
         name=name,
         folder=content.output.experiment,
         settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations),
+        limits=_limits(content),
     )
+
+
+def _limits(config: Any) -> tuple[int | None, int | None]:
+    """Tokens of the text and items of a task that a configuration limits the scores to."""
+    return setting(config, "evaluation.perplexity.limit"), setting(config, "evaluation.zeroshot.limit")
+
+
+def _started_by(run: Run) -> list[Experiment]:
+    """The file that started the run, where it is one of ours and its folder is the run's."""
+    names = [word.partition("=")[2] for word in _words(run.record["command"]) if word.startswith("+experiments=")]
+    files = [experiment(name) for name in names if (DIRECTORY / f"{name}.yaml").is_file()]
+    return [each for each in files if each.folder == run.facts["experiment"]]
+
+
+def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
+    """Keep what can be compared within each experiment and model: the test sets of its file, one version.
+
+    A part of a test set is one where the experiment's file says how much of it is scored.
+
+    Of several versions the one with most records stays (the newest of equals), so that one stray run cannot displace a
+    table.
+    """
+    kept, refused = [], []
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.facts["limited"] and not any(_limits(run.config) == each.limits for each in _started_by(run)):
+            refused.append(Refusal(run.path, "limited: scored on a part of the test sets"))
+        else:
+            groups.setdefault((run.facts["experiment"], run.facts["model"]), []).append(run)
+    for group in groups.values():
+        counts = Counter(run.version for run in group)
+        newest = {
+            run.version: max(other.facts["created"] for other in group if other.version == run.version) for run in group
+        }
+        main = max(counts, key=lambda version: (counts[version], newest[version]))
+        kept += [run for run in group if run.version == main]
+        reason = "mixed version: another model, package or test set than most records of this experiment and model"
+        refused += [Refusal(run.path, reason) for run in group if run.version != main]
+    return kept, refused

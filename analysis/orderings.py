@@ -17,7 +17,8 @@ from analysis.runs import Run
 from analysis.style import label
 from modegpt.escaping import spreadsheet
 
-EXPERIMENTS = ("methods", "methods_seeds")
+EXPERIMENTS = (("real_models",), ("methods", "methods_seeds"))
+"""Whose runs are asked, each on models of its own; released models come first."""
 QUANTITIES = {
     "perplexity": Column("perplexity", "perplexity", "lower"),
     "zeroshot_mean": Column("zero-shot mean (%)", "zeroshot_mean", "higher", scale=100, digits=1),
@@ -58,7 +59,12 @@ class Ordering:
 
 def orderings(runs: Sequence[Run]) -> list[Ordering]:
     """Every published ordering of two of our methods that records of ours can be asked about."""
-    found = {quantity: groups(runs, EXPERIMENTS, per_perplexity=quantity == "perplexity") for quantity in QUANTITIES}
+    found = {
+        quantity: [
+            group for names in EXPERIMENTS for group in groups(runs, names, per_perplexity=quantity == "perplexity")
+        ]
+        for quantity in QUANTITIES
+    }
     judged = []
     for (first, second, rate, quantity), pairs in published_orderings(load_published()).items():
         column = QUANTITIES[quantity]

@@ -38,7 +38,7 @@ class Extract:
 
 EXTRACTS = (
     Extract(
-        ("methods_perplexity",),
+        ("real_models_perplexity", "methods_perplexity"),
         "30 %",
         "Perplexity with 30 % removed",
         "Methods that remove whole layers removed more; the full report has the table.",
@@ -50,7 +50,7 @@ EXTRACTS = (
         "Mean over the five tasks made for these models.",
     ),
     Extract(
-        ("plus_excess", "plus_released"),
+        ("plus_released", "plus_excess"),
         "Less than entropic (%)",
         "MoDeGPT plus: how much less log-perplexity it adds than the paper's method (%)",
         "Per cent of the paper's excess log-perplexity over the dense model that `modegpt_plus` does not have, seed by "

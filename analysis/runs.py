@@ -1,8 +1,7 @@
-"""The finished runs of a store, and which of them may stand in one table."""
+"""The finished runs of a store."""
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,28 +138,3 @@ def annotated(config: Mapping[str, Any]) -> dict[str, Any]:
         "module_rate": rates.get(alone),
         "experiments": {"ingredients": ingredients},
     }
-
-
-def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
-    """Keep what can be compared within each experiment and model: complete test sets, one version.
-
-    Of several versions the one with most records stays (the newest of equals), so that one stray run cannot displace a
-    table.
-    """
-    kept, refused = [], []
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        if run.facts["limited"]:
-            refused.append(Refusal(run.path, "limited: scored on a part of the test sets"))
-        else:
-            groups.setdefault((run.facts["experiment"], run.facts["model"]), []).append(run)
-    for group in groups.values():
-        counts = Counter(run.version for run in group)
-        newest = {
-            run.version: max(other.facts["created"] for other in group if other.version == run.version) for run in group
-        }
-        main = max(counts, key=lambda version: (counts[version], newest[version]))
-        kept += [run for run in group if run.version == main]
-        reason = "mixed version: another model, package or test set than most records of this experiment and model"
-        refused += [Refusal(run.path, reason) for run in group if run.version != main]
-    return kept, refused

@@ -14,6 +14,7 @@ from analysis.tables import TableSpec
 from modegpt.records.frame import workload_name
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
+RELEASED_RATES = (0.2, 0.3, 0.4)
 PERPLEXITY = Column("Perplexity", "perplexity", "lower")
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", "higher", scale=100, digits=1)
 KEPT = Column("Zero-shot mean kept (%)", "retention_mean", "higher", scale=100, digits=1)
@@ -166,6 +167,31 @@ MAIN_TABLES = (
         one_per_group=True,
     ),
     TableSpec(
+        "real_models_perplexity",
+        "A released model: perplexity over methods and rates",
+        ("real_models",),
+        METHODS,
+        at_rates(PERPLEXITY, RELEASED_RATES),
+        note="Columns: the share asked for. MoDeGPT has its entropic allocation.",
+    ),
+    TableSpec(
+        "real_models_allocation",
+        "A released model: sparsity over layers, perplexity",
+        ("real_models", "real_models_uniform"),
+        {"allocation": "Allocation"},
+        at_rates(PERPLEXITY, RELEASED_RATES),
+        where={"method": "modegpt"},
+    ),
+    TableSpec(
+        "real_models_zeroshot",
+        "A released model: zero-shot accuracy over methods and rates",
+        ("real_models_zeroshot",),
+        METHODS_AND_RATES,
+        tasks,
+        per_perplexity=False,
+        one_per_group=True,
+    ),
+    TableSpec(
         "opt_family", "OPT family: perplexity over methods and rates", ("opt_family",), METHODS, at_rates(PERPLEXITY)
     ),
     TableSpec(
@@ -196,6 +222,33 @@ ABLATION_TABLES = (
         dense=False,
         note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear "
         "weights that went.",
+    ),
+    TableSpec(
+        "head_norm",
+        "Queries and keys under a norm of their heads: how the norm of the kept pairs is estimated",
+        ("head_norm",),
+        {"decomposition.query_key.head_norm": "Mean square of the head"},
+        tuple(
+            column
+            for column in at_rates(
+                replace(plus.EXCESS, better="lower"), (0.25, 0.5), "compression.module_sparsity.query_key"
+            )
+            for column in (
+                column,
+                replace(
+                    column,
+                    label=f"{column.label}, of the first row's (%)",
+                    better=None,
+                    scale=100,
+                    digits=1,
+                    compared="ratio",
+                    against={"decomposition.query_key.head_norm": "kept"},
+                ),
+            )
+        ),
+        dense=False,
+        note=f"{plus.EXCESS_NOTE} Columns: share of the pairs of queries and keys removed; all else is dense, and "
+        "every row keeps the same pairs.",
     ),
     TableSpec(
         "allocation_perplexity",

@@ -31,6 +31,10 @@ LABELS = {
     "cr_pairs": "CR, pair score",
     "svd_per_head": "SVD, per head",
     "svd_attention": "SVD, attention output",
+    "kept": "As if the kept dims were all",
+    "scale": "One factor, fitted",
+    "offset": "A factor and an offset",
+    "pairs": "A factor for each pair and an offset",
     "uniform": "Uniform",
     "entropic": "Entropic",
     "entropic_cap": "Entropic, by cap",
@@ -43,6 +47,7 @@ LABELS = {
     "eval_200.jsonl": "TinyStories",
     "wikitext2": "WikiText-2",
     "wiki.test.head.raw": "WikiText-2 (first 100 kB)",
+    "wiki.test.raw": "WikiText-2",
     "alpaca": "Alpaca",
 }
 """How settings are called in print; what is not here is printed as it is."""

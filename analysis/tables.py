@@ -88,7 +88,8 @@ def across(tables: Sequence[Table], quantity: str, title: str, note: str) -> Tab
         for table in tables
         for heading, rows in table.blocks
     ]
-    labels = list(dict.fromkeys(row.labels for _, rows, _, _ in blocks for row in rows))
+    longest_first = sorted(blocks, key=lambda block: -len(block[1]))  # whose rows are in the order of all
+    labels = list(dict.fromkeys(row.labels for _, rows, _, _ in longest_first for row in rows))
     by_label = [{row.labels: (row.cells[index], row.marks[index]) for row in rows} for _, rows, index, _ in blocks]
     numbers = [[found.get(each, (Cell(), "")) for found in by_label] for each in labels]
     windows = "; ".join(heading for heading, *_ in blocks if ", " in heading)

@@ -93,7 +93,14 @@ PLAN = {
     "llama2_70b": On((LLAMA,), full=(STORIES,), embedded=TINY, real=REAL_TASKS),
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
-ELSEWHERE = ("head_norm", "plus_released", "plus_released_uniform")
+ELSEWHERE = (
+    "head_norm",
+    "plus_released",
+    "plus_released_uniform",
+    "real_models",
+    "real_models_uniform",
+    "real_models_zeroshot",
+)
 """Experiments on a model that has to be fetched first: their headers say how."""
 OTHER_TEXTS = [
     [f"calibration={source}", f"calibration.path={SHARED}/data/{path}"]

@@ -44,7 +44,7 @@ def write_one(
     *,
     model: str = "tiny-llama",
     text: str = "tiny",
-    limited: bool = False,
+    limit: int | None = None,
     weights: str = "a",
     **more: Any,
 ) -> Path:
@@ -86,7 +86,8 @@ def write_one(
     if each.name == "throughput":
         record["metrics"]["throughput"] = sample_throughput(1 + sparsity)
     record["model"] |= {"name": model, "weights_sha256": weights * 64}
-    record["metrics"]["limited"] = limited
+    record["metrics"]["limited"] = limit is not None
+    _put(record["config"], "evaluation.perplexity.limit", limit)
     record["seeds"] = {"seed": seed, "calibration": seed}
     record["experiment"] = each.folder
     chosen = {
@@ -101,7 +102,7 @@ def write_one(
             "model": [model, weights],
             "calibration": [text, seed],
             "evaluation": {},
-            "limited": limited,
+            "limit": limit,
         }
     }
     record["name"] = model

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from analysis.claims import claims
+from analysis.expected import screen
 from analysis.figures import DRAWN_FROM, Panel, fingerprint, panels
 from analysis.readme import SHOWN, SOURCES, readme
-from analysis.runs import Run, load_runs, screen
+from analysis.runs import Run, load_runs
 from analysis.specs import TABLES
 from analysis.tables import build
 

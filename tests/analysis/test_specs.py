@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from analysis.cells import Cell, Column
-from analysis.expected import agrees, experiment
+from analysis.expected import agrees, experiment, screen
 from analysis.figures import FigureSpec, panels
-from analysis.runs import Run, load_runs, screen
+from analysis.runs import Run, load_runs
 from analysis.specs import FIGURES, PARTS, TABLES
 from analysis.tables import TableSpec, build
 

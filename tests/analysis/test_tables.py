@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from analysis.cells import Column, groups
+from analysis.expected import screen
 from analysis.formats import latex, markdown, tidy_csv
-from analysis.runs import load_runs, screen
+from analysis.runs import load_runs
 from analysis.specs import TABLES
 from analysis.tables import Table, build
 
@@ -68,11 +69,20 @@ def test_runs_of_another_experiment_do_not_count_as_begun(store, tmp_path: Path)
 def test_limited_and_mixed_versions_are_left_out(store, tmp_path: Path) -> None:
     store.write(tmp_path, "seeds")
     each = store.experiment("seeds")
-    store.write_one(tmp_path, each, {"seed": 3}, limited=True)
+    store.write_one(tmp_path, each, {"seed": 3}, limit=100)
     store.write_one(tmp_path, each, {"seed": 4}, weights="d")
     kept, refused = screen(load_runs(tmp_path))
     assert len(kept) == 8
     assert sorted(each.reason.partition(":")[0] for each in refused) == ["limited", "mixed version"]
+
+
+def test_a_part_of_a_text_is_scored_where_the_experiment_says_so(store, tmp_path: Path) -> None:
+    store.write(tmp_path, "head_norm", limit=8192)
+    store.write_one(tmp_path, store.experiment("head_norm"), {"seed": 3}, limit=4096)
+    kept, refused = screen(load_runs(tmp_path))
+    assert len(kept) == 8 and [each.reason.partition(":")[0] for each in refused] == ["limited"]
+    headings = [heading for heading, _ in build(SPECS["head_norm"], kept)[0].blocks]
+    assert headings and all("windows of its first 8,192 tokens" in heading for heading in headings)
 
 
 def test_mixed_settings_have_no_mean(store, tmp_path: Path) -> None:
