@@ -1,7 +1,7 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.statistics import Statistics
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
 from modegpt.methods.divergence import Reference, acting_as, even_positions
@@ -53,11 +54,8 @@ def rank_costs(
         batch_size=calibration.batch_size,
         positions=compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight)),
     )
-    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
     costs: Costs = []
-    for index, (layer, statistics) in enumerate(
-        zip(layers, some.statistics(frozenset().union(*modules.values()), loop="measured loss"), strict=True)
-    ):
+    for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules), strict=True)):
         costs.append({})
         if index not in skip_layers:
             for module in modules:
@@ -68,6 +66,12 @@ def rank_costs(
                 costs[-1][module] = expected(prospect.curve, points)
         reference.advance()
     return costs
+
+
+def curve_statistics(calibration: Calibration, modules: Mapping[str, frozenset[str]]) -> Iterator[Statistics]:
+    """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows."""
+    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
+    return some.statistics(frozenset().union(*modules.values()), loop="measured loss")
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
