@@ -23,6 +23,8 @@ LABELS = {
     "llm_surgeon": "LLM Surgeon",
     "obc": "Structured OBC",
     "slimgpt": "SlimGPT",
+    "lems": "LEMS",
+    "tyr": "Týr",
     "nystrom": "Nyström",
     "nystrom_bias": "Nyström, bias corrected",
     "columns": "Columns",
@@ -68,6 +70,8 @@ LOOKS = {
     "llm_surgeon": ("#882255", "*", "-"),
     "obc": ("#117733", "p", "--"),
     "slimgpt": ("#AA4499", "d", "-."),
+    "lems": ("#999933", "h", "-"),
+    "tyr": ("#661100", "8", "--"),
 }
 """Colour, marker and line of each method."""
 

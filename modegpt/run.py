@@ -55,6 +55,8 @@ def run(config: RunConfig, *, command: str) -> Path:
 def finished(run: Run, done: Record) -> Path:
     """Say that a run is finished, and save its checkpoint if that is wanted and was not: compressed again, not scored.
 
+    Pictures that are wanted and missing are drawn: a run may be killed between its record and them.
+
     Raises UserError where compressing again gives another model.
     """
     path, target = run.store.place(done), run.target.directory
@@ -72,6 +74,11 @@ def finished(run: Run, done: Record) -> Path:
             run.backend.finish(compressed, run.target, done)
             run.progress.say(f"checkpoint: {target}")
     if run.world.leads:
+        if run.config.output.pictures and path.is_file():  # no record of an archive
+            try:
+                save_pictures(done, path.parent, replace=False)
+            except UserError as error:
+                run.progress.say(f"warning: {error}")
         print(summary(done, record_path=path))
     return path
 

@@ -65,6 +65,12 @@ def test_a_run_leaves_one_complete_record(
     written = path.read_bytes()
     monkeypatch.setattr(modegpt.run, "execute", lambda *_: pytest.fail("a finished run was computed again"))
     assert run(config, command="modegpt ...") == path and path.read_bytes() == written
+    killed, whole = path.with_name("scores.png"), path.with_name("layers.png")
+    drawn = whole.stat().st_mtime_ns
+    killed.rename(path.with_name(".scores.png.partial"))
+    assert run(config, command="modegpt") == path
+    assert killed.exists() and not path.with_name(".scores.png.partial").exists()
+    assert whole.stat().st_mtime_ns == drawn
 
 
 def test_a_run_names_its_loops(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

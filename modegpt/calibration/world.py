@@ -1,11 +1,13 @@
 """Several processes, one calibration: each sees its share of the windows, and sums are pooled layer by layer.
 
 Second moments and influence are sums over tokens, so the pooled ones differ from a single process's only by the
-order of float64 additions. Every process then decomposes the same statistics; the first one scores and records.
+order of float64 additions. All processes then have the same statistics, and divide the layers that are decomposed on
+them; the first one scores and records.
 """
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -57,6 +59,43 @@ class World:
             distributed.all_reduce(flat)
             for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def divided(self, jobs: Iterable[Callable[[], Item]], device: str | torch.device) -> list[Item]:
+        """What each of ``jobs`` returns, in order, its tensors on ``device``; one process does it and sends it to all.
+
+        A process keeps its own of every ``size`` jobs and does it when all of these are there, so that all work at the
+        same time. Raises, in every process, what the first of the jobs to fail raised, if that is a UserError.
+        """
+        if self.size == 1:
+            return [job() for job in jobs]
+        results: list[Item] = []
+        mine: list[Callable[[], Item]] = []
+        number = -1
+        for number, job in enumerate(jobs):
+            if number % self.size == self.rank:
+                mine.append(job)
+            del job  # or what it holds would live on
+            if number % self.size == self.size - 1:
+                results += self._exchanged(mine, device)
+        if (number + 1) % self.size:
+            results += self._exchanged(mine, device)
+        return results
+
+    def _exchanged(self, mine: list[Callable[[], Item]], device: str | torch.device) -> list[Item]:
+        """Do the one job in ``mine``, if there is one, and empty the list; what every process did, by rank."""
+        buffer = io.BytesIO()
+        try:
+            torch.save([job() for job in mine], buffer)
+        except UserError as error:
+            torch.save(error, buffer)
+        mine.clear()
+        sent: list[Any] = [None] * self.size
+        distributed.all_gather_object(sent, buffer.getvalue())
+        done = [torch.load(io.BytesIO(each), map_location=device, weights_only=False) for each in sent]
+        for each in done:
+            if isinstance(each, UserError):
+                raise each
+        return [result for each in done for result in each]
 
     def told(self, value: Any) -> Any:
         """Broadcast the first process's ``value`` to all."""

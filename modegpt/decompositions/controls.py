@@ -83,6 +83,7 @@ class MLPRandom(MLPControl):
     """
 
     label: ClassVar[str] = "Random"
+    draws: ClassVar[bool] = True
 
     def scores(self, weights: MLPWeights[Tensor], generator: torch.Generator) -> Tensor:
         """Uniform draws, (n,)."""
@@ -129,6 +130,7 @@ class QueryKeyRandom(QueryKeyControl):
     """Dims (pairs under RoPE) at random per key head. Optimum: none. Cost: none. Source: control."""
 
     label: ClassVar[str] = "Random"
+    draws: ClassVar[bool] = True
 
     def scores(self, weights: QueryKeyWeights, generator: torch.Generator) -> Tensor:
         """Uniform draws, (H_kv, d)."""
@@ -179,6 +181,7 @@ class ValueOutputRandom(ValueOutputControl):
     """Value dims at random per value head. Optimum: none. Cost: none, plus that of the error. Source: control."""
 
     label: ClassVar[str] = "Random"
+    draws: ClassVar[bool] = True
 
     def scores(self, weights: ValueOutputWeights, generator: torch.Generator) -> Tensor:
         """Uniform draws, (H_kv, d)."""

@@ -199,14 +199,15 @@ class Reduction(Generic[AnyWeights]):
 class Variant(Generic[AnyWeights]):
     """One way to reduce one module to an inner size; the fields of a subclass are its hyper-parameters.
 
-    ``label`` is its name in figures and tables, ``required`` names the statistics that it reads. Subclasses implement
-    ``reduce`` and ``solver_elements``. A call checks the request first and returns the very same weights at full rank.
-    It raises UserError for a rank out of range or not whole pairs under RoPE, an inapplicable module, or a statistic
-    that was not collected or is not finite.
+    ``label`` is its name in figures and tables, ``required`` names the statistics that it reads, and ``draws`` says
+    that it uses the generator. Subclasses implement ``reduce`` and ``solver_elements``. A call checks the request first
+    and returns the very same weights at full rank. It raises UserError for a rank out of range or not whole pairs under
+    RoPE, an inapplicable module, or a statistic that was not collected or is not finite.
     """
 
     label: ClassVar[str]
     required: ClassVar[frozenset[str]] = frozenset()
+    draws: ClassVar[bool] = False
 
     def applicable(self, weights: AnyWeights) -> str | None:
         """Why this variant cannot reduce these weights, or None."""

@@ -8,7 +8,7 @@ Source: van der Ouderaa et al., ICLR 2024, sections 3.1 to 3.4.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -53,13 +53,17 @@ class Curvature:
 
 @contextmanager
 def observed_curvature(
-    linears: Mapping[str, nn.Linear], input_names: Mapping[str, str], precision: torch.dtype
+    linears: Mapping[str, nn.Linear],
+    input_names: Mapping[str, str],
+    precision: torch.dtype,
+    weighed: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Iterator[Curvature]:
     """Collect curvature while the model runs forward and backward inside.
 
     Args:
         linears: the linear maps by name; their outputs must require gradients.
         input_names: under which name each linear's input is kept; linears that read the same tensor share one.
+        weighed: from the gradient of an output to what enters its second moment.
     """
     curvature = Curvature(precision)
     readers = {input_name: name for name, input_name in input_names.items()}
@@ -68,7 +72,7 @@ def observed_curvature(
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if readers[input_names[name]] == name:
                 curvature.add(curvature.inputs, input_names[name], args[0])
-            out.register_hook(lambda gradient: curvature.add(curvature.outputs, name, gradient))
+            out.register_hook(lambda gradient: curvature.add(curvature.outputs, name, weighed(gradient)))
 
         return hook
 
@@ -78,6 +82,38 @@ def observed_curvature(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def curvature_of(
+    task: CompressionTask,
+    model: PreTrainedModel,
+    roles: Sequence[str],
+    *,
+    batch_size: int,
+    weighed: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Curvature:
+    """Curvature of the linears of ``roles`` in every layer of ``model``, from one pass forth and back over the
+    calibration windows. Outputs are named ``"3.down"``, inputs ``"3.mlp.C"`` after their statistic.
+    """
+    linears, input_names = {}, {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for role, linear in block_linears(task.family, layer).items():
+            if role in roles:
+                linears[f"{index}.{role}"] = linear
+                input_names[f"{index}.{role}"] = f"{index}.{INPUT_GRAM[role]}"
+    # Only activations need gradients, so the graph starts at the embeddings and no weight gradient is computed.
+    source = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
+    try:
+        with (
+            differentiable(model, ()),
+            observed_curvature(linears, input_names, task.calibration.precision, weighed) as curvature,
+        ):
+            in_micro_batches(
+                task.calibration, "curvature", batch_size, lambda batch: summed_loss(model, batch).backward()
+            )
+    finally:
+        source.remove()
+    return curvature
 
 
 def damped(factor: Tensor, damping: float) -> Tensor:
@@ -212,25 +248,7 @@ class LLMSurgeon(Method):
     def _curvature(self, task: CompressionTask, model: PreTrainedModel) -> Curvature:
         """Curvature of the linears that matter, from one pass forth and back over the calibration windows."""
         roles = self._roles("groups") + self._roles("channels")
-        linears, input_names = {}, {}
-        for index, layer in enumerate(decoder_layers(model)):
-            for role, linear in block_linears(task.family, layer).items():
-                if role in roles:
-                    linears[f"{index}.{role}"] = linear
-                    input_names[f"{index}.{role}"] = f"{index}.{INPUT_GRAM[role]}"
-        # Only activations need gradients, so the graph starts at the embeddings and no weight gradient is computed.
-        source = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
-        try:
-            with (
-                differentiable(model, ()),
-                observed_curvature(linears, input_names, task.calibration.precision) as curvature,
-            ):
-                in_micro_batches(
-                    task.calibration, "curvature", self.batch_size, lambda batch: summed_loss(model, batch).backward()
-                )
-        finally:
-            source.remove()
-        return curvature
+        return curvature_of(task, model, roles, batch_size=self.batch_size)
 
     def _shoot(
         self,

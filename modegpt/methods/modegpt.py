@@ -25,6 +25,7 @@ from modegpt.allocation.ranks import (
     missed_target,
 )
 from modegpt.calibration.statistics import Statistics
+from modegpt.calibration.world import World
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
 from modegpt.decompositions import VARIANTS, experts
 from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, Reduction, Variant
@@ -249,19 +250,27 @@ class MoDeGPT(RankMethod):
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Allocate, then reduce every layer on the dense model's statistics."""
+        names = self.required_statistics(task.family)
+        needed = self.allocation.needs_influence
+        influence = task.calibration.block_influence(also=names).tolist() if needed else None
+        return self.compress_to(task, self.plan(task, influence), influence)
+
+    def compress_to(self, task: CompressionTask, plan: RankPlan, influence: list[float] | None = None) -> Compressed:
+        """Reduce every layer to the ranks of ``plan`` on the dense model's statistics."""
         calibration, names = task.calibration, self.required_statistics(task.family)
-        influence = calibration.block_influence(also=names).tolist() if self.allocation.needs_influence else None
-        plan = self.plan(task, influence)
         generator = task.generator()
         nothing: Iterable[Statistics] = calibration.progress.track(
             [{}] * calibration.num_layers, "decomposition", unit="layer"
         )
         statistics_of = calibration.statistics(names, loop="decomposition") if names else nothing
         layers = zip(decoder_layers(task.model), plan.ranks, statistics_of, strict=True)
-        done = [
-            self.compress_layer(task, index, layer, ranks, statistics, generator)
+        jobs = (
+            partial(self.compress_layer, task, index, layer, ranks, statistics, generator)
             for index, (layer, ranks, statistics) in enumerate(layers)
-        ]
+        )
+        # what draws has to draw for every layer
+        draws = any(variant is not None and variant.draws for variant in self.variants().values())
+        done = (World() if draws else calibration.world).divided(jobs, task.model.device)
         shapes, tensors, reports = (list(column) for column in zip(*done, strict=True))
         return self.finish(task, plan, build_compressed(task.model, shapes, tensors), reports, influence)
 

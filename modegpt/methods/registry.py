@@ -11,6 +11,7 @@ from modegpt.methods.asvd import ASVD
 from modegpt.methods.base import Method
 from modegpt.methods.controls import Magnitude, Random
 from modegpt.methods.flap import FLAP
+from modegpt.methods.lems import LEMS
 from modegpt.methods.llm_pruner import LLMPruner
 from modegpt.methods.llm_surgeon import LLMSurgeon
 from modegpt.methods.modegpt import MoDeGPT
@@ -23,6 +24,7 @@ from modegpt.methods.slicegpt import SliceGPT
 from modegpt.methods.slimgpt import SlimGPT
 from modegpt.methods.svd import SVD
 from modegpt.methods.svd_llm import SVDLLM
+from modegpt.methods.tyr import Tyr
 
 DENSE = "dense"
 """What stands in a method's place where a run only scores the dense model."""
@@ -36,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         SVD,
         ASVD,
         SVDLLM,
+        LEMS,
         SliceGPT,
         ShortGPT,
         SLEB,
@@ -44,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
         LLMSurgeon,
         StructuredOBC,
         SlimGPT,
+        Tyr,
     )
 }
 

@@ -3,7 +3,7 @@
 Colours are Okabe and Ito's, told apart by the colour-blind; hatches and lightness tell them apart in grey.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,23 @@ MODULES = {  # record key: (title, colour)
 LOG_FROM = 10.0  # perplexities further apart than this factor share a logarithmic axis
 
 
-def save_pictures(record: Mapping[str, Any], directory: Path) -> list[Path]:
+def save_pictures(record: Mapping[str, Any], directory: Path, *, replace: bool = True) -> list[Path]:
     """Write ``scores.png`` (if anything was scored) and ``layers.png`` (of a compressed model); returns their paths.
 
-    Raises UserError naming the picture that cannot be written.
+    Without ``replace`` only those that are not there. Raises UserError naming the picture that cannot be written.
     """
-    figures = {}
+    figures: dict[str, Callable[[Mapping[str, Any]], Figure]] = {}
     if any((perplexities(record), accuracies(record))):
-        figures["scores.png"] = scores_figure(record)
+        figures["scores.png"] = scores_figure
     if record["compression"] is not None:
-        figures["layers.png"] = layers_figure(record)
+        figures["layers.png"] = layers_figure
     paths = [directory / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
+        if path.exists() and not replace:
+            continue
         try:
             with replacing(path) as temporary:  # a run that is killed here leaves no half picture
-                figure.savefig(temporary, dpi=150, format="png")
+                figure(record).savefig(temporary, dpi=150, format="png")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
     return paths

@@ -1,10 +1,12 @@
-"""Two Gloo processes against one: the same statistics, one all-reduce a layer, one record."""
+"""Gloo processes against one: the same statistics, one all-reduce a layer, layers divided, one record."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from modegpt.allocation.policies import Entropic
 from modegpt.calibration.world import World, join_world
 from modegpt.cli.main import main
+from modegpt.decompositions import MLPNystrom, MLPRandom, QueryKeyCR, ValueOutputSVD
 from modegpt.errors import UserError
+from modegpt.methods.base import CompressionTask
+from modegpt.methods.modegpt import MoDeGPT
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, statistics_of
 from tests.processes import CLEAN, STUCK_SECONDS, ended_well
@@ -24,13 +30,18 @@ PATIENT = f"read_timeout={STUCK_SECONDS},join_timeout={STUCK_SECONDS},keep_alive
 """A busy machine may take longer than torchrun's own clocks allow."""
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    """A process as torchrun starts it: the statistics of its share, the calls that pooled them, and their cost."""
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2"}
+def joined(rank: int, size: int, port: int) -> World:
+    """A process as torchrun starts it, among the others."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(size)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    world, calls = join_world("cpu"), []
+    return join_world("cpu")
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """The statistics of the process's share, the calls that pooled them, and their cost."""
+    world, calls = joined(rank, 2, port), []
     reduce = distributed.all_reduce
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -79,6 +90,73 @@ def test_sums_of_two_shares_make_the_statistics_of_all_windows(name: str, monkey
     assert len(pooled) == len(alone) and not sent
     for one, whole in zip(pooled, alone, strict=True):
         torch.testing.assert_close(one, whole, rtol=1e-10, atol=1e-12)
+
+
+def divide(rank: int, port: int, folder: Path) -> None:
+    """What a process makes of all layers, and which of them it reduced itself: divided, repeated, and with draws."""
+    world = joined(rank, 3, port)
+    task = task_of(dense_model("llama", num_hidden_layers=4), 0.4)
+    task.calibration.world = world
+    found: dict[str, Any] = {}
+    reduced: list[int] = []
+    compress_layer = MoDeGPT.compress_layer
+
+    def watched(self: MoDeGPT, task: CompressionTask, index: int, *rest: Any) -> Any:
+        reduced.append(index)
+        return compress_layer(self, task, index, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoDeGPT, "compress_layer", watched)
+        for name, method in (("divided", paper()), ("drawn", replace(paper(), mlp=MLPRandom())), ("repeated", paper())):
+            if name == "repeated":
+                patch.setattr(World, "divided", lambda self, jobs, device: [job() for job in jobs])
+            compressed = method.compress(task)
+            found[name] = (list(reduced), compressed.model.state_dict(), compressed.layers)
+            reduced.clear()
+        patch.undo()
+    try:
+        world.divided([partial(fail, number) for number in range(5)], "cpu")
+    except UserError as error:
+        found["failed"] = str(error)
+    torch.save(found, folder / f"{rank}.pt")
+    world.leave()
+
+
+def paper() -> MoDeGPT:
+    return MoDeGPT(mlp=MLPNystrom(), query_key=QueryKeyCR(), value_output=ValueOutputSVD(), allocation=Entropic())
+
+
+def fail(number: int) -> int:
+    if number in (1, 4):
+        raise UserError(f"job {number} failed")
+    return number
+
+
+def test_layers_are_divided_among_processes_to_the_same_bits(tmp_path: Path) -> None:
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended_well([CLEAN.Process(target=divide, args=(rank, store.port, tmp_path)) for rank in range(3)])
+    processes = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    assert [found["divided"][0] for found in processes] == [[0, 3], [1], [2]]
+    assert all(found[name][0] == [0, 1, 2, 3] for found in processes for name in ("repeated", "drawn"))
+    assert {found["failed"] for found in processes} == {"job 1 failed"}, "every process says so"
+    _, weights, layers = processes[0]["repeated"]
+    for found in processes:
+        for name in ("divided", "repeated"):
+            _, ours, reports = found[name]
+            assert reports == layers and ours.keys() == weights.keys()
+            assert all(torch.equal(ours[key], weights[key]) for key in weights)
+        assert all(torch.equal(found["drawn"][1][key], processes[0]["drawn"][1][key]) for key in found["drawn"][1])
+
+
+def test_alone_jobs_are_done_as_they_come() -> None:
+    done: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], int]]:
+        for number in range(3):
+            yield partial(int, number)
+            done.append(number)
+
+    assert World().divided(jobs(), "cpu") == [0, 1, 2] == done
 
 
 def test_a_run_under_torchrun_writes_the_record_of_one_process(

@@ -125,7 +125,7 @@ def test_every_ingredient_is_ablated() -> None:
         if switches[key] != everything[key]
     }
     assert alone == turned | {"fisher"}, "off by default: it needs a gradient"
-    assert missing == turned | {"fisher", "nested"}, "nested is no ingredient, but what it costs is measured"
+    assert missing == turned | {"fisher", "rounds", "nested"}, "off by default, but what they do is measured"
     assert set(combinations()) == {
         settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings
     }

@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "allocation": "entropic",
         "shares": [0.3],
         "cap": 0.7,
+        "rounds": 0,
         "fisher": [0.5],
         "temperature": False,
         "nested": False,

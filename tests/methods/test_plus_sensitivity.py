@@ -15,22 +15,18 @@ from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
 from modegpt.decompositions import QueryKeyCR
+from modegpt.methods.divergence import Predictions, acting_as, float32_forward, kl_divergence
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus import sensitivity
 from modegpt.methods.plus.sensitivity import (
     SMALLEST,
     Costs,
-    Predictions,
     compared_positions,
-    float32_forward,
-    kl_divergence,
     measured_windows,
-    mlp_prospect,
     perturbed_passes,
-    query_key_prospect,
     rank_costs,
-    value_output_prospect,
 )
+from modegpt.methods.prospects import mlp_prospect, query_key_prospect, value_output_prospect
 from modegpt.models import decoder_layers, dense_shape, read_mlp, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model
 from tests.methods.task_of import task_of
@@ -178,7 +174,7 @@ def test_what_stands_in_for_lost_pairs_is_the_model_without_them(name: str) -> N
     )
     compressed, size = method.compress(task).model, dense_shape(model.config).qk_head_dim
     layer = decoder_layers(model)[1]
-    with torch.no_grad(), sensitivity._acting_as(query_key_prospect(task.family, layer, statistics).map(size // 4)):
+    with torch.no_grad(), acting_as(query_key_prospect(task.family, layer, statistics).map(size // 4)):
         moved = model(tokens()).logits
     with torch.no_grad():
         expected, dense = compressed(tokens()).logits, model(tokens()).logits

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modegpt.errors import UserError
+from modegpt.methods.plus import temperature
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
@@ -42,6 +43,24 @@ def test_it_is_where_the_divergence_is_least(sharpness: float) -> None:
     ), "whatever it started from"
 
 
+def test_logits_that_are_kept_give_the_same_and_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = dense_model("llama")
+    compressed, _ = sliced_model(dense)
+    monkeypatch.setattr(temperature, "CHUNK_TOKENS", 10)
+    found, made = [], []
+    chunk = 10 * dense.config.vocab_size
+    for most in (0, chunk, 100 * chunk):
+        monkeypatch.setattr(temperature, "MOST_LOGITS", most)
+        calls: list[int] = []
+        hook = compressed.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found.append(fit_inverse_temperature(dense, compressed, tokens(), batch_size=2))
+        hook.remove()
+        made.append(len(calls))
+    assert found[0] == found[1] == found[2]
+    num_chunks, steps = 3, made[0] // 3 - 1
+    assert steps > 1 and made == [num_chunks * (1 + steps), 1 + (num_chunks - 1) * (1 + steps), num_chunks]
+
+
 def test_of_the_dense_model_itself_it_is_one() -> None:
     dense = dense_model("opt")
     assert fit_inverse_temperature(dense, dense, tokens(), batch_size=2) == pytest.approx(1.0, abs=1e-5)
@@ -58,9 +77,7 @@ def test_logits_are_scaled_and_the_dense_model_is_left_alone(name: str) -> None:
 
 
 def test_compression_ends_with_it_and_a_whole_model_stays_as_it_is() -> None:
-    sharp, found = (
-        MoDeGPTPlus(temperature=temperature).compress(task_on(dense_model("llama"))) for temperature in (False, True)
-    )
+    sharp, found = (MoDeGPTPlus(temperature=wanted).compress(task_on(dense_model("llama"))) for wanted in (False, True))
     s = found.details["inverse_temperature"]
     assert "inverse_temperature" not in sharp.details and s != 1.0
     theirs, ours = sharp.model.state_dict(), found.model.state_dict()

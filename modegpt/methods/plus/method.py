@@ -18,6 +18,7 @@ from modegpt.decompositions.svd import ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
+from modegpt.methods.plus.again import planned_again
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
 from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
@@ -87,6 +88,17 @@ class MoDeGPTPlus(Switches, RankMethod):
         plan = self.plan(task, costs=costs, influence=influence)
         if self.nested:
             return self._nested(task, plan, costs, influence)
+        if self.rounds and costs is not None:
+            with calibration.meter.stage("allocation", counted=True):
+                plan = planned_again(
+                    calibration,
+                    self.faithful().statistics_read(task.family),
+                    plan,
+                    lambda costs: self.plan(task, costs=costs),
+                    num_shares=len(self.shares),
+                    skip_layers=self.skip_layers,
+                    rounds=self.rounds,
+                )
         walk = SequentialPass.start(
             calibration,
             self,

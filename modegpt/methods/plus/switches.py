@@ -37,6 +37,8 @@ class Switches:
             divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
+        rounds: how often the budget is shared out again by what modules cost in the model as planned; a plan is kept
+            where it diverges less on other calibration windows (``allocation=loss``).
         fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several
             the best on held-out windows for each module. Empty: none. The weights take one backward pass, the only
             gradient here.
@@ -60,6 +62,7 @@ class Switches:
     allocation: str = "loss"
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
+    rounds: int = field(default=0, metadata={"before": 0})
     fisher: tuple[float, ...] = field(default=(), metadata={"before": ()})
     temperature: bool = field(default=True, metadata={"before": False})
     nested: bool = False
@@ -83,6 +86,11 @@ class Switches:
         if any(not 0 <= gamma <= 1 for gamma in self.fisher):
             raise UserError(
                 f"method.fisher={list(self.fisher)} must be numbers from 0 to 1: shares of the Fisher-weighted moments"
+            )
+        if self.rounds < 0 or (self.rounds and (self.allocation != "loss" or self.nested)):
+            raise UserError(
+                f"method.rounds={self.rounds}: a number of times that method.allocation=loss is to be measured again, "
+                "and not with method.nested=true"
             )
         for name in ("queries_per_window", "query_key_windows"):
             if getattr(self, name) < 1:

@@ -1,6 +1,8 @@
 """How sharp the compressed model's predictions are: one number, absorbed in its final norm."""
 
 import copy
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.cost.work import forward
-from modegpt.methods.plus.sensitivity import float32_forward
+from modegpt.methods.divergence import float32_forward
 from modegpt.models import Family
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
@@ -16,7 +18,10 @@ ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
 fewer than so many."""
 
 CHUNK_TOKENS = 256
-"""Logits of so many tokens are in memory at a time."""
+"""Logits of so many tokens are worked on at a time."""
+
+MOST_LOGITS = 2**27
+"""So many logits of the compressed model are kept for the next step (512 MiB); the head gives the others again."""
 
 BOUNDS = (0.01, 100.0)
 TOLERANCE = 1e-5
@@ -33,7 +38,7 @@ def fit_inverse_temperature(
     ``ids`` (windows, length), of which the first are read. The divergence is convex in s with derivatives E_q[z] -
     E_p[z] and Var_q[z] under q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo
     et al., ICML 2017, arXiv 1706.04599, section 4.2, with the dense model's predictions in place of labels. Both models
-    run once; then the head of the compressed one, once a step.
+    run once, and the head of the compressed one once more a step for the tokens whose logits are not kept.
     """
     windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
     with float32_forward(dense), float32_forward(compressed):
@@ -43,16 +48,21 @@ def fit_inverse_temperature(
                 [model.get_decoder()(batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches]
                 for model in (dense, compressed)
             ]
-        chunks = [torch.cat(each).split(CHUNK_TOKENS) for each in states]
-        heads = [model.get_output_embeddings() for model in (dense, compressed)]
+        ours, theirs = (torch.cat(each).split(CHUNK_TOKENS) for each in states)
+        head: Any = compressed.get_output_embeddings()
+        kept = [head(chunk).float() for chunk in theirs[: MOST_LOGITS // (CHUNK_TOKENS * len(head.weight))]]
+
+        def logits() -> Iterator[Tensor]:
+            return chain(kept, (head(chunk).float() for chunk in theirs[len(kept) :]))
+
         target = sum(
-            _mean_under(heads[0](ours).float(), heads[1](theirs).float()) for ours, theirs in zip(*chunks, strict=True)
+            _mean_under(dense.get_output_embeddings()(chunk).float(), z)
+            for chunk, z in zip(ours, logits(), strict=True)
         )
         s = 1.0
         for _ in range(MOST_STEPS):
             slope, curvature = -target, 0.0
-            for chunk in chunks[1]:
-                z = heads[1](chunk).float()
+            for z in logits():
                 q = (s * z).softmax(dim=-1)
                 mean = torch.linalg.vecdot(q, z)
                 slope += float(mean.sum(dtype=torch.float64))
