@@ -11,6 +11,7 @@ import huggingface_hub
 from modegpt.errors import UserError, exit_status, shortened
 from modegpt.escaping import markdown
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet, saving
+from modegpt.models.deci import DeciCheckpoint
 from modegpt.models.export import ExportReport, paged_model, stock_model
 from modegpt.models.gguf import SUFFIX
 from modegpt.models.gguf_file import TYPES, write_gguf
@@ -26,6 +27,8 @@ STOCK = """The function of a model compressed by MoDeGPT in the form of its fami
 for that family runs it."""
 VLLM = """A model compressed by MoDeGPT, every size kept, with a page size for each layer's cache ({pages}):
 `vllm serve PATH --trust-remote-code`."""
+DECI = """The function of a model compressed by MoDeGPT, with an MLP width for each layer, as DeciLM (nemotron-nas):
+`vllm serve PATH --trust-remote-code`, which is for the configuration alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--engine",
-        choices=("stock", "vllm"),
+        choices=("stock", "vllm", "deci"),
         default="stock",
-        help="stock: the family's own model, for any engine (default); vllm: every size kept, with this package's code",
+        help="stock: the family's own model, for any engine (default); vllm: every size kept, with this package's "
+        "code; deci: an MLP width for each layer, for engines with a DeciLM class",
     )
     parser.add_argument("--pages", choices=("gpu", "cpu"), default="gpu", help="vllm: where it will run (default: gpu)")
     parser.add_argument(
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--width-multiple",
         type=int,
         metavar="N",
-        help="stock and GGUF: round MLP widths up to a multiple of this (default: 1, or what the type wants)",
+        help="all but vllm: round MLP widths up to a multiple of this (default: 1, or what the type wants)",
     )
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="put the export on the hub, or without a destination the checkpoint itself"
@@ -123,6 +127,9 @@ def _export_checkpoint(
     if engine == "vllm":
         model, report = paged_model(compressed, pages=pages)
         about = VLLM.format(pages=pages)
+    elif engine == "deci":
+        model = DeciCheckpoint(compressed, width_multiple=width_multiple)
+        report, about = model.report, DECI
     else:
         model, report = stock_model(compressed, width_multiple=width_multiple)
         about = STOCK.format(model_type=model.config.model_type)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer
-from modegpt.models.gguf_file import DECI, OWN, write_gguf
+from modegpt.models.deci import FAMILIES as DECI
+from modegpt.models.gguf_file import OWN, write_gguf
 from tests.engines.forms import FORMS
 from tests.engines.greedy import PROMPTS, assert_same, greedy
 from tests.models.family_table import CONFIGS, sliced_model

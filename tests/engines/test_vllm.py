@@ -16,35 +16,52 @@ import pytest
 import torch
 
 from modegpt.cli.export import export
+from modegpt.models import family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
+from modegpt.models.deci import FAMILIES as DECI
 from tests.engines.forms import FORMS
 from tests.engines.greedy import PROMPTS, assert_same, greedy
-from tests.models.family_table import sliced_model
+from tests.models.family_table import CONFIGS, sliced_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
-NAMES = [name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer", "low rank")]
-"""vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products with a size of zero
-kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused."""
+FORMS_OF = {
+    "vllm": [
+        name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer", "low rank")
+    ],
+    "deci": [
+        name
+        for name in FORMS
+        if name not in CONFIGS
+        or (family_of(CONFIGS[name]).model_type in DECI and "window" not in name.replace("no-window", ""))
+    ],
+    "stock": ["llama", "qwen2", "opt", "shared heads"],
+}
+"""With every size kept: vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products
+with a size of zero kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused. As
+DeciLM: what that class computes, with heads of the least size that its attention has, and so
+in the family's own form."""
+CASES = [(engine, name) for engine, names in FORMS_OF.items() for name in names]
+WIDE = {"vllm": {}, "deci": {"hidden_size": 128}, "stock": {"hidden_size": 128}}
 
 
 @pytest.fixture(scope="module")
-def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, list]]:
-    """By form: what vLLM said and what our logits say. One process for all, since each start takes long."""
+def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Any, list]]:
+    """By export and form: what vLLM said and what our logits say. One process for all, since each start takes long."""
     root, jobs, expected = tmp_path_factory.mktemp("forms"), [], []
-    for index, name in enumerate(NAMES):
-        make, arguments = FORMS[name]
-        model = make(**arguments)
-        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), root / str(index) / "ours", {})
-        export(str(root / str(index) / "ours"), root / str(index) / "vllm", engine="vllm", pages="cpu")
-        jobs.append({"path": str(root / str(index) / "vllm"), "prompts": PROMPTS, "num_new": 8})
+    for engine, name in CASES:
+        folder, (make, arguments) = root / engine / name.replace(" ", "-"), FORMS[name]
+        model = make(**arguments, **WIDE[engine])
+        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), folder / "ours", {})
+        export(str(folder / "ours"), folder / "theirs", engine=engine, pages="cpu", force=True)
+        jobs.append({"path": str(folder / "theirs"), "prompts": PROMPTS, "num_new": 8})
         expected.append([greedy(model, prompt, 8) for prompt in PROMPTS])
-    return dict(zip(NAMES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
+    return dict(zip(CASES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_tokens_and_probabilities(answers: dict, name: str) -> None:
-    assert_same(*answers[name])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_same_tokens_and_probabilities(answers: dict, case: tuple[str, str]) -> None:
+    assert_same(*answers[case])
 
 
 @pytest.fixture(scope="module")
