@@ -90,12 +90,17 @@ class DeciCheckpoint:
             )
             yield from ((f"{self.family.layers}.{index}.{name}", tensor) for name, tensor in tensors.items())
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write weights, configuration and the code that reads it."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return dict(self.tensors())
+
+    def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write weights, configuration and the code that reads it; ``state_dict`` instead of its own tensors."""
         self.config.save_pretrained(directory)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(directory)
-        huggingface_hub.save_torch_state_dict(dict(self.tensors()), directory, metadata={"format": "pt"})
+        tensors = self.state_dict() if state_dict is None else state_dict
+        huggingface_hub.save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
 
     @property
     def _common(self) -> bool:

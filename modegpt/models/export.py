@@ -7,7 +7,7 @@ and queries are scaled for a softmax that divides by another root.
 """
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,11 @@ class ExportReport:
     def padding(self) -> int:
         """Parameters that the exported form adds: zeros, and factors multiplied out."""
         return self.exported.num_parameters - self.compressed.num_parameters
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], *, tied: bool) -> "ExportReport":
+        """The same with ``tensors`` as what is exported; a head that is the embeddings (``tied``) counts once."""
+        stored = sum(tensor.nbytes for name, tensor in tensors.items() if not (tied and name == "lm_head.weight"))
+        return dataclasses.replace(self, exported=dataclasses.replace(self.exported, weight_bytes=stored))
 
     @property
     def gains_nothing(self) -> bool:

@@ -28,7 +28,7 @@ from modegpt.models.export import ExportReport, Size, common_heads, dense_size, 
 from modegpt.models.families import RESIZED
 from modegpt.models.weights import bias_of
 
-TYPES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_k": 256}
+TYPES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_0": 32, "q4_k": 256}
 """What weights are stored as, and the multiple that the rows of a matrix must have for it."""
 OWN = ("gemma", "qwen3")
 """Families that llama.cpp knows by their own name, with one width."""
@@ -52,7 +52,7 @@ def write_gguf(
 
     Args:
         kind: one of ``TYPES``. Matrices whose rows are no multiple of what it wants are stored as q8_0, or else f16;
-            embeddings and the head are q8_0 instead of q4_k. Norms and biases are f32.
+            embeddings and the head are q8_0 instead of 4 bits. Norms and biases are f32.
         width_multiple: MLP widths are rounded up to a multiple of this; None: of what ``kind`` wants.
         accept: sees the price before anything is written, and may raise.
 
@@ -67,7 +67,7 @@ def write_gguf(
     layout = _layout(model, width_multiple or TYPES[kind])
     writer = gguf.GGUFWriter(None, layout.arch)
     _add_sizes(writer, model, layout)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14}[kind])
+    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2, "q4_k": 14}[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.arch.upper()], len(layout.widths))
@@ -200,7 +200,7 @@ def _add_sizes(writer: Any, model: PreTrainedModel, layout: _Layout) -> None:
 
 def _fitting(kind: str, row: int, *, inside: bool) -> str:
     """What a matrix with rows of ``row`` entries is stored as, where ``kind`` was asked for."""
-    if kind == "q4_k" and (row % TYPES["q4_k"] or not inside):
+    if kind in ("q4_0", "q4_k") and (row % TYPES[kind] or not inside):
         kind = "q8_0"
     return "f16" if kind == "q8_0" and row % TYPES["q8_0"] else kind
 

@@ -1,5 +1,6 @@
 """vLLM runs an export with every size kept: the same tokens, the same log-probabilities, served and scored."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modegpt.cli.export import export
-from modegpt.models import family_of
+from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.models.deci import FAMILIES as DECI
+from modegpt.models.export import stock_model
 from tests.engines.forms import FORMS
 from tests.engines.greedy import PROMPTS, assert_same, greedy
 from tests.models.family_table import CONFIGS, sliced_model
+from tests.models.test_quantised import given_back
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
@@ -62,6 +66,31 @@ def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_same_tokens_and_probabilities(answers: dict, case: tuple[str, str]) -> None:
     assert_same(*answers[case])
+
+
+def quantised_job(root: Path, kind: str) -> tuple[dict[str, Any], list]:
+    """The embedded model with narrower MLPs in its own class; what vLLM is asked, and what the rounded weights say."""
+    tokenizer = load_tokenizer("embedded:tiny-llama")
+    model = load_model("embedded:tiny-llama", device="cpu")
+    model = sliced_model(model, dataclasses.replace(dense_shape(model.config), intermediate_size=288))[0]
+    save_checkpoint(model, tokenizer, root / "ours", {})
+    export(str(root / "ours"), root / "theirs", quantization=kind)
+    stored, stock = load_file(root / "theirs" / "model.safetensors"), stock_model(model)[0]
+    rounded = {
+        name: given_back(stored, name) if f"{name}_scale" in stored else tensor
+        for name, tensor in stock.state_dict().items()
+    }
+    stock.load_state_dict(rounded)
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time, there was a little girl named", "The cat sat")]
+    return {"path": str(root / "theirs"), "prompts": prompts, "num_new": 1}, [greedy(stock, ids, 1) for ids in prompts]
+
+
+def test_quantised_weights_are_the_rounded_ones(ask: Callable, tmp_path: Path) -> None:
+    """At 8 bits states are rounded too."""
+    (eight, said_by_eight), (four, said_by_four) = (quantised_job(tmp_path / kind, kind) for kind in ("int8", "int4"))
+    found = ask("vllm_greedy.py", [eight, four])
+    assert_same(found[0], said_by_eight, tolerance=0.1)
+    assert_same(found[1], said_by_four, tolerance=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,11 @@ def test_rows_that_a_type_cannot_store(tokenizer: PreTrainedTokenizerBase, tmp_p
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     assert keys["deci.feed_forward_length"] == [256] * 3
     assert kinds["blk.0.ffn_down.weight"] == "Q4_K" and kinds["blk.0.ffn_up.weight"] == kinds["output.weight"] == "Q8_0"
+    write_gguf(model, tokenizer, tmp_path / "q40.gguf", kind="q4_0")
+    keys, tensors = read(tmp_path / "q40.gguf")
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert keys["deci.feed_forward_length"] == [32, 32, 64] and kinds["output.weight"] == "Q8_0"
+    assert {kind for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name} == {"Q4_0"}
 
 
 def test_four_bits_are_what_llama_cpp_reads() -> None:
