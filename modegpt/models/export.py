@@ -205,16 +205,24 @@ def common_heads(model: PreTrainedModel) -> tuple[int, Tensor | None]:
     """The head size of a form that has one for all layers, and the (size / 2,) rotary pairs that stand in it.
 
     That is the dense size with every pair (None), but where all heads of all layers have one size and one set of pairs,
-    and the family states its head size.
+    and the family states its head size. Scaling that changes with the length, or that scales states, keeps the dense
+    size.
     """
     config, family = model.config, family_of(model.config)
     attentions: list[Any] = [family.attention(layer) for layer in decoder_layers(model)]
     sizes = {size for each in attentions for size in (each.qk_dim, each.v_dim)}
     sets = {tuple(pairs) for each in attentions if each.has_rope_index for pairs in each.rope_index.tolist()}
-    varies = family.rope and config.rope_parameters.get("rope_type") in ("dynamic", "longrope")
-    if len(sizes) == len(sets) == 1 and not varies and "head_dim" in family_fields(config):
+    if len(sizes) == len(sets) == 1 and fixed_frequencies(model) and "head_dim" in family_fields(config):
         return sizes.pop(), torch.tensor(sets.pop())
     return config.dense_head_dim, None
+
+
+def fixed_frequencies(model: PreTrainedModel) -> bool:
+    """Whether its rotary embedding is nothing but frequencies."""
+    rotary: Any = model.get_decoder().rotary_emb
+    return (
+        model.config.rope_parameters.get("rope_type") not in ("dynamic", "longrope") and rotary.attention_scaling == 1
+    )
 
 
 def frequency_factors(model: PreTrainedModel) -> Tensor:
@@ -229,14 +237,13 @@ def frequency_factors(model: PreTrainedModel) -> Tensor:
 def placed_frequencies(model: PreTrainedModel) -> dict[str, Any]:
     """The ``rope_parameters`` of heads of the common size: LongRoPE, with the same factors at every length."""
     factors = frequency_factors(model).tolist()
-    rotary: Any = model.get_decoder().rotary_emb
     return {
         "rope_type": "longrope",
         "rope_theta": model.config.rope_parameters["rope_theta"],
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,
-        "attention_factor": rotary.attention_scaling,
+        "attention_factor": 1.0,
         "original_max_position_embeddings": model.config.max_position_embeddings,
     }
 

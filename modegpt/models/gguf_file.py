@@ -24,7 +24,15 @@ from modegpt.errors import UserError
 from modegpt.files import read_json, replacing
 from modegpt.models import Family, decoder_layers, family_of
 from modegpt.models.deci import ATTENTION, MLP, check_deci, deci_layer, deci_sizes, outside_layers
-from modegpt.models.export import ExportReport, Size, common_heads, dense_size, frequency_factors, stock_model
+from modegpt.models.export import (
+    ExportReport,
+    Size,
+    common_heads,
+    dense_size,
+    fixed_frequencies,
+    frequency_factors,
+    stock_model,
+)
 from modegpt.models.families import RESIZED
 from modegpt.models.weights import bias_of
 
@@ -169,9 +177,8 @@ def _deci_layout(model: PreTrainedModel, family: Family, width_multiple: int) ->
 
 def _rope_factors(model: PreTrainedModel) -> Tensor | None:
     """What divides each default frequency to give the model's own; None where these are the default ones."""
-    rotary: Any = model.get_decoder().rotary_emb
-    kind = model.config.rope_parameters.get("rope_type", "default")
-    if kind in ("dynamic", "longrope") or rotary.attention_scaling != 1.0:
+    if not fixed_frequencies(model):
+        kind = model.config.rope_parameters["rope_type"]
         raise UserError(f"rotary scaling of type {kind} has no form in llama.cpp's architecture deci")
     factors = frequency_factors(model).float()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors

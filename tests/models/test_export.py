@@ -78,6 +78,9 @@ def test_one_set_of_frequencies_needs_no_zeros(name: str, tmp_path: Path) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for each in (stock, loaded):
         torch.testing.assert_close(each(tokens()).logits, model(tokens()).logits, rtol=1e-5, atol=5e-6)
+    scaled = with_shared_pairs(name)
+    scaled.model.rotary_emb.attention_scaling = 1.1
+    assert stock_model(scaled)[0].config.head_dim == 8
     other = with_shared_pairs(name)
     decoder_layers(other)[1].self_attn.rope_index[1, 1] = 1
     assert stock_model(other)[0].config.head_dim == 8
