@@ -59,3 +59,11 @@ FORMS = {name: (of_family, {"name": name}) for name in CONFIGS} | {
     "shared heads": (with_shared_pairs, {"name": "llama", "head_dim": 40, "size": 32, **VOCABULARY}),
 }
 """What makes each form, and its arguments."""
+
+
+def with_heads_of_32(name: str) -> dict[str, int]:
+    """What else a form is made with, so that its heads have the least size that vLLM's attention knows on a CPU."""
+    if name == "shared heads":
+        return {}
+    stated = hasattr(CONFIGS.get(name, CONFIGS["llama"]), "head_dim")
+    return {"hidden_size": 128} | ({"head_dim": 32} if stated else {})

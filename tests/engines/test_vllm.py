@@ -22,7 +22,7 @@ from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.models.deci import FAMILIES as DECI
 from modegpt.models.export import stock_model
-from tests.engines.forms import FORMS
+from tests.engines.forms import FORMS, with_heads_of_32
 from tests.engines.greedy import PROMPTS, assert_same, greedy
 from tests.models.family_table import CONFIGS, sliced_model
 from tests.models.test_quantised import given_back
@@ -43,10 +43,8 @@ FORMS_OF = {
 }
 """With every size kept: vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products
 with a size of zero kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused. As
-DeciLM: what that class computes, with heads of the least size that its attention has, and so
-in the family's own form."""
+DeciLM: what that class computes."""
 CASES = [(engine, name) for engine, names in FORMS_OF.items() for name in names]
-WIDE = {"vllm": {}, "deci": {"hidden_size": 128}, "stock": {"hidden_size": 128}}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
     root, jobs, expected = tmp_path_factory.mktemp("forms"), [], []
     for engine, name in CASES:
         folder, (make, arguments) = root / engine / name.replace(" ", "-"), FORMS[name]
-        model = make(**arguments, **WIDE[engine])
+        model = make(**arguments, **({} if engine == "vllm" else with_heads_of_32(name)))
         save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), folder / "ours", {})
         export(str(folder / "ours"), folder / "theirs", engine=engine, pages="cpu", force=True)
         jobs.append({"path": str(folder / "theirs"), "prompts": PROMPTS, "num_new": 8})
