@@ -163,8 +163,8 @@ class QueryKeyShared(QueryKeyVariant):
         self, weights: QueryKeyWeights, statistics: Statistics, rank: int, generator: torch.Generator
     ) -> Reduction[QueryKeyWeights]:
         """Move the best pairs of each key head to the common frequencies."""
-        w = weights.frequencies
-        assert w is not None, "whoever reads the weights of a rotary layer knows its frequencies"
+        assert weights.frequencies is not None, "whoever reads the weights of a rotary layer knows its frequencies"
+        w = weights.frequencies.to(weights.W_K.device)
         energy_Q, energy_K = (
             sum_pairs(C.double().diagonal(dim1=-2, dim2=-1))
             for C in (statistics["query_key.C_Q"], statistics["query_key.C_K"])
