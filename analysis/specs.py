@@ -303,13 +303,22 @@ ABLATION_TABLES = (
         {"decomposition.mlp.ridge": "Relative ridge"},
         at_rates(PERPLEXITY, (0.3, 0.5)),
     ),
-    TableSpec(
-        "engines",
-        "Sizes that engines take: perplexity",
-        ("engines",),
-        {"compression.engine": "Engine"},
-        at_rates(PERPLEXITY, (0.2, 0.3, 0.4)),
-        note="Uniform allocation. Attention stays whole for all but `any`, so MLPs lose more at the same rate.",
+    *(
+        TableSpec(
+            name,
+            f"Sizes that engines take: {title}",
+            ("engines", "engines_shared"),
+            {"compression.engine": "Engine", "decomposition/query_key": "Query-key"},
+            at_rates(column, (0.2, 0.3, 0.4)),
+            per_perplexity=column is PERPLEXITY,
+            dense=column is PERPLEXITY,
+            note="Uniform allocation. Heads are cut where every size is free (any), or where all get one size and one "
+            "set of frequencies (stock, CR, one set of frequencies); elsewhere attention stays whole.",
+        )
+        for name, title, column in (
+            ("engines", "perplexity", PERPLEXITY),
+            ("engines_removed", "share of the block-linear weights removed (%)", REMOVED),
+        )
     ),
     TableSpec(
         "recovery",

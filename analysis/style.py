@@ -31,6 +31,7 @@ LABELS = {
     "elimination": "Greedy elimination",
     "cr": "CR",
     "cr_pairs": "CR, pair score",
+    "cr_shared": "CR, one set of frequencies",
     "svd_per_head": "SVD, per head",
     "svd_attention": "SVD, attention output",
     "kept": "As if the kept dims were all",

@@ -74,7 +74,7 @@ PLAN = {
     "variants_query_key": On((LLAMA,), full=(BABY,)),
     "variants_query_key_opt": On((OPT,)),
     **dict.fromkeys(("allocation", "module_wise", "layer_sparsity"), On((LLAMA, OPT), full=(BABY,))),
-    "engines": On((LLAMA, BABY), full=(STORIES,)),
+    **dict.fromkeys(("engines", "engines_shared"), On((LLAMA, BABY), full=(STORIES,))),
     "compression_cost": On((LLAMA, OPT), full=(BABY,), scored=False),
     **dict.fromkeys(("allocation_epsilon", "ridge"), On((LLAMA,), full=(OPT, STORIES, BABY))),
     **dict.fromkeys(("calibration_size", "seeds"), On((LLAMA, STORIES), full=(OPT, BABY))),

@@ -8,7 +8,7 @@ class Engine:
     """The sizes that an engine takes.
 
     Args:
-        whole: modules that keep their full size.
+        whole: modules that keep their full size, unless heads share one set of frequencies where all layers are alike.
         mlp_multiple: MLP widths are multiples of this.
         one_width: the MLPs of all layers are equally wide.
     """
@@ -25,5 +25,6 @@ ENGINES = {
     "deci": Engine(whole=ATTENTION, mlp_multiple=256),
     "gguf": Engine(whole=ATTENTION, mlp_multiple=32),
 }
-"""By name. No engine but vLLM with our code takes heads that differ from the family's: with one size and one set of
-rotary frequencies for all heads of all layers, queries and keys lose far more than MLPs do at the same budget."""
+"""By name. No engine but vLLM with our code takes heads of two sizes. The family's own class runs smaller heads if all
+have one size and one set of rotary frequencies (``decomposition/query_key=cr_shared``), but queries and keys then lose
+more than MLPs do at the same budget."""

@@ -116,7 +116,11 @@ def own_sparsity(module: ModuleBudget) -> float:
 
 
 def integer_ranks(
-    sparsities: Sequence[float], layers: Sequence[Mapping[str, ModuleBudget]], *, budget: str = "exact"
+    sparsities: Sequence[float],
+    layers: Sequence[Mapping[str, ModuleBudget]],
+    *,
+    budget: str = "exact",
+    alike: bool = False,
 ) -> RankPlan:
     """Kept ranks per layer and module.
 
@@ -124,7 +128,8 @@ def integer_ranks(
     Modules with their own sparsity are rounded to it, frozen ones stay full, and neither compensates for the others;
     nor does a layer at sparsity 0. budget="exact": within a layer, modules are rounded from the coarsest parameter step
     to the finest, which absorbs the layer's remainder; then single units move, where a layer's own deviation grows
-    least, until the total is within half the smallest step of the target. budget="nearest": every module rounds
+    least, until the total is within half the smallest step of the target; but where layers stay ``alike``, which were
+    given the same, none moves alone. budget="nearest": every module rounds
     ``(1 - phi) size`` on its own (the k of docs/method.md).
     Raises UserError for a sparsity out of [0, 1), unequal lengths, or a rank that would reach zero (layer and module
     named).
@@ -138,7 +143,7 @@ def integer_ranks(
         for index, (phi, layer) in enumerate(zip(sparsities, layers, strict=True))
     ]
     targets = [layer_target(phi, layer) for phi, layer in zip(sparsities, layers, strict=True)]
-    if budget == "exact":
+    if budget == "exact" and not alike:
         settle(ranks, targets, sparsities, layers)
     total = sum(module.parameters for layer in layers for module in layer.values())
     removed = sum(removed_parameters(kept, layer) for kept, layer in zip(ranks, layers, strict=True))

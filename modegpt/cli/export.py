@@ -11,10 +11,13 @@ import huggingface_hub
 from modegpt.errors import UserError, exit_status, shortened
 from modegpt.escaping import markdown
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, publish, quiet, saving
+from modegpt.models.deci import DeciCheckpoint
 from modegpt.models.export import ExportReport, paged_model, stock_model
+from modegpt.models.families import family_of
 from modegpt.models.gguf import SUFFIX
 from modegpt.models.gguf_file import TYPES, write_gguf
 from modegpt.models.integrity import check_files
+from modegpt.models.quantised import BITS, described, quantised
 
 README = """# {name}, exported
 
@@ -26,6 +29,8 @@ STOCK = """The function of a model compressed by MoDeGPT in the form of its fami
 for that family runs it."""
 VLLM = """A model compressed by MoDeGPT, every size kept, with a page size for each layer's cache ({pages}):
 `vllm serve PATH --trust-remote-code`."""
+DECI = """The function of a model compressed by MoDeGPT, with an MLP width for each layer, as DeciLM (nemotron-nas):
+`vllm serve PATH --trust-remote-code`, which is for the configuration alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--engine",
-        choices=("stock", "vllm"),
+        choices=("stock", "vllm", "deci"),
         default="stock",
-        help="stock: the family's own model, for any engine (default); vllm: every size kept, with this package's code",
+        help="stock: the family's own model, for any engine (default); vllm: every size kept, with this package's "
+        "code; deci: an MLP width for each layer, for engines with a DeciLM class",
     )
     parser.add_argument("--pages", choices=("gpu", "cpu"), default="gpu", help="vllm: where it will run (default: gpu)")
     parser.add_argument(
@@ -53,10 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of weights in a GGUF file (default: f16)",
     )
     parser.add_argument(
+        "--quantization",
+        choices=("none", *BITS),
+        default="none",
+        help="of weights in a checkpoint, in the form of compressed-tensors; int8 rounds states too (default: none)",
+    )
+    parser.add_argument(
         "--width-multiple",
         type=int,
         metavar="N",
-        help="stock and GGUF: round MLP widths up to a multiple of this (default: 1, or what the type wants)",
+        help="all but vllm: round MLP widths up to a multiple of this (default: 1, or what the type wants)",
     )
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="put the export on the hub, or without a destination the checkpoint itself"
@@ -82,6 +94,7 @@ def export(
     engine: str = "stock",
     pages: str = "gpu",
     kind: str = "f16",
+    quantization: str = "none",
     width_multiple: int | None = None,
     force: bool = False,
 ) -> None:
@@ -100,13 +113,15 @@ def export(
     if width_multiple is not None and width_multiple < 1:
         raise UserError(f"--width-multiple must be at least 1, got {width_multiple}")
     if destination.suffix == SUFFIX:
+        if quantization != "none":
+            raise UserError("--quantization is for checkpoints; how weights are stored in a GGUF file is --type")
         if destination.exists():
             raise UserError(f"{destination} is there already; name a new file or remove it")
         destination.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(checkpoint, device="cpu"), load_tokenizer(checkpoint)
         write_gguf(model, tokenizer, destination, kind=kind, width_multiple=width_multiple, accept=accept)
     else:
-        _export_checkpoint(checkpoint, destination, engine, pages, width_multiple or 1, accept)
+        _export_checkpoint(checkpoint, destination, engine, pages, quantization, width_multiple or 1, accept)
     print(f"written: {destination}")
 
 
@@ -115,21 +130,31 @@ def _export_checkpoint(
     destination: Path,
     engine: str,
     pages: str,
+    quantization: str,
     width_multiple: int,
     accept: Callable[[ExportReport], object],
 ) -> None:
     check_destination(destination)
     compressed = load_model(checkpoint, device="cpu")
+    layers, tensors = family_of(compressed.config).layers, None
+    model: Any
     if engine == "vllm":
         model, report = paged_model(compressed, pages=pages)
         about = VLLM.format(pages=pages)
+    elif engine == "deci":
+        model = DeciCheckpoint(compressed, width_multiple=width_multiple)
+        report, about = model.report, DECI
     else:
         model, report = stock_model(compressed, width_multiple=width_multiple)
         about = STOCK.format(model_type=model.config.model_type)
+    if quantization != "none":
+        tensors = quantised(model.state_dict(), quantization, layers=layers)
+        model.config.quantization_config = described(quantization)
+        report = report.with_tensors(tensors, tied=model.config.tie_word_embeddings)
     accept(report)
     with saving(destination) as partial:
         with quiet():
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=tensors)
             load_tokenizer(checkpoint).save_pretrained(partial)
         readme = README.format(name=markdown(Path(checkpoint).name), about=about, report=report)
         (partial / "README.md").write_text(readme, encoding="utf-8")

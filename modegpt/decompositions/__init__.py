@@ -14,7 +14,7 @@ from modegpt.decompositions.controls import (
     ValueOutputMagnitude,
     ValueOutputRandom,
 )
-from modegpt.decompositions.cr import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination
+from modegpt.decompositions.cr import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination, QueryKeyShared
 from modegpt.decompositions.elimination import MLPElimination, ValueOutputColumns
 from modegpt.decompositions.modules import MLPVariant, QueryKeyVariant, ValueOutputVariant, Variant
 from modegpt.decompositions.nystrom import MLPColumns, MLPNystrom, MLPNystromBias
@@ -38,6 +38,7 @@ MLP_VARIANTS: dict[str, type[MLPVariant]] = {
 QUERY_KEY_VARIANTS: dict[str, type[QueryKeyVariant]] = {
     "cr": QueryKeyCR,
     "cr_pairs": QueryKeyCRPairs,
+    "cr_shared": QueryKeyShared,
     "elimination": QueryKeyElimination,
     "svd": QueryKeySVD,
     "magnitude": QueryKeyMagnitude,

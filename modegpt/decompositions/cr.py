@@ -1,13 +1,21 @@
 """Type II, query-key: CR decomposition, a shared choice of columns of W_Q and W_K."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from modegpt.decompositions.attention import elimination_order
-from modegpt.decompositions.modules import QueryKeySelection, QueryKeyWeights, Reduction, Statistics
+from modegpt.decompositions.linalg import relative
+from modegpt.decompositions.modules import (
+    HEAD_NORM_FIT,
+    QueryKeySelection,
+    QueryKeyVariant,
+    QueryKeyWeights,
+    Reduction,
+    Statistics,
+)
 from modegpt.decompositions.selection import (
     choose_query_key,
     group_heads,
@@ -119,3 +127,82 @@ class QueryKeyElimination(QueryKeySelection):
         error = query_key_relative_error(C_Q, C_K, kept)
         reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
         return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)
+
+
+@dataclass(frozen=True)
+class QueryKeyShared(QueryKeyVariant):
+    """One set of frequencies for all heads of all layers at this rank, so that stock engines run the smaller heads.
+
+    The set is data-free: evenly spaced among the dense model's. Each head keeps the pairs that lose least when each is
+    turned at the frequency of its new place: a pair of energy ``E_i = (C_Q,ii + C_Q,jj)(C_K,ii + C_K,jj)`` that moves
+    from w to w' keeps ``E_i (2 c - 1)``, where c is the mean of ``cos((w - w') t)`` over the token distances t of a
+    window of ``context``. Far beyond the context's wavelengths a pair moves for nothing, among short ones not at all.
+    Optimum: of the diagonal error below, among the ways that keep the pairs in order.
+    relative_error: ``1 - sum kept / sum E_i``; cross terms between pairs are left out, unlike in QueryKeyCR's.
+    Cost: O(H_kv d^2) FLOPs, and O(d^2 context) for the means.
+    Source: not the paper's; docs/serving.md has what sharing costs.
+    """
+
+    label: ClassVar[str] = "CR, one set of frequencies"
+    required: ClassVar[frozenset[str]] = frozenset({"query_key.C_Q", "query_key.C_K"})
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise UserError(f"{type(self).__name__}: context must be at least 1 token, got {self.context}")
+
+    def applicable(self, weights: QueryKeyWeights) -> str | None:
+        """Frequencies are those of rotary pairs, and a head's norm would be its own."""
+        if not weights.rope:
+            return "there are no frequencies to share without RoPE"
+        if weights.norm_Q is not None:
+            return "heads that lost dims have norms of their own, which no engine's class knows"
+        return super().applicable(weights)
+
+    def reduce(
+        self, weights: QueryKeyWeights, statistics: Statistics, rank: int, generator: torch.Generator
+    ) -> Reduction[QueryKeyWeights]:
+        """Move the best pairs of each key head to the common frequencies."""
+        assert weights.frequencies is not None, "whoever reads the weights of a rotary layer knows its frequencies"
+        w = weights.frequencies.to(weights.W_K.device)
+        energy_Q, energy_K = (
+            sum_pairs(C.double().diagonal(dim1=-2, dim2=-1))
+            for C in (statistics["query_key.C_Q"], statistics["query_key.C_K"])
+        )
+        energy = cr_scores(energy_Q, energy_K).square()
+        places = torch.linspace(0, len(w) - 1, rank // 2, dtype=torch.float64).round().long().to(w.device)
+        kept = energy.unsqueeze(-1) * (2 * self.agreement(w, w[places]) - 1)
+        pairs, gain = in_order(kept)
+        reduced, numerics = keep_query_key(
+            weights, torch.cat((pairs, pairs + len(w)), dim=1), statistics, head_norm=HEAD_NORM_FIT
+        )
+        reduced = replace(reduced, rope_index=places.repeat(len(pairs), 1))
+        error = relative(energy.sum() - gain.sum(), energy.sum())
+        return Reduction(reduced, relative_error=error, numerics=numerics)
+
+    def agreement(self, w: Tensor, others: Tensor) -> Tensor:
+        """(n, m): the mean of ``cos((w - w') t)`` over pairs of tokens t = 0 .. context - 1 apart."""
+        t = torch.arange(self.context, dtype=torch.float64, device=w.device)
+        share = (self.context - t) / (self.context - t).sum()
+        columns = [torch.cos((w.double() - other).unsqueeze(1) * t) @ share for other in others.double()]
+        return torch.stack(columns, dim=1)
+
+
+def in_order(gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The increasing choice of m of n that gains most where the k-th chosen gains ``gain[:, i, k]``.
+
+    gain (H, n, m) with m <= n; returns the chosen (H, m) and what each of the H gains. By dynamic programming: the best
+    that ends with i in place k follows the best that ends before i in place k - 1.
+    """
+    best, chosen_before = gain[:, :, 0], []
+    for k in range(1, gain.shape[-1]):
+        running = best.cummax(dim=1)
+        chosen_before.append(running.indices.roll(1, dims=1))
+        before = running.values.roll(1, dims=1)
+        before[:, 0] = float("-inf")
+        best = before + gain[:, :, k]
+    last = best.argmax(dim=1, keepdim=True)
+    chosen = [last]
+    for before in reversed(chosen_before):
+        chosen.insert(0, before.gather(1, chosen[0]))
+    return torch.cat(chosen, dim=1), best.gather(1, last).squeeze(1)

@@ -131,8 +131,9 @@ class QueryKeyWeights:
     """W_Q (H, d_h, d), W_K (H_kv, d_h, d), b_Q (H, d), b_K (H_kv, d).
 
     Under ``rope`` the dims ``(i, i + d/2)`` are one rotated pair, and ``rope_index`` (H_kv, d/2), int64, names the
-    original frequency of each pair (None: all of them, in order). ``norm_Q`` and ``norm_K``: the norms of the heads,
-    where the family has them.
+    original frequency of each pair (None: all of them, in order). ``frequencies`` (d/2,): of the dense head's pairs, in
+    radians a token, where the reader knew them. ``norm_Q`` and ``norm_K``: the norms of the heads, where the family has
+    them.
     """
 
     W_Q: Tensor
@@ -141,6 +142,7 @@ class QueryKeyWeights:
     b_K: Tensor | None = None
     rope: bool = True
     rope_index: Tensor | None = None
+    frequencies: Tensor | None = None
     norm_Q: HeadNorm | None = None
     norm_K: HeadNorm | None = None
 

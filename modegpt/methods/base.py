@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel
 
+from modegpt.allocation.engines import ENGINES
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.world import World
@@ -192,6 +193,11 @@ class RankMethod(Method):
     budget: str = field(default="exact", metadata={"key": "compression.budget"})
     skip_layers: tuple[int, ...] = field(default=(), metadata={"key": "compression.skip_layers"})
     engine: str = field(default="any", metadata={"key": "engine"})
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Modules that keep their full size for the engine."""
+        return ENGINES[self.engine].whole
 
     @classmethod
     def elsewhere(

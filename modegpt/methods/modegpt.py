@@ -28,7 +28,8 @@ from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.world import World
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
 from modegpt.decompositions import VARIANTS, experts
-from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, Reduction, Variant
+from modegpt.decompositions.cr import QueryKeyShared
+from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, QueryKeyWeights, Reduction, Variant
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
@@ -43,6 +44,7 @@ from modegpt.models import (
     read_mlps,
     read_query_key,
     read_value_output,
+    rotary_frequencies,
 )
 
 MODULES = ("mlp", "query_key", "value_output")
@@ -164,9 +166,19 @@ class MoDeGPT(RankMethod):
         }
         return decomposition, write(POLICIES, self.allocation)
 
+    @property
+    def one_head_size(self) -> bool:
+        """Whether all heads of all layers get one size and one set of frequencies, in the family's own class."""
+        return ENGINES[self.engine].one_width and isinstance(self.query_key, QueryKeyShared)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """As the engine wants it, but heads of one size, which it runs."""
+        return () if self.one_head_size else super().whole
+
     def variants(self) -> dict[str, Variant | None]:
         """The decomposition of each module; None where it stays dense, as the engine may want it."""
-        whole = ENGINES[self.engine].whole
+        whole = self.whole
         return {module: None if module in whole else getattr(self, module) for module in MODULES}
 
     def budgets(self, task: CompressionTask) -> list[dict[str, ModuleBudget]]:
@@ -179,6 +191,9 @@ class MoDeGPT(RankMethod):
             )
         config, variants, engine = task.model.config, self.variants(), ENGINES[self.engine]
         multiples = self.rank_multiple | {"mlp": math.lcm(self.rank_multiple.get("mlp") or 1, engine.mlp_multiple)}
+        if self.one_head_size:  # whose values are as large as queries and keys
+            unit = _common_multiple(2, math.lcm(*(multiples.get(module) or 1 for module in MODULES[1:])))
+            multiples |= {"query_key": unit, "value_output": unit}
         frozen = [module for module, variant in variants.items() if variant is None]
         compressible = module_budgets(
             config, task.family, rank_multiple=multiples, targets=self.module_sparsity, frozen=frozen
@@ -197,8 +212,7 @@ class MoDeGPT(RankMethod):
             allocated = self.allocation(seen, num_layers=len(free), sparsity=mean, generator=task.generator())
             for index, sparsity in zip(free, allocated, strict=True):
                 sparsities[index] = sparsity
-        alike = ENGINES[self.engine].one_width
-        return integer_ranks(sparsities, layers, budget="nearest" if alike else self.budget)
+        return integer_ranks(sparsities, layers, budget=self.budget, alike=ENGINES[self.engine].one_width)
 
     @staticmethod
     def _free_layers(layers: Sequence[dict[str, ModuleBudget]]) -> list[int]:
@@ -217,6 +231,8 @@ class MoDeGPT(RankMethod):
                 f"engine={self.engine} gives all layers one width: it needs allocation=uniform and no "
                 "compression.skip_layers"
             )
+        if self.one_head_size:
+            self._check_heads(task)
         layers = self.budgets(task)
         if self._free_layers(layers):
             self.allocation.check(free_sparsity(task.sparsity, layers))
@@ -224,6 +240,20 @@ class MoDeGPT(RankMethod):
         even = replace(self, allocation=Uniform()) if self.allocation.needs_influence else self
         if missed := missed_target(even.plan(task, None).achieved, task.sparsity):
             task.calibration.progress.say(f"warning, by the ranks planned so far: {missed}")
+
+    def _check_heads(self, task: CompressionTask) -> None:
+        """Refuse what would give heads of two sizes, or a family that has no place for another one."""
+        alike = self.module_sparsity.get("query_key") == self.module_sparsity.get("value_output")
+        if self.value_output is None or not alike:
+            raise UserError(
+                f"engine={self.engine} with decomposition/query_key=cr_shared gives queries, keys and values one size: "
+                "it needs a decomposition of value_output, and the same module_sparsity for both"
+            )
+        if getattr(task.model.config, "head_dim", None) is None:
+            raise UserError(
+                f"{task.family.model_type} states no head size, so engine={self.engine} keeps its attention whole: "
+                "leave decomposition/query_key=cr_shared out"
+            )
 
     def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
         """Warn of an influence that the allocation makes too much of."""
@@ -324,6 +354,8 @@ class MoDeGPT(RankMethod):
                 continue
             if module == "query_key" and task.family.rope and not weights.rope:
                 variant = QueryKeySVD()  # the optimum, which a rotation rules out in the family's other layers
+            if isinstance(weights, QueryKeyWeights) and weights.rope:
+                weights = replace(weights, frequencies=rotary_frequencies(task.model))
             try:
                 reduce: Any = variant
                 if isinstance(weights, ExpertWeights):

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modegpt.allocation.engines import ENGINES
 from modegpt.config import CompressionConfig, RunConfig, read_bytes
 from modegpt.errors import UserError
 from modegpt.methods.base import RankMethod
@@ -33,7 +32,7 @@ def aimed(config: RunConfig, model: PreTrainedModel, *, say: Callable[[str], obj
         raise UserError("compression.target_bytes has no effect with method=dense; leave it out")
     wanted, dense = read_bytes("compression.target_bytes", compression.target_bytes), bytes_needed(model, compression)
     block = model.dtype.itemsize * block_linear_parameters(model)
-    if isinstance(method, RankMethod) and not ENGINES[compression.engine].whole:
+    if isinstance(method, RankMethod) and not method.whole:
         block += dense - bytes_needed(model, replace(compression, target_context=0))
     asked = f"compression.target_bytes={compression.target_bytes}"
     if dense <= wanted:

@@ -26,6 +26,7 @@ from modegpt.models.weights import (
     read_mlps,
     read_query_key,
     read_value_output,
+    rotary_frequencies,
 )
 
 for _model in (*modeling_modegpt.MODELS, *modeling_sliced.MODELS):
@@ -56,5 +57,6 @@ __all__ = [
     "read_mlps",
     "read_query_key",
     "read_value_output",
+    "rotary_frequencies",
     "unfused",
 ]

@@ -1,12 +1,13 @@
 """A compressed model in the forms that engines run: its family's own, and one of pages for engines that take all sizes.
 
 The family's classes give all layers one MLP width and one head size, so smaller layers are filled up with zeros, which
-changes no logit. Kept rotary pairs go back to the places of their frequencies, so heads get the dense size; the softmax
-scale is then the family's own and nothing is rescaled.
+changes no logit. Kept rotary pairs go back to the places of their frequencies, so heads get the dense size. Where all
+heads of all layers share one size and one set of pairs they keep that size: the frequencies become LongRoPE's factors,
+and queries are scaled for a softmax that divides by another root.
 """
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,11 @@ class ExportReport:
     def padding(self) -> int:
         """Parameters that the exported form adds: zeros, and factors multiplied out."""
         return self.exported.num_parameters - self.compressed.num_parameters
+
+    def with_tensors(self, tensors: Mapping[str, Tensor], *, tied: bool) -> "ExportReport":
+        """The same with ``tensors`` as what is exported; a head that is the embeddings (``tied``) counts once."""
+        stored = sum(tensor.nbytes for name, tensor in tensors.items() if not (tied and name == "lm_head.weight"))
+        return dataclasses.replace(self, exported=dataclasses.replace(self.exported, weight_bytes=stored))
 
     @property
     def gains_nothing(self) -> bool:
@@ -180,7 +186,9 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
             "num_key_value_heads": num_kv_heads,
             "num_attention_heads": num_kv_heads * (config.num_attention_heads // config.dense_kv_heads),
         }
-        fields["head_dim"] = config.dense_head_dim
+        fields["head_dim"], pairs = common_heads(model)
+        if pairs is not None:
+            fields["rope_parameters"] = placed_frequencies(model)
     attention = [family.query_path, family.key_path, family.value_path, family.output_path]
     mlp = _mlp_paths(family, getattr(config, "num_experts", 1))
     for switch, paths in (("attention_bias", attention), ("mlp_bias", mlp), ("enable_bias", attention + mlp)):
@@ -191,6 +199,53 @@ def _stock_config(model: PreTrainedModel, family: Family, width_multiple: int) -
     stock = AutoConfig.for_model(family.model_type, **fields)
     stock.architectures = [family.compressed.removeprefix("MoDeGPT")]
     return stock
+
+
+def common_heads(model: PreTrainedModel) -> tuple[int, Tensor | None]:
+    """The head size of a form that has one for all layers, and the (size / 2,) rotary pairs that stand in it.
+
+    That is the dense size with every pair (None), but where all heads of all layers have one size and one set of pairs,
+    and the family states its head size. Scaling that changes with the length, or that scales states, keeps the dense
+    size.
+    """
+    config, family = model.config, family_of(model.config)
+    attentions: list[Any] = [family.attention(layer) for layer in decoder_layers(model)]
+    sizes = {size for each in attentions for size in (each.qk_dim, each.v_dim)}
+    sets = {tuple(pairs) for each in attentions if each.has_rope_index for pairs in each.rope_index.tolist()}
+    if len(sizes) == len(sets) == 1 and fixed_frequencies(model) and "head_dim" in family_fields(config):
+        return sizes.pop(), torch.tensor(sets.pop())
+    return config.dense_head_dim, None
+
+
+def fixed_frequencies(model: PreTrainedModel) -> bool:
+    """Whether its rotary embedding is nothing but frequencies."""
+    rotary: Any = model.get_decoder().rotary_emb
+    return (
+        model.config.rope_parameters.get("rope_type") not in ("dynamic", "longrope") and rotary.attention_scaling == 1
+    )
+
+
+def frequency_factors(model: PreTrainedModel) -> Tensor:
+    """What divides each default frequency of heads of the common size to give the model's own, (size / 2,) float64."""
+    rotary: Any = model.get_decoder().rotary_emb
+    size, pairs = common_heads(model)
+    own = rotary.inv_freq.double().cpu()
+    plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return plain / (own if pairs is None else own[pairs])
+
+
+def placed_frequencies(model: PreTrainedModel) -> dict[str, Any]:
+    """The ``rope_parameters`` of heads of the common size: LongRoPE, with the same factors at every length."""
+    factors = frequency_factors(model).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": model.config.rope_parameters["rope_theta"],
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": model.config.max_position_embeddings,
+    }
 
 
 def _stock_layer(
@@ -241,7 +296,8 @@ def filled_layer(
 ) -> dict[str, Tensor]:
     """The tensors of the compressed ``layer`` with zeros up to the given sizes, fused maps apart, and no rope index.
 
-    Kept rotary pairs go back to the places of their frequencies. ``biased`` are the paths that have a bias.
+    Where ``head_dim`` is the dense one, kept rotary pairs go back to the places of their frequencies. Elsewhere it is
+    the layer's own, and queries are scaled for a softmax that divides by its root. ``biased`` paths have a bias.
 
     Raises:
         UserError: a bias elsewhere that is not zero; ``where`` and ``engine`` say which.
@@ -250,7 +306,7 @@ def filled_layer(
     own_kv_heads, group = attention.num_kv_heads, attention.num_key_value_groups
     downs = family.downs(layer)
     kept = torch.arange(attention.qk_dim).repeat(own_kv_heads, 1)
-    if attention.has_rope_index:
+    if attention.has_rope_index and head_dim > attention.qk_dim:
         pairs = attention.rope_index.cpu()
         kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)
     values = torch.arange(attention.v_dim).repeat(own_kv_heads, 1)
@@ -276,6 +332,11 @@ def filled_layer(
         weights[path] = _spread(_weight(linear), positions, count, dim=1 if inner else 0)
         bias = bias_of(linear)
         biases[path] = bias if bias is None or inner else _spread(bias, positions, count, dim=0)
+    if head_dim < attention.head_dim:
+        scale = attention.softmax_scale * head_dim**0.5
+        bias = biases[family.query_path]
+        weights[family.query_path] = scale * weights[family.query_path]
+        biases[family.query_path] = None if bias is None else scale * bias
     constant, value_bias, free = biases[family.output_path], biases[family.value_path], attention.v_dim
     has_place = family.value_path in biased and free < head_dim and own_kv_heads > 0
     if constant is not None and family.output_path not in biased and has_place:

@@ -22,15 +22,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.errors import UserError
 from modegpt.files import read_json, replacing
-from modegpt.models import Family, decoder_layers, family_of, layer_shapes
-from modegpt.models.export import ExportReport, Size, dense_size, filled_layer, stock_model
+from modegpt.models import Family, decoder_layers, family_of
+from modegpt.models.deci import ATTENTION, MLP, check_deci, deci_layer, deci_sizes, outside_layers
+from modegpt.models.export import (
+    ExportReport,
+    Size,
+    common_heads,
+    dense_size,
+    fixed_frequencies,
+    frequency_factors,
+    stock_model,
+)
 from modegpt.models.families import RESIZED
 from modegpt.models.weights import bias_of
 
-TYPES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_k": 256}
+TYPES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_0": 32, "q4_k": 256}
 """What weights are stored as, and the multiple that the rows of a matrix must have for it."""
-DECI = ("llama", "mistral", "qwen2", "phi3")
-"""Families that are RMSNorm, a SiLU-gated MLP and rotary attention, and nothing else: what ``deci`` computes."""
 OWN = ("gemma", "qwen3")
 """Families that llama.cpp knows by their own name, with one width."""
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -53,7 +60,7 @@ def write_gguf(
 
     Args:
         kind: one of ``TYPES``. Matrices whose rows are no multiple of what it wants are stored as q8_0, or else f16;
-            embeddings and the head are q8_0 instead of q4_k. Norms and biases are f32.
+            embeddings and the head are q8_0 instead of 4 bits. Norms and biases are f32.
         width_multiple: MLP widths are rounded up to a multiple of this; None: of what ``kind`` wants.
         accept: sees the price before anything is written, and may raise.
 
@@ -68,7 +75,7 @@ def write_gguf(
     layout = _layout(model, width_multiple or TYPES[kind])
     writer = gguf.GGUFWriter(None, layout.arch)
     _add_sizes(writer, model, layout)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14}[kind])
+    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2, "q4_k": 14}[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[layout.arch.upper()], len(layout.widths))
@@ -84,7 +91,7 @@ def write_gguf(
         num_bytes += _add_tensor(writer, place, array, wanted)
     cache = 2 * 2 * layout.head_dim * sum(layout.kv_heads)  # keys and values in f16, llama.cpp's own choice
     hint = (
-        f"Zeros fill heads to the dense {layout.head_dim}, and widths to {min(layout.widths)}..{max(layout.widths)} "
+        f"Zeros fill heads to {layout.head_dim}, and widths to {min(layout.widths)}..{max(layout.widths)} "
         f"(compressed: {min(model.config.intermediate_sizes)}..{max(model.config.intermediate_sizes)})."
     )
     note = f"llama.cpp's architecture {layout.arch}; matrices as {_listed(stored)}; its cache is f16."
@@ -116,19 +123,20 @@ def _layout(model: PreTrainedModel, width_multiple: int) -> _Layout:
     family = family_of(model.config)
     if family.model_type in OWN:
         return _own_layout(model, family, width_multiple)
-    if family.model_type in DECI and model.config.hidden_act == "silu":
-        return _deci_layout(model, family, width_multiple)
-    raise UserError(f"llama.cpp has no architecture for {family.model_type} of layers of free sizes")
+    return _deci_layout(model, family, width_multiple)
 
 
 def _own_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> _Layout:
     """The family's own form; where a norm adds something to its weight, llama.cpp wants it added."""
     stock, _ = stock_model(model, width_multiple=width_multiple)
     count, own, offset = model.config.num_hidden_layers, stock.config, family.norm_offset
+    if own.head_dim < model.config.dense_head_dim:
+        raise UserError(f"llama.cpp's architecture {family.model_type} has no frequencies of one's own")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _untied(stock):
-            yield name, tensor + offset if offset and "norm" in name else tensor
+        for name, tensor in stock.state_dict().items():
+            if name != "lm_head.weight" or not own.tie_word_embeddings:
+                yield name, tensor + offset if offset and "norm" in name else tensor
 
     kv_heads, heads = [own.num_key_value_heads] * count, [own.num_attention_heads] * count
     return _Layout(
@@ -137,86 +145,42 @@ def _own_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> 
 
 
 def _deci_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> _Layout:
-    config, layers = model.config, decoder_layers(model)
-    windows: set[Any] = {getattr(family.attention(layer), "window", None) for layer in layers} - {None}
-    if any(window < config.max_position_embeddings for window in windows):
-        raise UserError("llama.cpp's architecture deci has no sliding window, and this model has one")
-    widths, kv_heads = _deci_sizes(model, family, width_multiple)
+    """``deci``'s rotary pairs are neighbours where Transformers' are halves of a head."""
+    check_deci(model)
+    config, (size, _) = model.config, common_heads(model)
+    widths, kv_heads = deci_sizes(model, width_multiple)
     factors = _rope_factors(model)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, tensor) for name, tensor in _untied(model) if not name.startswith(f"{family.layers}."))
+        yield from outside_layers(model)
         if factors is not None:
             yield ROPE_FACTORS, factors
-        for index, layer in enumerate(layers):
-            for name, tensor in _deci_layer(family, layer, widths[index], kv_heads[index], config, index).items():
+        for index, layer in enumerate(decoder_layers(model)):
+            biased = {path for path in (*ATTENTION, *MLP) if bias_of(layer.get_submodule(path)) is not None}
+            made = deci_layer(
+                layer,
+                config,
+                head_dim=size,
+                width=widths[index],
+                num_kv_heads=kv_heads[index],
+                biased=biased,
+                where=f"layer {index}",
+            )
+            for name, tensor in made.items():
+                if name.startswith((f"{family.query_path}.", f"{family.key_path}.")):
+                    tensor = tensor.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
                 yield f"{family.layers}.{index}.{name}", tensor
 
     heads = [count * (config.num_attention_heads // config.dense_kv_heads) for count in kv_heads]
-    return _Layout("deci", widths, kv_heads, heads, config.dense_head_dim, tensors)
-
-
-def _untied(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The state dict without a head that is the embeddings."""
-    for name, tensor in model.state_dict().items():
-        if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            yield name, tensor
-
-
-def _deci_sizes(model: PreTrainedModel, family: Family, multiple: int) -> tuple[list[int], list[int]]:
-    """Widths and key/value heads by layer.
-
-    A layer may lack attention, and then an MLP too; one that has a constant left in their place keeps the least of it,
-    and so do a layer that has heads alone, and the last one.
-    """
-    widths, kv_heads = [], []
-    for index, (shape, layer) in enumerate(zip(layer_shapes(model.config), decoder_layers(model), strict=True)):
-        constant = [bias_of(layer.get_submodule(path)) is not None for path in (family.output_path, family.down_path)]
-        heads = max(shape.num_kv_heads, int(constant[0]))
-        needed = heads > 0 or constant[1] or index == model.config.num_hidden_layers - 1
-        widths.append(-(-max(shape.intermediate_size, int(needed)) // multiple) * multiple)
-        kv_heads.append(heads)
-    return widths, kv_heads
-
-
-def _deci_layer(
-    family: Family, layer: Any, width: int, num_kv_heads: int, config: Any, index: int
-) -> dict[str, Tensor]:
-    """Tensors of a layer for ``deci``, whose rotary pairs are neighbours where Transformers' are halves of a head."""
-    linears = (family.query_path, family.key_path, family.value_path, family.output_path)
-    mlp = tuple(path for path in (family.gate_path, family.up_path, family.down_path) if path is not None)
-    size = config.dense_head_dim
-    tensors = filled_layer(
-        family,
-        layer,
-        head_dim=size,
-        num_kv_heads=num_kv_heads,
-        width=width,
-        biased={path for path in (*linears, *mlp) if bias_of(layer.get_submodule(path)) is not None},
-        where=f"layer {index}",
-        engine="llama.cpp",
-    )
-    for name, tensor in tensors.items():
-        if name.startswith((f"{family.query_path}.", f"{family.key_path}.")):
-            halves = tensor.unflatten(0, (-1, 2, size // 2)) if len(tensor) else tensor
-            tensors[name] = halves.transpose(1, 2).flatten(0, 2) if len(tensor) else tensor
-    gone: tuple[str, ...] = linears if num_kv_heads == 0 else ()
-    gone += mlp if width == 0 else ()
-    norms = ("input_layernorm",) * (num_kv_heads == 0) + ("post_attention_layernorm",) * (width == 0)
-    left_out = tuple(f"{path}." for path in (*gone, *norms))
-    return {name: tensor for name, tensor in tensors.items() if not (left_out and name.startswith(left_out))}
+    return _Layout("deci", widths, kv_heads, heads, size, tensors)
 
 
 def _rope_factors(model: PreTrainedModel) -> Tensor | None:
     """What divides each default frequency to give the model's own; None where these are the default ones."""
-    rotary: Any = model.get_decoder().rotary_emb
-    parameters = model.config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind in ("dynamic", "longrope") or rotary.attention_scaling != 1.0:
+    if not fixed_frequencies(model):
+        kind = model.config.rope_parameters["rope_type"]
         raise UserError(f"rotary scaling of type {kind} has no form in llama.cpp's architecture deci")
-    size = model.config.dense_head_dim
-    plain = parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    factors = (plain / rotary.inv_freq.double().cpu()).float()
+    factors = frequency_factors(model).float()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 
@@ -243,7 +207,7 @@ def _add_sizes(writer: Any, model: PreTrainedModel, layout: _Layout) -> None:
 
 def _fitting(kind: str, row: int, *, inside: bool) -> str:
     """What a matrix with rows of ``row`` entries is stored as, where ``kind`` was asked for."""
-    if kind == "q4_k" and (row % TYPES["q4_k"] or not inside):
+    if kind in ("q4_0", "q4_k") and (row % TYPES[kind] or not inside):
         kind = "q8_0"
     return "f16" if kind == "q8_0" and row % TYPES["q8_0"] else kind
 

@@ -82,6 +82,15 @@ def read_query_key(family: Family, layer: nn.Module) -> QueryKeyWeights:
     )
 
 
+def rotary_frequencies(model: PreTrainedModel) -> Tensor | None:
+    """Radians a token of each rotary pair of a head (d/2,); None where the model rotates nothing, or layers differ.
+
+    Made anew, because a model may be without data.
+    """
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    return None if rotary is None else getattr(type(rotary)(config=model.config), "inv_freq", None)
+
+
 def query_norm(family: Family, layer: nn.Module) -> HeadNorm | None:
     """The norm of queries in a dense layer, w and c (H, d), eps (H,) or (1,) over all heads; None without."""
     return _head_norm(family, layer, family.query_norm_path, family.query(layer))

@@ -105,6 +105,7 @@ def query_key_case(
         b_Q=normal(H, d, seed=seed + 2) if bias else None,
         b_K=normal(H_kv, d, seed=seed + 3) if bias else None,
         rope=rope,
+        frequencies=10.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) if rope else None,
     )
     x = normal(T, d_h, seed=seed + 4)
     Q, K = query_key_states(weights, x)

@@ -1,8 +1,11 @@
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
-from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination
-from modegpt.decompositions.cr import cr_scores
+from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination, QueryKeyShared
+from modegpt.decompositions.cr import cr_scores, in_order
 from modegpt.decompositions.selection import query_key_relative_error, sum_pairs
 from modegpt.errors import UserError
 from tests.decompositions.cases import HEADS, generator, matrix_root, query_key_case
@@ -174,3 +177,57 @@ def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, 
     assert result.relative_error <= chosen.relative_error * (1 + 1e-9)
     error = (dense - case.logits(result.weights)).square().sum() / dense.square().sum()
     assert result.relative_error == pytest.approx(float(error), rel=1e-8)
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 3), (5, 5), (6, 1)])
+def test_the_best_choice_in_order_is_that_of_all_choices(n, m):
+    gain = torch.randn(4, n, m, generator=generator(), dtype=torch.float64)
+    chosen, total = in_order(gain)
+    for head, each in enumerate(gain):
+        ways = {way: float(each[list(way), range(m)].sum()) for way in itertools.combinations(range(n), m)}
+        best = max(ways, key=ways.__getitem__)
+        assert tuple(chosen[head].tolist()) == best and float(total[head]) == pytest.approx(ways[best])
+
+
+@heads
+def test_shared_frequencies_are_the_same_everywhere_and_pairs_move_to_them(heads):
+    """Every key head has the same frequencies, its own pairs in them, and the loss that was foreseen."""
+    case = query_key_case(heads=heads, d=16)
+    variant = QueryKeyShared(context=32)
+    result = variant(case.weights, case.statistics, 8, generator())
+    assert result.weights.rope_index.tolist() == [[0, 2, 5, 7]] * len(case.K)
+    C_Q, C_K = case.statistics["query_key.C_Q"], case.statistics["query_key.C_K"]
+    energy = cr_scores(*(sum_pairs(C.diagonal(dim1=-2, dim2=-1)) for C in (C_Q, C_K))).square()
+    w, lost = case.weights.frequencies, energy.sum()
+    for head, W_K in enumerate(result.weights.W_K):
+        pairs = [(case.weights.W_K[head] - column).abs().sum(0).argmin().item() for column in W_K.T.unsqueeze(-1)][:4]
+        assert pairs == sorted(set(pairs))
+        for pair, place in zip(pairs, (0, 2, 5, 7), strict=True):
+            t = torch.arange(32, dtype=torch.float64)
+            mean = (torch.cos((w[pair] - w[place]) * t) * (32 - t)).sum() / (32 - t).sum()
+            lost -= energy[head, pair] * (2 * mean - 1)
+    assert result.relative_error == pytest.approx(float(lost / energy.sum()))
+
+
+def test_a_frequency_beyond_the_context_moves_for_nothing_and_a_short_one_not_at_all():
+    """Where all frequencies are alike within the context the best pairs stay; where none are, those in their places."""
+    case = query_key_case(heads=(2, 2), d=16)
+    C_Q, C_K = case.statistics["query_key.C_Q"], case.statistics["query_key.C_K"]
+    energy = cr_scores(*(sum_pairs(C.diagonal(dim1=-2, dim2=-1)) for C in (C_Q, C_K))).square()
+
+    def kept(frequencies):
+        weights = dataclasses.replace(case.weights, frequencies=frequencies)
+        return QueryKeyShared(context=64)(weights, case.statistics, 8, generator()).relative_error
+
+    best = energy.topk(4, dim=1).values.sum() / energy.sum()
+    assert kept(torch.linspace(1e-6, 0, 8, dtype=torch.float64)) == pytest.approx(float(1 - best))
+    places = energy[:, [0, 2, 5, 7]].sum() / energy.sum()
+    assert kept(torch.linspace(2.8, 0, 8, dtype=torch.float64)) == pytest.approx(float(1 - places), abs=0.05)
+
+
+def test_shared_frequencies_where_there_are_none():
+    case = query_key_case(heads=(2, 2), rope=False)
+    with pytest.raises(UserError, match="no frequencies to share without RoPE"):
+        QueryKeyShared()(case.weights, case.statistics, 4, generator())
+    with pytest.raises(UserError, match="context must be at least 1"):
+        QueryKeyShared(context=0)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer
-from modegpt.models.gguf_file import DECI, OWN, write_gguf
+from modegpt.models.deci import FAMILIES as DECI
+from modegpt.models.gguf_file import OWN, write_gguf
 from tests.engines.forms import FORMS
 from tests.engines.greedy import PROMPTS, assert_same, greedy
 from tests.models.family_table import CONFIGS, sliced_model
@@ -79,7 +80,7 @@ def test_its_tokenizer_reads_text_as_ours_does(ask: Callable, tmp_path: Path, sh
         assert_same(found, wanted)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.1), ("q4_k", 0.5)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.1), ("q4_0", 0.5), ("q4_k", 0.5)])
 def test_quantised_weights_say_nearly_the_same(ask: Callable, tmp_path: Path, kind: str, tolerance: float) -> None:
     """On the embedded model with all its sizes but the MLP's, so that its answers are sure ones."""
     model = load_model("embedded:tiny-llama", device="cpu")

@@ -1,5 +1,6 @@
 """vLLM runs an export with every size kept: the same tokens, the same log-probabilities, served and scored."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,37 +15,80 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modegpt.cli.export import export
+from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
-from tests.engines.forms import FORMS
+from modegpt.models.deci import FAMILIES as DECI
+from modegpt.models.export import stock_model
+from tests.engines.forms import FORMS, with_heads_of_32
 from tests.engines.greedy import PROMPTS, assert_same, greedy
-from tests.models.family_table import sliced_model
+from tests.models.family_table import CONFIGS, sliced_model
+from tests.models.test_quantised import given_back
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
-NAMES = [name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer", "low rank")]
-"""vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products with a size of zero
-kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused."""
+FORMS_OF = {
+    "vllm": [
+        name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer", "low rank")
+    ],
+    "deci": [
+        name
+        for name in FORMS
+        if name not in CONFIGS
+        or (family_of(CONFIGS[name]).model_type in DECI and "window" not in name.replace("no-window", ""))
+    ],
+    "stock": ["llama", "qwen2", "opt", "shared heads"],
+}
+"""With every size kept: vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products
+with a size of zero kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused. As
+DeciLM: what that class computes."""
+CASES = [(engine, name) for engine, names in FORMS_OF.items() for name in names]
 
 
 @pytest.fixture(scope="module")
-def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, list]]:
-    """By form: what vLLM said and what our logits say. One process for all, since each start takes long."""
+def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Any, list]]:
+    """By export and form: what vLLM said and what our logits say. One process for all, since each start takes long."""
     root, jobs, expected = tmp_path_factory.mktemp("forms"), [], []
-    for index, name in enumerate(NAMES):
-        make, arguments = FORMS[name]
-        model = make(**arguments)
-        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), root / str(index) / "ours", {})
-        export(str(root / str(index) / "ours"), root / str(index) / "vllm", engine="vllm", pages="cpu")
-        jobs.append({"path": str(root / str(index) / "vllm"), "prompts": PROMPTS, "num_new": 8})
+    for engine, name in CASES:
+        folder, (make, arguments) = root / engine / name.replace(" ", "-"), FORMS[name]
+        model = make(**arguments, **({} if engine == "vllm" else with_heads_of_32(name)))
+        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), folder / "ours", {})
+        export(str(folder / "ours"), folder / "theirs", engine=engine, pages="cpu", force=True)
+        jobs.append({"path": str(folder / "theirs"), "prompts": PROMPTS, "num_new": 8})
         expected.append([greedy(model, prompt, 8) for prompt in PROMPTS])
-    return dict(zip(NAMES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
+    return dict(zip(CASES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_tokens_and_probabilities(answers: dict, name: str) -> None:
-    assert_same(*answers[name])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_same_tokens_and_probabilities(answers: dict, case: tuple[str, str]) -> None:
+    assert_same(*answers[case])
+
+
+def quantised_job(root: Path, kind: str) -> tuple[dict[str, Any], list]:
+    """The embedded model with narrower MLPs in its own class; what vLLM is asked, and what the rounded weights say."""
+    tokenizer = load_tokenizer("embedded:tiny-llama")
+    model = load_model("embedded:tiny-llama", device="cpu")
+    model = sliced_model(model, dataclasses.replace(dense_shape(model.config), intermediate_size=288))[0]
+    save_checkpoint(model, tokenizer, root / "ours", {})
+    export(str(root / "ours"), root / "theirs", quantization=kind)
+    stored, stock = load_file(root / "theirs" / "model.safetensors"), stock_model(model)[0]
+    rounded = {
+        name: given_back(stored, name) if f"{name}_scale" in stored else tensor
+        for name, tensor in stock.state_dict().items()
+    }
+    stock.load_state_dict(rounded)
+    prompts = [tokenizer(text).input_ids for text in ("Once upon a time, there was a little girl named", "The cat sat")]
+    return {"path": str(root / "theirs"), "prompts": prompts, "num_new": 1}, [greedy(stock, ids, 1) for ids in prompts]
+
+
+def test_quantised_weights_are_the_rounded_ones(ask: Callable, tmp_path: Path) -> None:
+    """At 8 bits states are rounded too."""
+    (eight, said_by_eight), (four, said_by_four) = (quantised_job(tmp_path / kind, kind) for kind in ("int8", "int4"))
+    found = ask("vllm_greedy.py", [eight, four])
+    assert_same(found[0], said_by_eight, tolerance=0.1)
+    assert_same(found[1], said_by_four, tolerance=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modegpt.allocation.engines import ENGINES
 from modegpt.allocation.policies import Entropic, Explicit, Uniform
+from modegpt.decompositions import QueryKeyShared
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed
 from modegpt.methods.modegpt import MoDeGPT
@@ -18,7 +20,7 @@ from modegpt.models.gguf_file import write_gguf
 from tests.methods.protocol_checks import achieved_sparsity
 from tests.methods.task_of import task_of
 from tests.methods.test_modegpt import paper
-from tests.models.family_table import dense_model
+from tests.models.family_table import dense_model, tokens
 
 WIDE = {"intermediate_size": 1024, "vocab_size": 1536}
 SLOPE = Explicit(values=(0.1, 0.3, 0.5))
@@ -39,6 +41,36 @@ def test_stock_keeps_attention_and_one_width() -> None:
         assert achieved_sparsity(done, dense) == pytest.approx(0.3, abs=5e-4)
         _, report = stock_model(done.model)
         assert report.padding == 0 and report.exported == report.compressed
+
+
+def test_stock_with_one_set_of_frequencies_shrinks_heads_too() -> None:
+    """Attention joins the budget; heads have one size, and the family's own class has the logits."""
+    done, dense = compressed(paper(engine="stock", query_key=QueryKeyShared()), "llama-wide-heads")
+    config = done.model.config
+    assert len(set(config.intermediate_sizes)) == 1 and config.intermediate_sizes[0] < 1024
+    assert achieved_sparsity(done, dense) == pytest.approx(0.3, abs=5e-4)
+    (size,) = {*config.qk_head_dims, *config.v_head_dims}
+    assert size % 2 == 0 and size < config.dense_head_dim == 16
+    stock, report = stock_model(done.model)
+    assert stock.config.head_dim == size and report.padding == 0 and report.exported == report.compressed
+    torch.testing.assert_close(stock(tokens()).logits, done.model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    given = dict.fromkeys(("query_key", "value_output"), 0.5)
+    halved, _ = compressed(paper(engine="stock", query_key=QueryKeyShared(), module_sparsity=given), "llama-wide-heads")
+    assert {*halved.model.config.qk_head_dims, *halved.model.config.v_head_dims} == {8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reason"),
+    [
+        ({"value_output": None}, "llama", "one size"),
+        ({"module_sparsity": {"query_key": 0.25}}, "llama", "one size"),
+        ({}, "qwen2", "states no head size"),
+        ({}, "qwen3", "norms of their own"),
+    ],
+)
+def test_heads_of_one_size_or_none(changes: dict[str, Any], name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        paper(engine="stock", query_key=QueryKeyShared(), **changes).check(task_of(dense_model(name), 0.3))
 
 
 @pytest.mark.parametrize(("engine", "multiple"), [("deci", 256), ("gguf", 32)])

@@ -216,3 +216,14 @@ def sliced_model(
     ]
     tensors = [sliced_layer(model, index, shape, selection) for index, selection in enumerate(selections)]
     return build_compressed(model, [shape] * len(selections), tensors), selections
+
+
+def with_shared_pairs(name: str, head_dim: int = 8, size: int = 6, **changes) -> PreTrainedModel:
+    """Heads of ``size`` dims, the lowest frequency but one gone, the same in all heads of all layers."""
+    dense = dense_model(name, head_dim=head_dim, **changes)
+    shape = dataclasses.replace(dense_shape(dense.config), qk_head_dim=size, v_head_dim=size)
+    tensors = [dict(layer.state_dict()) for layer in decoder_layers(sliced_model(dense, shape)[0])]
+    kept = torch.tensor([*range(size // 2 - 2), head_dim // 2 - 2, head_dim // 2 - 1])
+    for layer in tensors:
+        layer["self_attn.rope_index"] = kept.repeat(shape.num_kv_heads, 1)
+    return build_compressed(dense, [shape] * len(tensors), tensors)

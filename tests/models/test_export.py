@@ -20,7 +20,15 @@ from modegpt.models import (
 )
 from modegpt.models.checkpoints import load_model, save_checkpoint
 from modegpt.models.export import CPU_PAGES, paged_model, stock_model
-from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
+from tests.models.family_table import (
+    CONFIGS,
+    dense_model,
+    native_model,
+    sliced_model,
+    smaller_shape,
+    tokens,
+    with_shared_pairs,
+)
 from tests.models.saved import tiny_tokenizer
 
 
@@ -56,6 +64,27 @@ def test_heads_that_lost_dims_of_their_norm_have_no_stock_form(name: str) -> Non
     model, _ = sliced_model(dense_model(name))
     with pytest.raises(UserError, match=f"{name} has one norm for all heads of a layer.*query_key=none"):
         stock_model(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3-rope-tied", "llama-multihead-biased", "mistral-no-window", "gemma"])
+@torch.inference_mode()
+def test_one_set_of_frequencies_needs_no_zeros(name: str, tmp_path: Path) -> None:
+    """The family's own class with smaller heads: the same logits, saved and loaded, and a smaller cache."""
+    model = with_shared_pairs(name)
+    stock, report = stock_model(model)
+    assert stock.config.head_dim == 6 and report.padding == 0 and "Nothing was filled up" in str(report)
+    assert report.exported.cache_bytes == report.dense.cache_bytes * 6 // 8
+    stock.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (stock, loaded):
+        torch.testing.assert_close(each(tokens()).logits, model(tokens()).logits, rtol=1e-5, atol=5e-6)
+    scaled = with_shared_pairs(name)
+    scaled.model.rotary_emb.attention_scaling = 1.1
+    assert stock_model(scaled)[0].config.head_dim == 8
+    other = with_shared_pairs(name)
+    decoder_layers(other)[1].self_attn.rope_index[1, 1] = 1
+    assert stock_model(other)[0].config.head_dim == 8
+    assert_same_function(stock_model(other)[0], other)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "phi3"])

@@ -15,7 +15,7 @@ from modegpt.errors import UserError
 from modegpt.models import build_compressed, decoder_layers, dense_shape
 from modegpt.models.checkpoints import load_tokenizer, save_checkpoint
 from modegpt.models.gguf_file import quantise_q4_k, write_gguf
-from tests.models.family_table import dense_model, sliced_model, smaller_shape
+from tests.models.family_table import dense_model, sliced_model, smaller_shape, with_shared_pairs
 from tests.models.saved import tiny_tokenizer
 
 
@@ -70,6 +70,21 @@ def test_scaled_frequencies_are_factors(tokenizer: PreTrainedTokenizerBase, tmp_
     assert factors.max() > 1 and "output.weight" not in tensors  # tied
 
 
+def test_one_set_of_frequencies_is_factors_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = with_shared_pairs("llama", vocab_size=1536)
+    report = write_gguf(model, tokenizer, tmp_path / "model.gguf", kind="f32")
+    keys, tensors = read(tmp_path / "model.gguf")
+    assert keys["deci.attention.key_length"] == keys["deci.attention.value_length"] == 6 and report.padding == 0
+    factors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+    torch.testing.assert_close(
+        10000.0 ** (-torch.arange(0, 6, 2) / 6) / factors, 10000.0 ** -torch.tensor([0, 2, 3]).div(4)
+    )
+    query = decoder_layers(model)[0].self_attn.q_proj.weight.detach().numpy() * (6 / 8) ** 0.5
+    np.testing.assert_allclose(tensors["blk.0.attn_q.weight"].data[:6], query[[0, 3, 1, 4, 2, 5]], rtol=1e-5)
+    with pytest.raises(UserError, match="no frequencies of one's own"):
+        write_gguf(with_shared_pairs("gemma", vocab_size=1536), tokenizer, tmp_path / "no.gguf")
+
+
 def test_other_families_are_padded_in_their_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = unequal_model("gemma")
     report = write_gguf(model, tokenizer, tmp_path / "model.gguf", kind="f32")
@@ -94,6 +109,11 @@ def test_rows_that_a_type_cannot_store(tokenizer: PreTrainedTokenizerBase, tmp_p
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     assert keys["deci.feed_forward_length"] == [256] * 3
     assert kinds["blk.0.ffn_down.weight"] == "Q4_K" and kinds["blk.0.ffn_up.weight"] == kinds["output.weight"] == "Q8_0"
+    write_gguf(model, tokenizer, tmp_path / "q40.gguf", kind="q4_0")
+    keys, tensors = read(tmp_path / "q40.gguf")
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert keys["deci.feed_forward_length"] == [32, 32, 64] and kinds["output.weight"] == "Q8_0"
+    assert {kind for name, kind in kinds.items() if name.startswith("blk.") and "norm" not in name} == {"Q4_0"}
 
 
 def test_four_bits_are_what_llama_cpp_reads() -> None:
@@ -138,7 +158,7 @@ def test_the_command_and_what_is_refused(tokenizer: PreTrainedTokenizerBase, tmp
     told = capsys.readouterr().out
     assert "| exported " in told and "architecture deci" in told and f"written: {tmp_path / 'model.gguf'}" in told
     assert command.main(arguments) == 2 and "is there already" in capsys.readouterr().err
-    for name, reason in (("opt", "no architecture for opt"), ("mistral-window", "no sliding window")):
+    for name, reason in (("opt", "no layers like those of opt"), ("mistral-window", "no sliding window")):
         with pytest.raises(UserError, match=reason):
             write_gguf(sliced_model(dense_model(name))[0], tokenizer, tmp_path / "no.gguf")
     with pytest.raises(UserError, match="tokenizer of WordLevel"):
