@@ -183,7 +183,7 @@ def deci_layer(
         where=where,
         engine="DeciLM",
     )
-    gone = (*ATTENTION, "input_layernorm") if num_kv_heads == 0 else ()
-    gone += (*MLP, "post_attention_layernorm") if width == 0 else ()
+    gone = [*ATTENTION, "input_layernorm"] if num_kv_heads == 0 else []
+    gone += [*MLP, "post_attention_layernorm"] if width == 0 else []
     left_out = tuple(f"{path}." for path in gone)
     return {name: tensor for name, tensor in tensors.items() if not (left_out and name.startswith(left_out))}

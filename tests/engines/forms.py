@@ -1,6 +1,8 @@
 """Compressed models of every family and of every form that a layer may have, on vocabularies of the embedded model."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -52,7 +54,9 @@ def low_rank(**changes) -> PreTrainedModel:
     return _with_layer(dataclasses.replace(dense_shape(dense.config), linear_ranks=ranks), tensors, dense)
 
 
-FORMS = {name: (of_family, {"name": name}) for name in CONFIGS} | {
+FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    name: (of_family, {"name": name}) for name in CONFIGS
+} | {
     "empty layer": (without_attention_and_mlp, {"constants": False}),
     "constant layer": (without_attention_and_mlp, {"constants": True}),
     "low rank": (low_rank, {}),

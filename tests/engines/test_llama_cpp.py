@@ -51,7 +51,7 @@ def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     root, tokenizer, jobs, expected = tmp_path_factory.mktemp("gguf"), load_tokenizer("embedded:tiny-llama"), [], []
     for index, name in enumerate(NAMES):
         make, given = FORMS[name]
-        arguments: dict[str, Any] = dict(given)
+        arguments = dict(given)
         if name in FAMILY and FAMILY[name].head_norms:  # which no family has a form for where heads lost dims
             arguments["query_key"] = False
         asked, wanted = job(make(**arguments), tokenizer, root / f"{index}.gguf", PROMPTS, 8, kind="f32")
