@@ -281,16 +281,23 @@ ANOTHER: dict[str, dict[str, Any]] = {
     "llm_surgeon": {"shots": 1, "damping": 10.0, "coupling": "both"},
     "obc": {"damping": 10.0},
     "slimgpt": {"first": 1.0, "batch": 1.0, "last_batch": 16, "damping": 10.0},
+    "lems": {"windows": 1, "trials": 0, "measured": 0.6, "multiple": 3, "kfac": True},
+    "tyr": {"rounds": 2, "generations": 6, "offspring": 12, "step": 0.3, "windows": [2, 6], "survivors": [4]},
 }
 """A value of each option that makes another model; those of modegpt_plus are in ``test_plus.py``."""
-ONLY_HOW = {"asvd": {"search_windows"}, "llm_pruner": {"batch_size"}, "llm_surgeon": {"batch_size"}}
+ONLY_HOW = {
+    "asvd": {"search_windows"},
+    **{name: {"batch_size"} for name in ("llm_pruner", "llm_surgeon", "lems")},
+}
 """Options of which the tests below see what they are handed on as."""
 ELSEWHERE: dict[str, dict[str, Any]] = {
     "asvd": {"rank_search": False},
     "sleb": {"num_first_kept": 1},
     "slimgpt": {"batch": 0.02, "last_batch": 1},
+    "lems": {"trials": 1},
+    "tyr": {"rounds": 1, "generations": 4, "offspring": 8, "windows": [1, 6], "survivors": [1]},
 }
-"""What the others are tried beside: ranks that are not searched, which takes time; one channel at a time."""
+"""What the others are tried beside: ranks that are not searched, or little, which takes time; one channel at a time."""
 
 
 def test_every_option_of_every_method_is_looked_at() -> None:
@@ -327,15 +334,24 @@ def test_gradients_are_of_so_many_windows_at_a_time(name: str) -> None:
     assert set(seen) == {4, 2}
 
 
-def test_ranks_are_searched_on_so_many_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "place", "option", "options"),
+    [
+        ("asvd", "asvd.truncated_losses", "num_windows", {"search_windows": 3}),
+        ("lems", "lems.curvature_of", "batch_size", {"kfac": True, "batch_size": 3}),
+    ],
+)
+def test_so_many_windows_are_handed_on(
+    name: str, place: str, option: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Asked(Exception): ...
 
-    def asked(*args: Any, **options: Any) -> None:
-        raise Asked(options["num_windows"])
+    def asked(*args: Any, **given: Any) -> None:
+        raise Asked(given[option])
 
-    monkeypatch.setattr("modegpt.methods.asvd.truncated_losses", asked)
+    monkeypatch.setattr(f"modegpt.methods.{place}", asked)
     with pytest.raises(Asked, match=r"^3$"):
-        method_of(config("asvd", method={"search_windows": 3})).compress(thirds())
+        method_of(config(name, method=options)).compress(thirds())
 
 
 def test_batches_of_channels_begin_at_a_share_of_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
