@@ -2,13 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from modegpt.cache import cache_directory
-from modegpt.evaluation.dense_cache import cached_scores
+from modegpt.evaluation.begun import Begun
+from modegpt.evaluation.dense_cache import begun_scores, cached_scores, dense_key, dense_scores
 from modegpt.files import json_sha256
+from modegpt.progress import Progress
 
 BOUND = 10**6
 KEY = {"weights_sha256": "ab", "evaluation": {"text": {"windows": [64]}}}
@@ -120,3 +125,40 @@ def test_a_cache_that_keeps_nothing_takes_nothing_from_others(tmp_path):
     other = KEY | {"weights_sha256": "cd"}
     assert [cached_scores(other, compute, directory=tmp_path, max_bytes=0)[1] for _ in range(2)] == [False, False]
     assert cached_scores(KEY, compute, directory=tmp_path, max_bytes=BOUND)[1]
+
+
+def test_what_an_interrupted_start_scored_is_handed_on_once_and_then_forgotten(tmp_path: Path, capsys) -> None:
+    """Under a key of all that the scores depend on, each part of which makes another start."""
+    prepared: Any = SimpleNamespace(
+        fingerprint=lambda: {"text": "t"},
+        text=SimpleNamespace(batch_tokens=64),
+        zeroshot=SimpleNamespace(batch_size=4),
+    )
+    given = {"weights_sha256": "w", "tokenizer_sha256": "t", "dtype": "float32", "device": "cpu"}
+    scores = {"perplexity": {"ppl_text_64": {"value": 4.0, "num_predicted_tokens": 63}}, "zeroshot": {}}
+
+    def started(compute: Callable[[Begun], dict], **changes: str) -> dict:
+        options = {"directory": tmp_path, "max_bytes": BOUND, "progress": Progress()}
+        return dense_scores(prepared, compute, **(given | changes), **options)
+
+    def interrupted(begun: Begun) -> dict:
+        with begun:
+            begun.note("part", 1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        started(interrupted)
+    for other in given:
+        seen: list[dict] = []
+        with pytest.raises(KeyboardInterrupt):
+            started(lambda begun, seen=seen: (seen.append({**begun.parts}), interrupted(begun))[1], **{other: "other"})
+        assert seen == [{}], other
+    prepared.text.batch_tokens = 32
+    assert begun_scores(prepared, dense_key(prepared, **given), directory=tmp_path, max_bytes=BOUND).parts == {}
+    prepared.text.batch_tokens = 64
+    assert started(lambda begun: scores if begun.parts == {"part": 1} else {}) == scores
+    assert "scored before" not in "".join(capsys.readouterr())
+    assert begun_scores(prepared, dense_key(prepared, **given), directory=tmp_path, max_bytes=BOUND).parts == {}
+    assert started(lambda _: pytest.fail("they are known")) == scores
+    assert "dense: ppl_text_64 = 4.0000 over 63 tokens (scored before)" in "".join(capsys.readouterr())
+    assert started(lambda _: {"perplexity": {}}, dtype="bfloat16") == {"perplexity": {}}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from modegpt.errors import UserError
 from modegpt.evaluation.dense_cache import dense_key
-from modegpt.evaluation.evaluate import evaluate, prepare_evaluation, retention
+from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation, retention
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
 from modegpt.progress import Progress
 
@@ -225,3 +225,35 @@ def test_auto_windows_of_a_real_context(spec, tokenizer, model):
     spec.perplexity.windows = "auto"
     assert prepare(spec, tokenizer, model).text.windows == [64]
     assert torch.equal(prepare(spec, tokenizer, model).text.token_ids[:1], torch.tensor([0]))
+
+
+def test_what_is_asked_reaches_the_harness(tokenizer, model, monkeypatch):
+    """Each option away from its default, and the same store of encodings for every model."""
+    asked = []
+
+    def noted(*args, **options):
+        asked.append((args, options))
+        return {"mean": {}}
+
+    monkeypatch.setattr("modegpt.evaluation.evaluate.zeroshot", noted)
+    spec = ZeroShotSpec(tasks=["a"], batch_size=3, limit=7, apply_chat_template=True)
+    prepared = PreparedEvaluation(tokenizer=tokenizer, context=77, text=None, zeroshot=spec, tasks={"a": 1})
+    found = evaluate(model, prepared, label="dense", progress=Progress(quiet=True))
+    [(args, options)] = asked
+    assert found == {"perplexity": {}, "zeroshot": {"mean": {}}} and args == (model, tokenizer, {"a": 1})
+    wanted = {"batch_size": 3, "max_length": 77, "limit": 7, "apply_chat_template": True}
+    assert options | wanted == options and options["encodings"] is prepared.encodings
+    assert options["progress"] is not None and options["begun"] is not None
+
+
+def test_what_is_asked_reaches_the_tasks(tokenizer, model, text_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "modegpt.evaluation.evaluate.load_tasks", lambda names, **options: asked.append((names, options)) or {}
+    )
+    zeroshot = ZeroShotSpec(tasks=["a"], data_path="folder", num_fewshot=3, run_code=True)
+    text = PerplexitySpec(source="jsonl", path=text_path, windows=[16])
+    prepare(EvaluationSpec(perplexity=text, zeroshot=zeroshot), tokenizer, model)
+    [(names, options)] = asked
+    assert names == ["a"] and options.pop("documents").source == "jsonl"
+    assert options == {"data_path": "folder", "num_fewshot": 3, "run_code": True}

@@ -2,15 +2,19 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from modegpt.errors import UserError
+from modegpt.evaluation import throughput
 from modegpt.evaluation.spec import ThroughputSpec, Workload
-from modegpt.evaluation.throughput import Roof, Work, beside_dense, measure, work_of
-from modegpt.models import cache_bytes_per_token
+from modegpt.evaluation.throughput import Roof, Work, beside_dense, describe_model, measure, work_of
+from modegpt.models import block_linear_parameters, cache_bytes_per_token
 from modegpt.models.checkpoints import save_checkpoint
 from modegpt.models.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from tests.models.family_table import CONFIGS, dense_model, sliced_model
@@ -67,16 +71,72 @@ def test_a_record_holds_both_models_and_the_machine() -> None:
     dense = dense_model("llama")
     lines: list[str] = []
     smaller = sliced_model(dense)[0]
+    calls: list[int] = []
+    counting = dense.register_forward_pre_hook(lambda *_: calls.append(1))
     found = beside_dense(
         dense, smaller, ThroughputSpec(prefill=["1x4"], decode=["2x4"], repeats=1, decode_tokens=1), say=lines.append
     )
-    assert [(each["phase"], each["model"]) for each in found["measurements"]] == [
-        (phase, model) for phase in ("prefill", "decode") for model in ("dense", "compressed")
+    counting.remove()
+    assert len(calls) == 2 * 1 + 1 + 2 * 1, "a round to warm up and one to measure; the prompt that is decoded from"
+    assert [(each["phase"], each["model"], len(each["samples_seconds"])) for each in found["measurements"]] == [
+        (phase, model, 1) for phase in ("prefill", "decode") for model in ("dense", "compressed")
     ]
     assert found["cache_bytes_per_token"]["compressed"] < found["cache_bytes_per_token"]["dense"] and len(lines) == 4
     assert min(found["ceiling"].values()) > 0
     alone = beside_dense(dense, None, ThroughputSpec(decode=["1x4"], repeats=1, decode_tokens=1), say=lines.append)
     assert list(alone["cache_bytes_per_token"]) == ["dense"] and len(alone["measurements"]) == 1
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_numbers_are_those_of_the_rounds(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians of three rounds by hand; a measurement of decoding makes four tokens of two sequences of six."""
+    dense = dense_model("llama")
+    models = {"dense": dense, "smaller": sliced_model(dense)[0]}
+    rounds = {"dense": [(8.0, 6.0), (12.0, 6.0), (40.0, 8.0)], "smaller": [(4.0, 6.0), (12.0, 2.0), (10.0, 2.0)]}
+    times = {id(model): iter(rounds[label]) for label, model in models.items()}
+
+    def prepared(model: Any, *_: object) -> Any:
+        return lambda: id(model)
+
+    @contextmanager
+    def peak(_: object) -> Iterator[list[int]]:
+        yield [100]
+
+    monkeypatch.setattr(throughput, "_prepare", prepared)
+    monkeypatch.setattr(throughput, "_seconds", lambda step, _: next(times[step()]))
+    monkeypatch.setattr(throughput, "_peak_memory", peak)
+    workload, roof = Workload(phase, 2, 6), Roof(1e9, 1e6)
+    found = measure(models, [workload], repeats=3, decode_tokens=4, roof=roof, say=lambda _: None)
+    steps, tokens = (4, 2) if phase == "decode" else (1, 12)
+    ideal = roof.seconds(work_of(dense, workload)) / roof.seconds(work_of(models["smaller"], workload))
+    assert [each["seconds"] * steps for each in found] == [12.0, 10.0]
+    assert [each["cpu_seconds"] * steps for each in found] == [6.0, 2.0]
+    assert [each["tokens_per_second"] for each in found] == [tokens * steps / 12, tokens * steps / 10]
+    assert [each["speedup"] for each in found] == [1.0, 2.0] and [each["cpu_speedup"] for each in found] == [1.0, 3.0]
+    assert found[1]["ideal_speedup"] == pytest.approx(ideal) and found[1]["share_of_ideal"] == pytest.approx(2 / ideal)
+    assert [each["samples_seconds"] for each in found] == [[t / steps for t, _ in rounds[label]] for label in models]
+    weights = [sum(parameter.nbytes for parameter in model.parameters()) for model in models.values()]
+    assert [each["peak_memory_bytes"] for each in found] == [100 + of_model for of_model in weights]
+
+
+def test_a_model_is_described_beside_the_dense_one() -> None:
+    dense = dense_model("llama")
+    smaller, _ = sliced_model(dense)
+    found, blocks = describe_model(smaller, dense), block_linear_parameters(smaller)
+    assert found["block_linear_parameters"] == blocks and found["num_parameters"] == smaller.num_parameters()
+    assert found["sparsity"] == pytest.approx(1 - blocks / block_linear_parameters(dense)) and found["sparsity"] > 0
+    cache = [cache_bytes_per_token(model.config, torch.float32) for model in (smaller, dense)]
+    assert (found["cache_bytes_per_token"], found["cache_share"]) == (cache[0], cache[0] / cache[1])
+    assert (
+        describe_model(dense, dense)["layers"]
+        == [{"mlp": 40, "query_key": 8, "value_output": 8, "num_kv_heads": 2}] * 3
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_in_bytes() -> None:
+    now, peak = (throughput._resident(name) for name in ("VmRSS", "VmHWM"))
+    assert now is not None and peak is not None and 2**26 < now <= 1.05 * peak < 2**36
 
 
 def test_models_take_turns_and_caches_are_left_as_they_were() -> None:
