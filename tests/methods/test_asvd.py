@@ -14,6 +14,7 @@ from modegpt.errors import UserError
 from modegpt.methods import asvd
 from modegpt.methods.asvd import (
     ASVD,
+    _loss_with,
     channel_scale,
     rank_keeping,
     ranks_by_loss,
@@ -184,3 +185,14 @@ def test_the_calibration_text_decides() -> None:
 @pytest.mark.parametrize("rank_search", [True, False])
 def test_saved_and_generating(rank_search: bool, tmp_path):
     check_saved_and_generating(ASVD(rank_search=rank_search), "qwen3", 0.4, tmp_path)
+
+
+def test_a_truncation_whose_states_overflow_is_the_worst_there_is() -> None:
+    task = task_of(dense_model("llama"), 0.3)
+    prefix = task.calibration.embed()
+    layer = decoder_layers(task.model)[2]
+    weight = torch.full_like(task.family.down(layer).weight, float("inf"))
+    ids = task.calibration.tokens.ids
+    with torch.no_grad():
+        assert _loss_with(task.model, ids, prefix, 2, {f"{task.family.down_path}.weight": weight}) == math.inf
+        assert 0 < _loss_with(task.model, ids, prefix, 2, {}) < math.inf
