@@ -148,11 +148,16 @@ def test_what_an_interrupted_start_scored_is_handed_on_once_and_then_forgotten(t
 
     with pytest.raises(KeyboardInterrupt):
         started(interrupted)
+    seen: list[dict] = []
+
+    def noticed(begun: Begun) -> dict:
+        seen.append({**begun.parts})
+        return interrupted(begun)
+
     for other in given:
-        seen: list[dict] = []
         with pytest.raises(KeyboardInterrupt):
-            started(lambda begun, seen=seen: (seen.append({**begun.parts}), interrupted(begun))[1], **{other: "other"})
-        assert seen == [{}], other
+            started(noticed, **{other: "other"})
+    assert seen == [{}] * len(given)
     prepared.text.batch_tokens = 32
     assert begun_scores(prepared, dense_key(prepared, **given), directory=tmp_path, max_bytes=BOUND).parts == {}
     prepared.text.batch_tokens = 64
