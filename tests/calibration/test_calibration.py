@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.statistics import STATISTICS, sizes_of
 from modegpt.errors import UserError
 from modegpt.models import decoder_layers, dense_shape, family_of
 from tests.methods.task_of import task_of
@@ -186,3 +187,27 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all("forward" not in vars(layer) for layer in decoder_layers(calibration.model))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in calibration.model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in calibration.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_products_are_formed_in_the_precision_asked_for(name: str) -> None:
+    """float32 rounds what float64 does not, of every Gram matrix; the sums are float64 either way."""
+    found = []
+    for precision in (torch.float64, torch.float32):
+        calibration = calibration_of(name)
+        calibration.precision = precision
+        grams = frozenset(each for each in statistics_of(calibration.family) if STATISTICS[each].is_gram)
+        grams |= {"experts.C"} if name == "mixtral" else set()
+        statistics = next(calibration.statistics(grams))
+        found.append({each: statistics[each] for each in grams})
+    for each, exact in found[0].items():
+        rounded = found[1][each]
+        assert exact.dtype == rounded.dtype == torch.float64 and not torch.equal(exact, rounded), each
+        torch.testing.assert_close(exact, rounded, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_the_letters_of_a_layer_are_those_of_its_model() -> None:
+    sizes = sizes_of(dense_model("mixtral").config)
+    assert (sizes.d_h, sizes.n, sizes.H, sizes.H_kv, sizes.d, sizes.E) == (32, 40, 4, 2, 8, 4)
+    assert sizes_of(dense_model("llama").config).E == 1 and not sizes.joint_norms
+    assert sizes_of(dense_model("olmo2").config).joint_norms

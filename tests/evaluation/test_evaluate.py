@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from modegpt.errors import UserError
+from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.dense_cache import dense_key
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate, prepare_evaluation, retention
 from modegpt.evaluation.spec import EvaluationSpec, PerplexitySpec, ZeroShotSpec
@@ -257,3 +258,12 @@ def test_what_is_asked_reaches_the_tasks(tokenizer, model, text_path, monkeypatc
     [(names, options)] = asked
     assert names == ["a"] and options.pop("documents").source == "jsonl"
     assert options == {"data_path": "folder", "num_fewshot": 3, "run_code": True}
+
+
+def test_what_was_scored_before_is_said_to_be(spec, tokenizer, model, capsys):
+    spec.zeroshot = None
+    prepared, begun = prepare(spec, tokenizer, model), Begun()
+    for before in (0, 2):
+        evaluate(model, prepared, label="dense", progress=Progress(), begun=begun)
+        said = "".join(capsys.readouterr())
+        assert said.count("dense: ppl_jsonl_") == 2 and said.count("(scored before)") == before
