@@ -151,7 +151,7 @@ class Method:
     def applicable(self, family: Family) -> str | None:
         """Why this method cannot compress ``family``, or None."""
         if family.experts_path is not None and not self.experts:
-            return f"{self.name} does not know mixtures of experts; modegpt, shortgpt and sleb do"
+            return f"{self.name} does not know mixtures of experts; docs/families.md lists the methods that do"
         return None
 
     def check(self, task: CompressionTask) -> None:

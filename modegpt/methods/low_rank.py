@@ -14,6 +14,7 @@ from modegpt.decompositions.linalg import relative
 from modegpt.decompositions.modules import LowRank
 from modegpt.methods.base import Compressed, CompressionTask
 from modegpt.models import Family, LayerShape, build_compressed, decoder_layers, dense_shape
+from modegpt.models.families import linear_at
 
 INPUT_GRAM = {
     "query": "attention.C_x",
@@ -39,9 +40,20 @@ class Truncation:
 
 
 def block_linears(family: Family, layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of a dense layer by role."""
-    linears = {role: getattr(family, role)(layer) for role in INPUT_GRAM}
-    return {role: linear for role, linear in linears.items() if linear is not None}
+    """The linear maps of a dense layer by role; those of experts have the expert's number behind it (``up.3``)."""
+    return {role: linear_at(layer, path) for role, path in paths(family, len(family.downs(layer))).items()}
+
+
+def paths(family: Family, num_mlps: int) -> dict[str, str]:
+    """Where a layer of the family, with ``num_mlps`` experts or one MLP, keeps each linear map, by role."""
+    found: dict[str, str] = {}
+    for role in INPUT_GRAM:
+        path = getattr(family, f"{role}_path")
+        if path is not None and "*" in path:
+            found |= {f"{role}.{index}": each for index, each in enumerate(family.of_experts(path, num_mlps))}
+        elif path is not None:
+            found[role] = path
+    return found
 
 
 def factor_ranks(sizes: Iterable[tuple[int, int]], sparsity: float) -> list[int]:
@@ -101,19 +113,21 @@ def dense_layers(task: CompressionTask) -> Compressed:
 
 def factored_shape(task: CompressionTask, ranks: Mapping[str, int]) -> LayerShape:
     """A dense layer's shape with the linears named in ``ranks`` (by role) factored."""
-    linear_ranks = {getattr(task.family, f"{role}_path"): rank for role, rank in ranks.items()}
-    return replace(dense_shape(task.model.config), linear_ranks=linear_ranks)
+    own = paths(task.family, getattr(task.model.config, "num_experts", 1))
+    return replace(dense_shape(task.model.config), linear_ranks={own[role]: rank for role, rank in ranks.items()})
 
 
 def factored_tensors(family: Family, layer: nn.Module, truncations: Mapping[str, Truncation]) -> dict[str, Tensor]:
     """The changed tensors of a layer whose linears are stored as the given factors, by role; biases stay."""
     tensors: dict[str, Tensor] = {}
+    own = paths(family, len(family.downs(layer)))
     for role, truncation in truncations.items():
-        linear, path, factors = getattr(family, role)(layer), getattr(family, f"{role}_path"), truncation.factors
+        path, factors = own[role], truncation.factors
+        bias = linear_at(layer, path).bias
         tensors[f"{path}.A.weight"] = factors.A.T.contiguous()
         tensors[f"{path}.B.weight"] = factors.B.T.contiguous()
-        if linear.bias is not None:
-            tensors[f"{path}.B.bias"] = linear.bias.detach()
+        if bias is not None:
+            tensors[f"{path}.B.bias"] = bias.detach()
     return tensors
 
 

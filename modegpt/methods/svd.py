@@ -25,6 +25,7 @@ class SVD(Method):
     """
 
     name: ClassVar[str] = "svd"
+    experts: ClassVar[bool] = True
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Truncate every block-linear weight."""

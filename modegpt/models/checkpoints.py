@@ -33,7 +33,7 @@ from modegpt.models import family_of, is_compressed, unfused
 from modegpt.models.card import model_card
 from modegpt.models.families import check_supported
 from modegpt.models.fit import check_names, check_sizes, check_tied, check_unquantised, check_vocabulary
-from modegpt.models.gguf import check_gguf, gguf_file, without_quantisation
+from modegpt.models.gguf import check_gguf, config_in, gguf_file, without_quantisation
 from modegpt.models.integrity import MANIFEST, check_config, check_files, check_finite, describe_files, stored_sizes
 
 EMBEDDED = "embedded:"
@@ -265,12 +265,22 @@ def load_config(path: str, source: str, revision: str | None = None) -> PreTrain
     Raises:
         UserError: an unsupported family, quantised weights, or a value that Transformers would stumble over.
     """
-    in_file = gguf_file(path)
-    written, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **in_file)
+    written = _written(path, source, revision)
     check_supported(str(written.get("model_type")))
     check_unquantised(written, path)
     check_config(written, path)
-    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **in_file)
+    if gguf_file(path):
+        config = AutoConfig.for_model(**written)
+        config.name_or_path = source
+        return config
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def _written(path: str, source: str, revision: str | None) -> dict[str, Any]:
+    """What the configuration in ``source`` says, which is what is ``located`` at ``path``."""
+    if gguf_file(path):
+        return config_in(Path(source, Path(path).name))
+    return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -279,7 +289,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises UserError when there is none, an empty one, or one that is larger than the model's embedding.
     """
     with located(path) as source:
-        written, _ = PreTrainedConfig.get_config_dict(source, revision=revision, **gguf_file(path))
+        written = _written(path, source, revision)
         check_config(written, path)  # which Transformers reads too, before it knows a tokenizer's class
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf_file(path))
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):

@@ -1,11 +1,13 @@
 """Models in GGUF files, read by Transformers' own loader: weights are what the file's quantised blocks stand for."""
 
+import copy
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modegpt.errors import UserError
 from modegpt.models.build import restore_buffers
@@ -32,6 +34,21 @@ def check_gguf(file: Path) -> None:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     if begins != MAGIC:
         raise UserError(f"{file} is not a GGUF file: it does not begin with {MAGIC.decode()}")
+
+
+def config_in(file: Path) -> dict[str, Any]:
+    """What the header of ``file`` says of the model's configuration, by Transformers' loader.
+
+    That takes a minute where the vocabulary is large, so what was read last is remembered while the file is the same.
+    """
+    known = file.stat()
+    return copy.deepcopy(_config_in(file.resolve(), known.st_mtime_ns, known.st_size))
+
+
+@lru_cache(maxsize=1)
+def _config_in(file: Path, modified_ns: int, num_bytes: int) -> dict[str, Any]:
+    written, _ = PreTrainedConfig.get_config_dict(str(file.parent), gguf_file=file.name)
+    return written
 
 
 def without_quantisation(loaded: PreTrainedModel) -> PreTrainedModel:

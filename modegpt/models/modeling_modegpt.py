@@ -77,6 +77,8 @@ class Family:
     """Queries are scaled in front of the attention function, and not in it."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Maps that the family stores as one: path of the fused map to the paths of its parts, in row order."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """What parts of paths are called in its checkpoints, where that differs."""
 
     @property
     def compressed(self) -> str:
@@ -87,6 +89,12 @@ class Family:
     def taken_apart(self) -> bool:
         """Whether a dense model of the family is compressed in another form than its own."""
         return bool(self.fused) or self.experts_path is not None
+
+    def stored_name(self, name: str) -> str:
+        """What its checkpoints call tensor ``name`` of a model that is taken apart."""
+        for part, stored in self.stored.items():
+            name = name.replace(f".{part}.", f".{stored}.")
+        return name
 
     @property
     def head_norms(self) -> bool:
@@ -199,7 +207,12 @@ FAMILIES = {
                 "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
             },
         ),
-        Family("mixtral", "Mixtral", **EXPERTS),
+        Family(
+            "mixtral",
+            "Mixtral",
+            stored={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+            **EXPERTS,
+        ),
         Family("qwen3_moe", "Qwen3Moe", **HEAD_NORMS, **EXPERTS),
         Family("olmoe", "Olmoe", joint_norms=True, **HEAD_NORMS, **EXPERTS),
     )

@@ -79,7 +79,8 @@ def predict(
     streamed_layer = layer + max(of_layer)
 
     def forward(num_tokens: int) -> int:
-        return num_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + 3 * sizes.n) * itemsize
+        of_mlps = 3 * sizes.n * getattr(config, "num_experts_per_tok", 1)
+        return num_tokens * (6 * sizes.H * sizes.d + 2 * sizes.d_h + of_mlps) * itemsize
 
     tokens, batch_size = task.calibration.tokens, task.calibration.batch_size
     batch_tokens = min(batch_size, len(tokens.ids)) * tokens.ids.shape[1]

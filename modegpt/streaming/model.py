@@ -45,8 +45,6 @@ class StreamedModel:
             )
         with located(path) as source:
             config = load_config(path, source)
-            if family_of(config).experts_path is not None:
-                raise UserError(f"out_of_core does not know mixtures of experts such as {config.model_type}")
             shards = Shards(Path(source))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -211,6 +209,7 @@ def _source(
     return next(((stored, rows) for stored in _stored_names(name, model) if stored in shards), None)
 
 
-def _stored_names(name: str, model: PreTrainedModel) -> tuple[str, str]:
+def _stored_names(name: str, model: PreTrainedModel) -> tuple[str, ...]:
     """How a checkpoint may call tensor ``name``: one of the base model alone has no prefix."""
-    return name, name.removeprefix(f"{model.base_model_prefix}.")
+    names = dict.fromkeys((name, family_of(model.config).stored_name(name)))
+    return *names, *(each.removeprefix(f"{model.base_model_prefix}.") for each in names)

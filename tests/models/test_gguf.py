@@ -1,19 +1,27 @@
 """Models in GGUF files: the weights and tokens of the file, compressed like any, and one line for a mistake."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 
 import modegpt
 from modegpt.data.embedded import TINY_MODELS
 from modegpt.errors import UserError
 from modegpt.models import block_linear_parameters
-from modegpt.models.checkpoints import load_model, load_tokenizer
+from modegpt.models.checkpoints import load_config, load_model, load_tokenizer
 
 
 def _interleaved(rows: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -109,6 +117,25 @@ def test_it_is_compressed_like_any_model(tiny_file: tuple) -> None:
         modegpt.load("embedded:tiny-llama", device="cpu")
     )
     assert share == pytest.approx(0.7, abs=0.01)
+
+
+def test_the_header_is_read_once_for_model_and_tokenizer(
+    tiny_file: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(shutil.copy(tiny_file[0], tmp_path))
+    written = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name).to_dict()
+    read, original = [], modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    monkeypatch.setattr(
+        modeling_gguf_pytorch_utils,
+        "load_gguf_checkpoint",
+        lambda *args, **options: read.append(options) or original(*args, **options),
+    )
+    load_tokenizer(str(file)), load_model(str(file), device="cpu")
+    assert [options["return_tensors"] for options in read] == [False, False, True], "ours, the tokenizer's, the weights"
+    assert load_config(str(file), str(tmp_path)).to_dict() == written
+    file.touch()
+    load_config(str(file), str(tmp_path))
+    assert len(read) == 4, "another file is read again"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from modegpt.methods.modegpt import MODULES, MoDeGPT
 from modegpt.models import block_linear_parameters
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.streaming.shards import Shards
-from tests.models.family_table import ONE_MLP, tokens
+from tests.models.family_table import CONFIGS, tokens
 from tests.streaming.streamed_task import compress_out_of_core, save_dense, task_on
 
 UNIFORM = Uniform()
@@ -70,7 +70,7 @@ def check_same(method: MoDeGPT, dense: Path, folder: Path, **options) -> None:
     assert torch.equal(again(tokens()).logits, expected.model(tokens()).logits)
 
 
-@pytest.mark.parametrize("name", ONE_MLP)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     check_same(paper(Entropic()), save_dense(name, tmp_path / "dense"), tmp_path)
 

@@ -20,7 +20,7 @@ from modegpt.streaming.score import streamed_perplexity
 from tests.models.family_table import tokens
 from tests.streaming.streamed_task import save_dense
 
-FAMILIES = ["llama3-rope-tied", "qwen2-windows", "opt-post-norm-projected", "gemma", "phi3"]
+FAMILIES = ["llama3-rope-tied", "qwen2-windows", "opt-post-norm-projected", "gemma", "phi3", "mixtral", "olmoe"]
 
 
 @pytest.mark.parametrize("name, dtype", [*((name, "auto") for name in FAMILIES), ("gemma", "float32")])
