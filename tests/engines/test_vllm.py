@@ -84,11 +84,12 @@ def quantised_job(root: Path, kind: str) -> tuple[dict[str, Any], list]:
 
 
 def test_quantised_weights_are_the_rounded_ones(ask: Callable, tmp_path: Path) -> None:
-    """At 8 bits states are rounded too."""
+    """At 8 bits states are rounded too; the kernel of 4 bits is for 16-bit states alone."""
     (eight, said_by_eight), (four, said_by_four) = (quantised_job(tmp_path / kind, kind) for kind in ("int8", "int4"))
+    four["options"] = {"dtype": "bfloat16"}
     found = ask("vllm_greedy.py", [eight, four])
     assert_same(found[0], said_by_eight, tolerance=0.1)
-    assert_same(found[1], said_by_four, tolerance=0.01)
+    assert_same(found[1], said_by_four, tolerance=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +168,19 @@ def test_lm_eval_scores_the_served_model(
     """The same log-likelihoods through the server as through Transformers, in the harness's own samples."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
     (tmp_path / "cats.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
-    common = ["--include_path", str(tmp_path), "--tasks", "cats", "--log_samples", "--batch_size", "1"]
+    common = [
+        "--include_path",
+        str(tmp_path),
+        "--tasks",
+        "cats",
+        "--log_samples",
+        "--batch_size",
+        "1",
+        "--device",
+        "cpu",
+    ]
     served = f"model={exported},base_url={address},tokenizer={exported},trust_remote_code=True,max_length=64"
-    local = f"pretrained={exported},trust_remote_code=True,dtype=float32,max_length=64,device=cpu"
+    local = f"pretrained={exported},trust_remote_code=True,dtype=float32,max_length=64,add_bos_token=False"
     runs: dict[str, tuple[list[Any], Mapping[str, str]]] = {
         "served": ([engines / "lm_eval", "run", "--model", "local-completions", "--model_args", served], environment),
         "local": ([sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", local], os.environ),

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 answers = []
 for job in json.load(sys.stdin):
@@ -18,13 +18,12 @@ for job in json.load(sys.stdin):
         llm = LLM(
             model=job["path"],
             trust_remote_code=True,
-            dtype="float32",
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=64,
             max_num_seqs=8,
             enable_prefix_caching=False,
-            **job.get("options", {}),
+            **{"dtype": "float32"} | job.get("options", {}),
         )
         sampling = SamplingParams(
             temperature=0, max_tokens=job["num_new"], logprobs=1, ignore_eos=True, detokenize=False
@@ -42,5 +41,4 @@ for job in json.load(sys.stdin):
         answers.append({"error": f"{type(error).__name__}: {error}"})
     Path(sys.argv[1]).write_text(json.dumps(answers))  # each time: an engine may end the process
     gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    cleanup_dist_env_and_memory()  # which an engine that failed has not done
