@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -124,12 +125,14 @@ def test_the_header_is_read_once_for_model_and_tokenizer(
 ) -> None:
     file = Path(shutil.copy(tiny_file[0], tmp_path))
     written = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name).to_dict()
-    read, original = [], modeling_gguf_pytorch_utils.load_gguf_checkpoint
-    monkeypatch.setattr(
-        modeling_gguf_pytorch_utils,
-        "load_gguf_checkpoint",
-        lambda *args, **options: read.append(options) or original(*args, **options),
-    )
+    read: list[dict[str, Any]] = []
+    original = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        read.append(options)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", noted)
     load_tokenizer(str(file)), load_model(str(file), device="cpu")
     assert [options["return_tensors"] for options in read] == [False, False, True], "ours, the tokenizer's, the weights"
     assert load_config(str(file), str(tmp_path)).to_dict() == written

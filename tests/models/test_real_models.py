@@ -89,10 +89,11 @@ def test_the_order_of_words_means_something_to_it(real: Real) -> None:
 @pytest.fixture(scope="module")
 def texts(real: Real) -> tuple[Tensor, Tensor]:
     """Windows of the training stories to fit on, and of the others to score."""
-    return tuple(
-        real.windows(" ".join(load_documents("tiny", path=None, split=split).texts[:200]), count, 255)
-        for split, count in (("calibration", 8), ("test", 2))
-    )
+
+    def windows(split: str, count: int) -> Tensor:
+        return real.windows(" ".join(load_documents("tiny", path=None, split=split).texts[:200]), count, 255)
+
+    return windows("calibration", 8), windows("test", 2)
 
 
 def test_fitted_channels_lose_a_tenth_of_what_naive_slices_do(real: Real, texts: tuple[Tensor, Tensor]) -> None:
