@@ -182,7 +182,7 @@ def test_ranges_are_checked_job_by_job(job: Callable, capfd: pytest.CaptureFixtu
 def test_globs_and_quiet(job: Callable, capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
     code, calls = job("-m", "decomposition/query_key=glob(cr*)", "quiet=true", f"output.root={tmp_path}/results")
     assert code == 0
-    assert [config.decomposition.query_key["name"] for config, _ in calls] == ["cr", "cr_pairs"]
+    assert [config.decomposition.query_key["name"] for config, _ in calls] == ["cr", "cr_pairs", "cr_shared"]
     assert capfd.readouterr().err == ""
 
 

@@ -33,10 +33,8 @@ ROWS = {
     if cells[0] != "`model_type`"
 }
 MIXTURES = {
-    cells[0]: set(re.findall(r"`(\w+)`", cells[1]))
-    for line in PAGE.read_text("utf-8").splitlines()
-    if line.startswith(("| yes |", "| no |"))
-    for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+    answer: re.findall(r"`(\w+)`", " ".join(re.findall(rf"^\| {answer} \|.*", PAGE.read_text("utf-8"), re.M)))
+    for answer in ("yes", "no")
 }
 SPARSITY = {"mlp": 0.3, "query_key": 0.25, "value_output": 0.375}
 SIZES = {"mlp": "intermediate_size", "query_key": "qk_head_dim", "value_output": "v_head_dim"}
