@@ -37,7 +37,7 @@ test-slow: $(INSTALLED)
 coverage: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --cov --cov-report=term:skip-covered
 
-# Which of a sample of small wrong changes the tests see, in tests/mutants.md: half an hour of one
+# Which of a sample of small wrong changes the tests see, in tests/mutants.md: about an hour of one
 # core, a third of it to learn once which test runs which line. It takes up where it stopped.
 mutants: $(MUTANTS_INSTALLED)
 	@$(PY) -m tools.mutants
