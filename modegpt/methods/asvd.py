@@ -23,6 +23,8 @@ from modegpt.methods.low_rank import (
     dense_layers,
     factored_model,
     layer_ranks,
+    paths,
+    rank_keeping,
     truncated,
 )
 from modegpt.methods.sleb import next_token_loss
@@ -173,15 +175,16 @@ def truncated_losses(
     prefix = embed(model, ids, batch_size=calibration.batch_size)
     with calibration.progress.bar(sum(map(len, scales)) * len(shares), "rank search", "truncation") as bar:
         for index, layer in enumerate(layers):
+            linears, own = block_linears(family, layer), paths(family, 1)
             of_layer: list[list[float]] = []
             for role, s in scales[index].items():
-                W, name = getattr(family, role)(layer).weight.detach().T, f"{getattr(family, f'{role}_path')}.weight"
+                W = linears[role].weight.detach().T
                 factors = scaled_truncation(W, s, rank_keeping(shares[-1], W.shape)).factors
                 of_layer.append([])
                 for share in shares:
                     rank = rank_keeping(share, W.shape)
                     weight = (factors.A[:, :rank] @ factors.B[:rank]).T
-                    of_layer[-1].append(_loss_with(model, ids, prefix, index, {name: weight}))
+                    of_layer[-1].append(_loss_with(model, ids, prefix, index, {f"{own[role]}.weight": weight}))
                     layers_run += len(layers) - index
                     bar.update()
             losses.append(torch.tensor(of_layer, dtype=torch.float64))
@@ -206,12 +209,6 @@ def _loss_with(
     return next_token_loss(model, ids, rest)
 
 
-def rank_keeping(share: float, size: tuple[int, ...]) -> int:
-    """The largest rank at which the factors of a map (in, out) store no more than ``share`` of its weights, or 1."""
-    rows, columns = size
-    return max(1, int(share * rows * columns / (rows + columns)))
-
-
 def ranks_by_loss(
     sizes: Mapping[Map, tuple[int, int]], losses: Mapping[tuple[Map, int], float], sparsity: float
 ) -> dict[Map, int]:
@@ -225,8 +222,8 @@ def ranks_by_loss(
         losses: by map and rank.
     """
     ranks: dict[Map, int] = {}
-    spare = (1 - sparsity) * sum(rows * columns for rows, columns in sizes.values())
-    spare -= sum(rows * columns for rows, columns in sizes.values())
+    total = sum(rows * columns for rows, columns in sizes.values())
+    spare = (1 - sparsity) * total - total
     for (each, rank), _ in sorted(losses.items(), key=lambda item: item[1]):
         if spare >= 0:
             break

@@ -199,6 +199,11 @@ class RankMethod(Method):
         """Modules that keep their full size for the engine."""
         return ENGINES[self.engine].whole
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What rules the ranks, as the fields of any method of this kind."""
+        return {option.name: getattr(self, option.name) for option in fields(RankMethod)}
+
     @classmethod
     def elsewhere(
         cls, *, compression: CompressionConfig, decomposition: DecompositionConfig, allocation: Mapping[str, Any]

@@ -194,3 +194,12 @@ def kl_divergence(dense: Predictions, log_q: Tensor) -> float:
 def even_positions(length: int, count: int, *, first: int = 0) -> Tensor:
     """``count`` positions of a window from ``first`` on, evenly spaced; the last is the window's last."""
     return first + torch.arange(1, count + 1) * (length - first) // count - 1
+
+
+MOST_PREDICTIONS = 4096
+"""Predictions of many models are compared at no more positions, evenly spaced."""
+
+
+def few_positions(num_windows: int, length: int, *, first: int = 0) -> Tensor:
+    """As many ``even_positions`` of each window as make up ``MOST_PREDICTIONS`` in all, and at least one."""
+    return even_positions(length, max(1, min(length - first, MOST_PREDICTIONS // num_windows)), first=first)

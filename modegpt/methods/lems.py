@@ -13,9 +13,17 @@ from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.decompositions.modules import LowRank
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.divergence import Reference, StandIns, acting_as, even_positions, exact_linear
+from modegpt.methods.divergence import Reference, StandIns, acting_as, exact_linear, few_positions
 from modegpt.methods.llm_surgeon import curvature_of
-from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, Truncation, block_linears, dense_layers, factored_model
+from modegpt.methods.low_rank import (
+    INPUT_GRAM,
+    INPUT_GRAMS,
+    Truncation,
+    block_linears,
+    dense_layers,
+    factored_model,
+    rank_keeping,
+)
 from modegpt.methods.svd_llm import whitened_truncation
 from modegpt.models import Family, block_linear_parameters, decoder_layers
 
@@ -32,9 +40,6 @@ TEMPERATURE = 0.6
 
 FIRST_SHARE = 1 / 8
 """Of each window, where predictions are not compared: 256 of 2048 tokens."""
-
-MOST_PREDICTIONS = 4096
-"""Predictions are compared at no more positions, evenly spaced."""
 
 INPUT_SHRINKAGE, OUTPUT_SHRINKAGE = 0.1, 0.3
 """Of the two factors of K-FAC towards a multiple of the identity."""
@@ -112,8 +117,7 @@ class Spectrum:
 
 def equal_rank(linear: nn.Linear) -> int:
     """The largest rank at which the factors are no larger than the matrix."""
-    rows, columns = linear.weight.shape
-    return max(1, rows * columns // (rows + columns))
+    return rank_keeping(1.0, linear.weight.shape)
 
 
 def propagation_bias(num_layers: int, *, depth: float, strength: float) -> list[float]:
@@ -308,6 +312,4 @@ def shrunk(moment: Tensor, share: float) -> Tensor:
 
 def compared_positions(num_windows: int, length: int) -> Tensor:
     """Positions of each window at which predictions are compared, evenly spaced behind its beginning."""
-    first = int(FIRST_SHARE * length)
-    count = max(1, min(length - first, MOST_PREDICTIONS // num_windows))
-    return even_positions(length, count, first=first)
+    return few_positions(num_windows, length, first=int(FIRST_SHARE * length))

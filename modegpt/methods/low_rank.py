@@ -73,6 +73,12 @@ def factor_ranks(sizes: Iterable[tuple[int, int]], sparsity: float) -> list[int]
     return ranks
 
 
+def rank_keeping(share: float, size: tuple[int, ...]) -> int:
+    """The largest rank at which the factors of a map (in, out) store no more than ``share`` of its weights, or 1."""
+    rows, columns = size
+    return max(1, int(share * rows * columns / (rows + columns)))
+
+
 def truncated(W: Tensor, rank: int, *, weigh: Tensor | None = None, unweigh: Tensor | None = None) -> Truncation:
     """The rank-``rank`` A B that minimises ``||T (W - A B)||_F``.
 

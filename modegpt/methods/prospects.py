@@ -37,6 +37,10 @@ class Prospect:
         """Dims of the module."""
         return len(self.curve) - 1
 
+    def at(self, rank: int) -> StandIns:
+        """What acts as if the module had ``rank`` dims: nothing at its full size."""
+        return [] if rank == self.size else self.map(self.size - rank)
+
     def removed(self, share: float) -> int:
         """The number of dims nearest to ``share`` that can be removed: not none, and not all."""
         kept = min(max(round((1 - share) * self.size / self.unit), 1) * self.unit, self.size - self.unit)

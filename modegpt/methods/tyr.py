@@ -15,7 +15,7 @@ from modegpt.decompositions.elimination import MLPElimination
 from modegpt.decompositions.svd import ValueOutputSVD
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
-from modegpt.methods.divergence import Reference, StandIns, acting_as, even_positions
+from modegpt.methods.divergence import Reference, StandIns, acting_as, few_positions
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.prospects import PROSPECTS
 from modegpt.models import Family, decoder_layers
@@ -27,8 +27,6 @@ LEVELS = 4
 """Steps that a module may move from where it was at the beginning of a round, to either side."""
 
 MOST_SHIFTS = 4
-MOST_PREDICTIONS = 4096
-"""Predictions are compared at no more positions, evenly spaced."""
 
 TRIES = 100
 """Draws for each offspring that is wanted, after which there are fewer: most moves are out of range, or seen."""
@@ -92,11 +90,7 @@ class Tyr(RankMethod):
             query_key=QueryKeyCR(),
             value_output=ValueOutputSVD(),
             allocation=Uniform(),
-            module_sparsity=self.module_sparsity,
-            rank_multiple=self.rank_multiple,
-            budget=self.budget,
-            skip_layers=self.skip_layers,
-            engine=self.engine,
+            **self.rules,
         )
 
     def check(self, task: CompressionTask) -> None:
@@ -124,15 +118,11 @@ class Tyr(RankMethod):
 
         @functools.cache
         def reduced(index: int, module: str, rank: int) -> StandIns:
-            prospect = prospects[index][module]
-            return [] if rank == prospect.size else prospect.map(prospect.size - rank)
+            return prospects[index][module].at(rank)
 
         ids = calibration.tokens.ids[: self.windows[-1]]
-        count = max(1, min(ids.shape[1], MOST_PREDICTIONS // len(ids)))
         with meter.stage("search", counted=True):
-            reference = Reference.of(
-                task.model, ids, batch_size=self.windows[0], positions=even_positions(ids.shape[1], count)
-            )
+            reference = Reference.of(task.model, ids, batch_size=self.windows[0], positions=few_positions(*ids.shape))
 
             def divergence(ranks: Ranks, batches: Sequence[int]) -> float:
                 meter.forward_passes += sum(len(reference.batches[number]) for number in batches) / len(

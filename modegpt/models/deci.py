@@ -59,6 +59,7 @@ class DeciCheckpoint:
         self.widths, heads = deci_sizes(model, width_multiple)
         # the first norm of the engines' layers starts the sum that the others enter
         self.heads = [model.config.dense_kv_heads * (count > 0 or index == 0) for index, count in enumerate(heads)]
+        self.biased = self._biased()
         self.config = self._config(model.config.rope_parameters if pairs is None else placed_frequencies(model))
 
     @property
@@ -85,7 +86,7 @@ class DeciCheckpoint:
                 head_dim=self.head_dim,
                 width=self.widths[index],
                 num_kv_heads=self.heads[index],
-                biased=self._biased(),
+                biased=self.biased,
                 where=f"layer {index}",
             )
             yield from ((f"{self.family.layers}.{index}.{name}", tensor) for name, tensor in tensors.items())
@@ -118,7 +119,7 @@ class DeciCheckpoint:
         return wanted | (set(MLP) if found & set(MLP) else set())
 
     def _config(self, rope_parameters: dict[str, Any]) -> PreTrainedConfig:
-        fields, biased, config = family_fields(self.model.config), self._biased(), self.model.config
+        fields, biased, config = family_fields(self.model.config), self.biased, self.model.config
         known = {name: value for name, value in fields.items() if name in LlamaConfig().to_dict()}
         known |= {
             "head_dim": self.head_dim,
@@ -144,9 +145,15 @@ class DeciCheckpoint:
 
 def outside_layers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors that stand in no decoder layer, without a head that is the embeddings."""
+    for name, tensor in untied(model):
+        if not name.startswith(f"{family_of(model.config).layers}."):
+            yield name, tensor
+
+
+def untied(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The state dict without a head that is the embeddings."""
     for name, tensor in model.state_dict().items():
-        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if not (tied or name.startswith(f"{family_of(model.config).layers}.")):
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             yield name, tensor
 
 

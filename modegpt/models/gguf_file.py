@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modegpt.errors import UserError
 from modegpt.files import read_json, replacing
 from modegpt.models import Family, decoder_layers, family_of
-from modegpt.models.deci import ATTENTION, MLP, check_deci, deci_layer, deci_sizes, outside_layers
+from modegpt.models.deci import ATTENTION, MLP, check_deci, deci_layer, deci_sizes, outside_layers, untied
 from modegpt.models.export import (
     ExportReport,
     Size,
@@ -134,9 +134,8 @@ def _own_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> 
         raise UserError(f"llama.cpp's architecture {family.model_type} has no frequencies of one's own")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stock.state_dict().items():
-            if name != "lm_head.weight" or not own.tie_word_embeddings:
-                yield name, tensor + offset if offset and "norm" in name else tensor
+        for name, tensor in untied(stock):
+            yield name, tensor + offset if offset and "norm" in name else tensor
 
     kv_heads, heads = [own.num_key_value_heads] * count, [own.num_attention_heads] * count
     return _Layout(

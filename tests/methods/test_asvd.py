@@ -16,13 +16,12 @@ from modegpt.methods.asvd import (
     ASVD,
     _loss_with,
     channel_scale,
-    rank_keeping,
     ranks_by_loss,
     scaled_truncation,
     truncated_losses,
 )
 from modegpt.methods.base import CompressionTask
-from modegpt.methods.low_rank import block_linears, truncated
+from modegpt.methods.low_rank import block_linears, rank_keeping, truncated
 from modegpt.models import decoder_layers
 from tests.methods.protocol_checks import (
     FORMS,

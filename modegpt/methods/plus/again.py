@@ -85,8 +85,8 @@ def stand_ins(prospects: Prospects, plan: RankPlan, but: tuple[int, str] | None 
         stand_in
         for index, of_layer in enumerate(prospects)
         for module, prospect in of_layer.items()
-        if (index, module) != but and plan.ranks[index][module] < prospect.size
-        for stand_in in prospect.map(prospect.size - plan.ranks[index][module])
+        if (index, module) != but
+        for stand_in in prospect.at(plan.ranks[index][module])
     ]
 
 

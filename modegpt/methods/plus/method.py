@@ -63,11 +63,7 @@ class MoDeGPTPlus(Switches, RankMethod):
             query_key=QueryKeyCR(),
             value_output=ValueOutputSVDAttention() if self.value_output == "attention" else ValueOutputSVD(),
             allocation=Entropic() if self.allocation == "entropic" else Uniform(),
-            module_sparsity=self.module_sparsity,
-            rank_multiple=self.rank_multiple,
-            budget=self.budget,
-            skip_layers=self.skip_layers,
-            engine=self.engine,
+            **self.rules,
         )
 
     def check(self, task: CompressionTask) -> None:
