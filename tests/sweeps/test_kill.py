@@ -59,6 +59,7 @@ class Launcher:
             "MODEGPT_CACHE": str(folder / "cache"),
         }
         self.folder, self.store = folder, RecordStore(folder / "results")
+        self.partial = (self.store.root / PARTIAL, folder / "cache" / "partial")
 
     def launch(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -83,7 +84,7 @@ class Launcher:
         assert len(after) == num_jobs and before.items() <= after.items()
         left = [path for path in self.store.root.rglob("*") if path.is_file()]
         assert {path.name for path in left} == {"record.json", "layers.png", "scores.png"} and len(left) == 3 * num_jobs
-        for partial in (self.store.root / PARTIAL, self.folder / "cache" / "partial"):
+        for partial in self.partial:
             assert not any(partial.iterdir())
 
 
@@ -112,6 +113,18 @@ def descendants(pid: int) -> list[int]:
 def workers(pid: int) -> list[int]:
     """The processes that do jobs for ``pid``, the oldest first."""
     return sorted(child for child in descendants(pid) if b"cli.launcher" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def stop_between_writes(sweep: Launcher, pid: int) -> None:
+    """Stop the process where no file is half written: what a kill leaves of one goes after an hour, and not before."""
+    for _ in range(1000):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)  # it has stopped by then
+        if not any(path for partial in sweep.partial for path in partial.glob("*")):
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.05)
+    raise AssertionError("a file is always half written")
 
 
 def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
@@ -145,6 +158,7 @@ def test_killing_a_worker(tmp_path: Path, repository: Path, launcher: tuple[str,
     logs = f".sweeps/*/*/{LOG}"
     wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(logs)), process)
     victim = workers(process.pid)[0]
+    stop_between_writes(sweep, victim)
     for pid in (victim, *descendants(victim)):
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
