@@ -109,7 +109,6 @@ def ablation(name: str, title: str, columns: tuple[Column, ...], members: Iterab
         {INGREDIENTS: "Ingredients"},
         columns,
         where={INGREDIENTS: frozenset(members)},
-        dense=False,
         note=f"{EXCESS_NOTE} {note}",
     )
 
@@ -129,7 +128,6 @@ TABLES = (
         RATES,
         AGAINST_BOTH,
         where=BOTH,
-        dense=False,
         note=f"{EXCESS_NOTE} Less than: share of the paper's excess that modegpt_plus does not have, seed by seed.",
     ),
     TableSpec(
@@ -169,7 +167,6 @@ TABLES = (
         RATES,
         AGAINST_BOTH,
         where=BOTH,
-        dense=False,
         note=f"{EXCESS_NOTE} 32 calibration windows. Nothing was chosen on this model but the range of the ridges.",
     ),
     TableSpec(
@@ -199,7 +196,6 @@ TABLES = (
             )
         ),
         per_perplexity=False,
-        dense=False,
         note="Nothing cached, nothing scored; loading not counted. x MoDeGPT: times the paper's method, seed by seed. "
         "Host memory is the whole process's.",
     ),
@@ -224,7 +220,6 @@ TABLES = (
         {"calibration.num_samples": "Windows"},
         FAITHFUL_AND_PLUS,
         where=AT_30,
-        dense=False,
         note=EXCESS_NOTE,
     ),
     TableSpec(
@@ -235,7 +230,6 @@ TABLES = (
         FAITHFUL_AND_PLUS,
         where=AT_30,
         per_text=False,
-        dense=False,
         note=EXCESS_NOTE,
     ),
 )

@@ -137,7 +137,6 @@ MAIN_TABLES = (
         METHODS,
         at_rates(KEPT),
         per_perplexity=False,
-        dense=False,
     ),
     TableSpec(
         "methods_removed",
@@ -146,7 +145,6 @@ MAIN_TABLES = (
         METHODS,
         at_rates(REMOVED),
         per_perplexity=False,
-        dense=False,
     ),
     TableSpec(
         "methods_tasks",
@@ -219,7 +217,6 @@ ABLATION_TABLES = (
         ("module_wise",),
         {"module": "Module"},
         at_rates(Column("Loss", "log_increase_per_percent", "lower", digits=4), key="module_rate"),
-        dense=False,
         note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear "
         "weights that went.",
     ),
@@ -246,7 +243,6 @@ ABLATION_TABLES = (
                 ),
             )
         ),
-        dense=False,
         note=f"{plus.EXCESS_NOTE} Columns: share of the pairs of queries and keys removed; all else is dense, and "
         "every row keeps the same pairs.",
     ),
@@ -351,7 +347,6 @@ COST_TABLES = (
             Column("Backward passes", "backward_passes", digits=0),
         ),
         per_perplexity=False,
-        dense=False,
         note="Nothing cached, nothing scored. FLOPs are those that the run counts; host memory is the whole process's.",
     ),
     *(

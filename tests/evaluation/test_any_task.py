@@ -8,6 +8,7 @@ import lm_eval.tasks
 import pytest
 import yaml
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 
 from modegpt.cost.work import metered_forwards
 from modegpt.errors import UserError
@@ -192,6 +193,19 @@ def test_a_group_is_one_figure_over_all_its_items(folder, wide_model, tokenizer)
         items.least_stderr(whole["num_items"]) / whole["value"]
     )
     assert task_fingerprint(group, limit=None) != task_fingerprint(zero["mmlu_stem"], limit=None)
+
+
+def test_a_group_that_weighs_its_tasks_alike_is_as_many_figures_as_tasks(folder, monkeypatch) -> None:
+    load = TaskManager.load
+
+    def alike(manager: TaskManager, names: list[str]) -> dict:
+        loaded = load(manager, names)
+        for metric in loaded["groups"]["mmlu_stem"].aggregate_metric_list:
+            metric.weight_by_size = False
+        return loaded
+
+    monkeypatch.setattr(TaskManager, "load", alike)
+    assert sorted(load_tasks(["mmlu_stem"], data_path=str(folder))) == STEM
 
 
 def test_a_chat_template_makes_turns(folder, wide_model, talking, tokenizer, monkeypatch) -> None:
