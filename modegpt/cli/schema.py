@@ -1,9 +1,10 @@
 """The bridge from Hydra's configuration to the plain dataclasses of ``modegpt.config``."""
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
@@ -22,6 +23,7 @@ INGREDIENTS = "experiments/ingredients"
 """The file of combinations of modegpt_plus's switches in ``conf/``, and the group whose options they are."""
 
 
+@functools.cache
 def register() -> None:
     """Tell Hydra what no YAML file of ``conf/`` says.
 
@@ -44,8 +46,16 @@ class FileConfigSource(file_config_source.FileConfigSource):
     name of Hydra's own reader: by the name Hydra tells, in the workers of a launcher, that files have a reader already.
     """
 
+    read: ClassVar[dict[tuple[str, str], ConfigResult]] = {}
+    """What was read: Hydra composes a run's configuration twice, a sweep's once more for each job."""
+
     def load_config(self, config_path: str) -> ConfigResult:
         """The file's content over the defaults of what it names."""
+        if (key := (self.path, config_path)) not in self.read:
+            self.read[key] = self._load(config_path)
+        return copy.deepcopy(self.read[key])
+
+    def _load(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
         known = options().get(config_path.rpartition("/")[0], {})
         if known and isinstance(result.config, DictConfig) and (name := result.config.get("name")) in known:

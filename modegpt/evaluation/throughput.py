@@ -105,7 +105,8 @@ def measure(
         ``tokens_per_second``;
         ``peak_memory_bytes``: weights and what the step needed beside them, None where the system does not say, and for
             a CUDA graph, which has its memory before it runs;
-        ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round;
+        ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round, None where the clock
+            of the processor's time did not move;
         ``ideal_speedup``: what the work alone would give; ``share_of_ideal``: ``speedup`` over it.
     """
     assert DENSE in models, list(models)
@@ -195,7 +196,8 @@ def _entry(
 ) -> dict[str, Any]:
     wall, cpu = ([sample[each] / num_steps for sample in samples[label]] for each in (0, 1))
     ratios = [dense[0] / own[0] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
-    cpu_ratios = [dense[1] / own[1] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
+    measured = all(cpu)  # a coarse clock of the processor's time may not have moved in a short step
+    cpu_ratios = [dense[1] / own[1] for dense, own in zip(samples[DENSE], samples[label], strict=True) if measured]
     return {
         **vars(workload),
         "model": label,
@@ -203,7 +205,7 @@ def _entry(
         "tokens_per_second": workload.num_tokens / median(wall),
         "cpu_seconds": median(cpu),
         "speedup": median(ratios),
-        "cpu_speedup": median(cpu_ratios),
+        "cpu_speedup": median(cpu_ratios) if measured else None,
         "samples_seconds": wall,
         "samples_cpu_seconds": cpu,
     }

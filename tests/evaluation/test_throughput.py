@@ -67,6 +67,19 @@ def test_a_fixed_cache_is_left_as_it_was(phase: str) -> None:
     assert torch.equal(rounds[0], rounds[1]) and torch.equal(rounds[0], rounds[2])
 
 
+def test_a_clock_that_does_not_move_gives_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_seconds", lambda step, _: (1.0, 0.0))
+    [found] = measure(
+        {"dense": dense_model("llama")},
+        [Workload("prefill", 1, 4)],
+        repeats=2,
+        decode_tokens=1,
+        roof=Roof(1e9, 1e9),
+        say=lambda _: None,
+    )
+    assert found["cpu_seconds"] == 0 and found["cpu_speedup"] is None and found["speedup"] == 1
+
+
 def test_a_record_holds_both_models_and_the_machine() -> None:
     dense = dense_model("llama")
     lines: list[str] = []
