@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modegpt.cost import machine
+from modegpt.evaluation import throughput
 from tests import simulated_gpu
 from tests.scripts import load_script
 from tests.simulated_streams import Watch
@@ -41,7 +42,7 @@ def capturing(_: object) -> Iterator[None]:
 def main() -> None:
     steps = load_script("benchmarks/gpu_steps")
     setting = steps.Setting(device="cuda:0", **steps.SCALES["tiny"])
-    machine.SIZE["cuda"], machine.COPY_BYTES["cuda"] = 64, 2**10
+    machine.SIZE["cuda"], machine.COPY_BYTES["cuda"], throughput.ROOF_SIZE["cuda"] = 64, 2**10, 64
     graph = SimpleNamespace(replay=lambda: REPLAYED.append("graph"))
     with simulated_gpu.simulated_gpu(), Watch().watching(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.cuda, "CUDAGraph", lambda: graph)
