@@ -2,7 +2,7 @@
 
     python experiments/tiny.py [--root results] [--only NAME ...] [--full]
 
-The two embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
+The embedded models, and the two real ones where the shared folder is (``MODEGPT_SHARED``, or ``shared`` beside the
 checkout). Two processes at most, one thread each. Interrupt it and start it again: a run that has its record, in a
 directory or in an archive, is skipped. ``modegpt-records pack`` then moves new records into the archives.
 
@@ -30,8 +30,8 @@ EXPERIMENTS = Path(__file__).resolve().parent
 CHECKOUT = EXPERIMENTS.parent
 SHARED = Path(os.environ.get("MODEGPT_SHARED", CHECKOUT.parent / "shared"))
 TINY = ("calibration=tiny", "evaluation=tiny")
-LLAMA, OPT, BABY, STORIES = "tiny-llama", "tiny-opt", "babyllama-105", "stories260K"
-EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT)}
+LLAMA, OPT, QWEN, BABY, STORIES = "tiny-llama", "tiny-opt", "tiny-qwen3", "babyllama-105", "stories260K"
+EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT, QWEN)}
 MODELS = EMBEDDED | {
     name: ["model=local", f"model.name={name}", f"model.path={SHARED}/models/{name}"]
     for name in (BABY, STORIES)
@@ -40,7 +40,7 @@ MODELS = EMBEDDED | {
 REAL_TEXT = ["calibration=jsonl", f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl"]
 REAL_TEST = ["evaluation=jsonl", f"evaluation.perplexity.path={SHARED}/data/tinystories/eval_200.jsonl"]
 REAL_TASKS = ("evaluation.zeroshot.tasks=paper", f"evaluation.zeroshot.data_path={SHARED}/data/zeroshot")
-SECONDS = {LLAMA: 1.0, OPT: 1.0, STORIES: 2.0, BABY: 3.0}
+SECONDS = {LLAMA: 1.0, OPT: 1.0, QWEN: 1.0, STORIES: 2.0, BABY: 3.0}
 """What one run of a model costs, relative to the others: mostly its evaluation."""
 
 
@@ -84,6 +84,7 @@ PLAN = {
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
     "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
     "zeroshot_seeds": On((LLAMA,), full=(OPT, STORIES), real=REAL_TASKS),
+    "head_norm": On((QWEN,), settings=("evaluation.perplexity.limit=null",)),
     "recovery": On(
         (LLAMA,),
         full=(OPT, BABY),
@@ -94,7 +95,6 @@ PLAN = {
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 ELSEWHERE = (
-    "head_norm",
     "plus_released",
     "plus_released_uniform",
     "real_models",

@@ -19,7 +19,8 @@ def loaded(request):
 
 def test_files_are_small_and_float32(loaded):
     name, model, _ = loaded
-    assert (TINY_MODELS[name] / "model.safetensors").stat().st_size < 6.5e6
+    largest = 3e6 if name == "tiny-qwen3" else 6.5e6
+    assert sum(file.stat().st_size for file in TINY_MODELS[name].iterdir()) < largest
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

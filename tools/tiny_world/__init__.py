@@ -1,1 +1,1 @@
-"""Makes the embedded world again: the corpus, the tasks and the two trained models. See ``train``."""
+"""Makes the embedded world again: the corpus, the tasks and the trained models. See ``train``."""

@@ -1,4 +1,4 @@
-"""The recipe of the tiny models: ``python -m tools.tiny_world.train`` writes the data, trains and saves both models.
+"""The recipe of the tiny models: ``python -m tools.tiny_world.train`` writes the data, trains and saves all models.
 
 Same seed, library versions and processor: same weights. Other processors round differently, so the last digits differ.
 """
@@ -215,7 +215,7 @@ def task_accuracies(
 
 
 def train_and_save(name: str, *, recipe: Recipe, output: Path) -> dict:
-    """Train one of the two models and save it in Hugging Face form under ``output/name``.
+    """Train one of the models and save it in Hugging Face form under ``output/name``.
 
     Returns what its RECIPE.json records.
     """
@@ -290,9 +290,7 @@ def save_and_record(
 def main(arguments: list[str]) -> None:
     """Command line of the recipe."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.train", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", choices=sorted(ARCHITECTURES), help="train only this model (default: those that ship)"
-    )
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), help="train only this model (default: all)")
     parser.add_argument("--output", type=Path, default=MODELS_DIR, help="directory that receives the models")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
