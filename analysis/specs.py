@@ -222,9 +222,9 @@ ABLATION_TABLES = (
     ),
     TableSpec(
         "head_norm",
-        "Queries and keys under a norm of their heads: how the norm of the kept pairs is estimated",
-        ("head_norm",),
-        {"decomposition.query_key.head_norm": "Mean square of the head"},
+        "Queries and keys under a norm of their heads: which pairs stay, and how their norm is estimated",
+        ("head_norm", "head_norm_selection"),
+        {"decomposition/query_key": "Pairs", "decomposition.query_key.head_norm": "Mean square of the head"},
         tuple(
             column
             for column in at_rates(
@@ -239,12 +239,12 @@ ABLATION_TABLES = (
                     scale=100,
                     digits=1,
                     compared="ratio",
-                    against={"decomposition.query_key.head_norm": "kept"},
+                    against={"decomposition/query_key": "cr_pairs", "decomposition.query_key.head_norm": "kept"},
                 ),
             )
         ),
         note=f"{plus.EXCESS_NOTE} Columns: share of the pairs of queries and keys removed; all else is dense, and "
-        "every row keeps the same pairs.",
+        "rows of one choice keep the same pairs.",
     ),
     TableSpec(
         "allocation_perplexity",

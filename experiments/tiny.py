@@ -84,7 +84,7 @@ PLAN = {
     "plus_ablation": On((OPT,), full=(LLAMA, STORIES, BABY)),
     "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
     "zeroshot_seeds": On((LLAMA,), full=(OPT, STORIES), real=REAL_TASKS),
-    "head_norm": On((QWEN,), settings=("evaluation.perplexity.limit=null",)),
+    **dict.fromkeys(("head_norm", "head_norm_selection"), On((QWEN,), settings=("evaluation.perplexity.limit=null",))),
     "recovery": On(
         (LLAMA,),
         full=(OPT, BABY),

@@ -134,6 +134,7 @@ STATISTICS: dict[str, Statistic] = {
     # the two sides of the product, by query and by key head
     "query_key.C_Q": Statistic(("H", "d", "d"), "query", "output", query_states),
     "query_key.C_K": Statistic(("H_kv", "d", "d"), "key", "output", key_states),
+    "query_key.mean_K": Statistic(("H_kv", "d"), "key", "output", key_states),
     # where the family has norms of heads: what pairs contribute to them
     "query_key.N_Q": Statistic(("G_Q", "F_Q", "F_Q"), "query", "output", query_shares),
     "query_key.N_K": Statistic(("G_K", "F_K", "F_K"), "key", "output", key_shares),

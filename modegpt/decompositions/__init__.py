@@ -14,7 +14,13 @@ from modegpt.decompositions.controls import (
     ValueOutputMagnitude,
     ValueOutputRandom,
 )
-from modegpt.decompositions.cr import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination, QueryKeyShared
+from modegpt.decompositions.cr import (
+    QueryKeyCR,
+    QueryKeyCRPairs,
+    QueryKeyElimination,
+    QueryKeyEliminationCentred,
+    QueryKeyShared,
+)
 from modegpt.decompositions.elimination import MLPElimination, ValueOutputColumns
 from modegpt.decompositions.modules import MLPVariant, QueryKeyVariant, ValueOutputVariant, Variant
 from modegpt.decompositions.nystrom import MLPColumns, MLPNystrom, MLPNystromBias
@@ -40,6 +46,7 @@ QUERY_KEY_VARIANTS: dict[str, type[QueryKeyVariant]] = {
     "cr_pairs": QueryKeyCRPairs,
     "cr_shared": QueryKeyShared,
     "elimination": QueryKeyElimination,
+    "elimination_centred": QueryKeyEliminationCentred,
     "svd": QueryKeySVD,
     "magnitude": QueryKeyMagnitude,
     "random": QueryKeyRandom,

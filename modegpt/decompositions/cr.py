@@ -117,7 +117,7 @@ class QueryKeyElimination(QueryKeySelection):
         """Eliminate dims or pairs in each key head."""
         C_Q, C_K = statistics["query_key.C_Q"].double(), statistics["query_key.C_K"].double()
         unit, size = weights.rank_unit, weights.inner_size
-        products = group_heads(C_Q, len(C_K)).sum(dim=1) * C_K
+        products = group_heads(C_Q, len(C_K)).sum(dim=1) * self.seen_keys(statistics)
         blocks = products.reshape(len(C_K), unit, size // unit, unit, size // unit).sum(dim=(1, 3))
         alive = torch.ones(blocks.shape[:2], dtype=torch.bool, device=blocks.device)
         for head, M in enumerate(blocks):
@@ -127,6 +127,27 @@ class QueryKeyElimination(QueryKeySelection):
         error = query_key_relative_error(C_Q, C_K, kept)
         reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
         return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)
+
+    def seen_keys(self, statistics: Statistics) -> Tensor:
+        """The Gram (H_kv, d, d) of keys by which logits are missed."""
+        return statistics["query_key.C_K"].double()
+
+
+@dataclass(frozen=True)
+class QueryKeyEliminationCentred(QueryKeyElimination):
+    """QueryKeyElimination by the error about the mean over keys, which adds one number to all logits of a query.
+
+    Softmax takes no notice of that number, as long as a query sees keys whose mean is that of all.
+    Optimum, relative_error, cost and source as there.
+    """
+
+    label: ClassVar[str] = "Greedy elimination, keys centred"
+    required: ClassVar[frozenset[str]] = QueryKeyElimination.required | {"query_key.mean_K", "layer.num_tokens"}
+
+    def seen_keys(self, statistics: Statistics) -> Tensor:
+        """About the mean key."""
+        mean = statistics["query_key.mean_K"].double()
+        return super().seen_keys(statistics) - statistics["layer.num_tokens"] * mean.unsqueeze(2) * mean.unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,12 @@ def test_query_key_states_are_those_the_attention_multiplies(name: str, monkeypa
     num_heads, num_kv_heads = config.num_attention_heads, dense_shape(config).num_kv_heads
     scale = dense_shape(config).qk_head_dim ** 0.5 if name == "opt" else 1.0  # OPT scales its queries beforehand
     for (query, key), statistics in zip(
-        received, calibration.statistics(frozenset({"query_key.C_Q", "query_key.C_K"})), strict=True
+        received, calibration.statistics(frozenset({f"query_key.{of}" for of in ("C_Q", "C_K", "mean_K")})), strict=True
     ):
         key = key if key.shape[1] == num_kv_heads else key[:, :: num_heads // num_kv_heads]
         close(statistics["query_key.C_Q"], torch.einsum("bhti,bhtj->hij", query * scale, query * scale))
         close(statistics["query_key.C_K"], torch.einsum("bhti,bhtj->hij", key, key))
+        close(statistics["query_key.mean_K"], key.mean(dim=(0, 2)))
 
 
 def test_influence_alone_collects_nothing_else() -> None:

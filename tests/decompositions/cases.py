@@ -69,7 +69,8 @@ class QueryKeyCase:
 
     @property
     def statistics(self) -> Statistics:
-        return {"query_key.C_Q": self.Q.mT @ self.Q, "query_key.C_K": self.K.mT @ self.K}
+        grams = {"query_key.C_Q": self.Q.mT @ self.Q, "query_key.C_K": self.K.mT @ self.K}
+        return grams | {"query_key.mean_K": self.K.mean(dim=1), "layer.num_tokens": torch.tensor(self.K.shape[1])}
 
     def logits(self, weights: QueryKeyWeights | None = None) -> Tensor:
         """(H, T, T), from the states of the (reduced) weights, without rotation."""

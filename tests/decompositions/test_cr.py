@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modegpt.decompositions import QueryKeyCR, QueryKeyCRPairs, QueryKeyElimination, QueryKeyShared
-from modegpt.decompositions.cr import cr_scores, in_order
+from modegpt.decompositions.cr import QueryKeyEliminationCentred, cr_scores, in_order
 from modegpt.decompositions.selection import query_key_relative_error, sum_pairs
 from modegpt.errors import UserError
 from tests.decompositions.cases import HEADS, generator, matrix_root, query_key_case
@@ -154,9 +154,16 @@ def test_dead_dims_go_first():
 
 @heads
 @pytest.mark.parametrize("rope", [True, False])
-def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, rope):
-    case = query_key_case(heads=heads, rope=rope, seed=5)
-    result = QueryKeyElimination()(case.weights, case.statistics, 4, generator())
+@pytest.mark.parametrize("variant", [QueryKeyElimination(), QueryKeyEliminationCentred()], ids=lambda each: each.label)
+def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, rope, variant):
+    """Or, with keys centred, what the logits of a query miss beside the number that they all miss."""
+    centred = isinstance(variant, QueryKeyEliminationCentred)
+    case = query_key_case(heads=heads, rope=rope, bias=centred, seed=5)
+    if centred:  # what keys have in common is large in a dim that matters little
+        b_K = 4 * torch.eye(case.weights.inner_size, dtype=case.K.dtype)[0].expand_as(case.weights.b_K)
+        weights = dataclasses.replace(case.weights, b_K=case.weights.b_K + b_K)
+        case = dataclasses.replace(case, weights=weights, K=case.K + b_K.unsqueeze(1))
+    result = variant(case.weights, case.statistics, 4, generator())
     d, group = case.weights.inner_size, len(case.Q) // len(case.K)
     dense = case.logits()
 
@@ -165,7 +172,8 @@ def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, 
 
     def missed(head: int, blocks: list[int]) -> float:
         queries, keys = case.Q[head * group : (head + 1) * group, :, dims(blocks)], case.K[head][:, dims(blocks)]
-        return float((dense[head * group : (head + 1) * group] - queries @ keys.mT).square().sum())
+        lost = dense[head * group : (head + 1) * group] - queries @ keys.mT
+        return float((lost - lost.mean(dim=-1, keepdim=True) if centred else lost).square().sum())
 
     for head in range(len(case.K)):
         alive = list(range(d // 2 if rope else d))
@@ -173,6 +181,10 @@ def test_elimination_drops_what_the_logits_miss_least_given_what_is_gone(heads, 
             costs = {block: missed(head, [other for other in alive if other != block]) for block in alive}
             alive.remove(min(costs, key=costs.get))
         assert result.kept[head].tolist() == dims(alive)
+    if centred:
+        plain = QueryKeyElimination()(case.weights, case.statistics, 4, generator())
+        assert not torch.equal(result.kept, plain.kept) and result.relative_error > plain.relative_error
+        return
     chosen = QueryKeyCR()(case.weights, case.statistics, 4, generator())
     assert result.relative_error <= chosen.relative_error * (1 + 1e-9)
     error = (dense - case.logits(result.weights)).square().sum() / dense.square().sum()
