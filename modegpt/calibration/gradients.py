@@ -65,15 +65,15 @@ def weight_gradients(calibration: Calibration, weights: list[nn.Parameter], *, b
     return totals
 
 
-def output_sensitivity(calibration: Calibration, linears: Sequence[nn.Linear], *, batch_size: int) -> list[Tensor]:
-    """``||dL/dy_t||^2`` of what each of ``linears`` gives each token t, for the summed negative log-likelihood L of its
+def output_sensitivity(calibration: Calibration, modules: Sequence[nn.Module], *, batch_size: int) -> list[Tensor]:
+    """``||dL/dy_t||^2`` of what each of ``modules`` gives each token t, for the summed negative log-likelihood L of its
     window.
 
-    Returns one tensor (num_samples, sequence_length), float32, a linear: the trace of the empirical Fisher information
+    Returns one tensor (num_samples, sequence_length), float32, a module: the trace of the empirical Fisher information
     of y_t.
     """
     seen: dict[int, Tensor] = {}
-    squares: list[list[Tensor]] = [[] for _ in linears]
+    squares: list[list[Tensor]] = [[] for _ in modules]
 
     def tap(index: int) -> Callable[..., Tensor]:
         def keep(_: nn.Module, __: object, y: Tensor) -> Tensor:
@@ -84,11 +84,11 @@ def output_sensitivity(calibration: Calibration, linears: Sequence[nn.Linear], *
 
     def step(batch: Tensor) -> None:
         loss = summed_loss(calibration.model, batch)
-        gradients = torch.autograd.grad(loss, [seen[index] for index in range(len(linears))])
+        gradients = torch.autograd.grad(loss, [seen[index] for index in range(len(modules))])
         for kept, gradient in zip(squares, gradients, strict=True):
             kept.append(gradient.float().square().sum(dim=-1).view_as(batch))
 
-    handles = [linear.register_forward_hook(tap(index)) for index, linear in enumerate(linears)]
+    handles = [module.register_forward_hook(tap(index)) for index, module in enumerate(modules)]
     try:
         with differentiable(calibration.model, ()):
             in_micro_batches(calibration, "token weights", batch_size, step)

@@ -63,8 +63,8 @@ def forward_cost(model: PreTrainedModel) -> ForwardCost:
     attention_columns = sum(
         shape.num_kv_heads * group * (shape.qk_head_dim + shape.v_head_dim) for shape in layer_shapes(config)
     )
-    experts_path = family_of(config).experts_path
-    share = 1.0 if experts_path is None else config.num_experts_per_tok / config.num_experts
+    family = family_of(config)
+    experts_path, share = family.experts_path, family.seen_share(config)
     # the maps, each with the share of the tokens that it sees
     linears = [
         (module, share if experts_path is not None and f".{experts_path}." in name else 1.0)

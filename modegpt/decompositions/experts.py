@@ -6,7 +6,7 @@ filled up with a diagonal of its weights' sizes, in the share of the tokens that
 slices, and an expert that no token reached is cut by its weights alone. The router is not touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,35 @@ def expert_gram(C: Tensor, weights: MLPWeights[Tensor], num_tokens: int) -> Tens
     return C + torch.diag(lacking * level * sizes / sizes.mean())
 
 
+def token_counts(statistics: Statistics) -> list[int]:
+    """How many tokens each expert saw."""
+    return (statistics["experts.share"] * statistics["layer.num_tokens"]).round().long().tolist()
+
+
+def of_each(
+    weights: MLPWeights[Tensor] | ExpertWeights, statistics: Statistics
+) -> list[tuple[MLPWeights[Tensor], Tensor]]:
+    """The MLP of a layer, or each expert, with the Gram (n, n) by which it is reduced."""
+    if not isinstance(weights, ExpertWeights):
+        return [(weights, statistics["mlp.C"])]
+    return [
+        (expert, expert_gram(C.double(), expert, count))
+        for expert, C, count in zip(weights.experts, statistics["experts.C"], token_counts(statistics), strict=True)
+    ]
+
+
+def token_report(counts: Sequence[int], width: int) -> dict[str, Any]:
+    """For the record, of experts of ``width`` that saw ``counts`` tokens.
+
+    The least and the most that one saw, and which saw fewer than they have channels (``few``) or none (``unseen``).
+    """
+    report: dict[str, Any] = {"fewest_tokens": min(counts), "most_tokens": max(counts)}
+    for name, bound in (("few", width), ("unseen", 1)):
+        if short := [index for index, count in enumerate(counts) if count < bound]:
+            report[name] = short
+    return report
+
+
 def reduce_experts(
     reduce: Callable[..., Reduction[MLPWeights[Tensor]]],
     weights: ExpertWeights,
@@ -48,18 +77,14 @@ def reduce_experts(
 ) -> Reduction[ExpertWeights]:
     """Every expert by the MLP variant ``reduce``, at width ``rank``.
 
-    relative_error: over all experts, from the tokens that each saw. numerics: which experts saw fewer tokens than they
-    have channels (``few``) or none (``unseen``), the least and the most that one saw, and what solvers had to do.
+    relative_error: over all experts, from the tokens that each saw. numerics: ``token_report``, and what solvers had to
+    do.
     """
-    counts = (statistics["experts.share"] * statistics["layer.num_tokens"]).round().long().tolist()
     experts, kept, lost, whole = [], [], torch.zeros(()), torch.zeros(())
-    numerics: dict[str, Any] = {"fewest_tokens": min(counts), "most_tokens": max(counts)}
-    for name, bound in (("few", weights.inner_size), ("unseen", 1)):
-        if short := [index for index, count in enumerate(counts) if count < bound]:
-            numerics[name] = short
-    for index, (expert, count) in enumerate(zip(weights.experts, counts, strict=True)):
+    numerics = token_report(token_counts(statistics), weights.inner_size)
+    for index, (expert, filled) in enumerate(of_each(weights, statistics)):
         C = statistics["experts.C"][index].double()
-        done = reduce(expert, {"mlp.C": expert_gram(C, expert, count)}, rank, generator)
+        done = reduce(expert, {"mlp.C": filled}, rank, generator)
         assert done.kept is not None, "variants of experts choose channels"
         lost = lost + energy(C, mlp_residual(expert.W_D, done.kept, done.weights.W_D))
         whole = whole + energy(C, expert.W_D.double())

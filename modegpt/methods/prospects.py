@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from modegpt.calibration.statistics import Statistics
 from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
+from modegpt.decompositions.experts import of_each
 from modegpt.decompositions.head_norm import keep_head_norms
 from modegpt.decompositions.modules import HEAD_NORM_FIT, HeadNorm
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 from modegpt.methods.divergence import StandIns, exact, exact_linear
-from modegpt.models import Family, read_mlp, read_query_key, read_value_output
+from modegpt.models import Family, read_mlps, read_query_key, read_value_output
 from modegpt.models.modeling_modegpt import normed_heads
 
 
@@ -48,18 +49,21 @@ class Prospect:
 
 
 def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
-    """Channels by backward elimination, with the down projection refitted."""
-    weights, C = read_mlp(family, layer), statistics["mlp.C"]
-    curve, order = mlp_curve(C, weights.W_D)
+    """Channels by backward elimination, with the down projection refitted; those of all experts together."""
+    mlps, downs = of_each(read_mlps(family, layer), statistics), family.downs(layer)
+    curves, orders = zip(*(mlp_curve(C, weights.W_D) for weights, C in mlps), strict=True)
 
     def lifted(removed: int) -> StandIns:
-        kept = order[removed:].sort().values
-        W_D = torch.zeros_like(weights.W_D, dtype=exact(weights.W_D)).index_copy(
-            0, kept, refit(C, weights.W_D, kept)[0].to(exact(weights.W_D))
-        )
-        return [(family.down(layer), exact_linear(W_D.T, weights.b_D))]
+        acting: StandIns = []
+        for down, (weights, C), order in zip(downs, mlps, orders, strict=True):
+            kept = order[removed:].sort().values
+            W_D = torch.zeros_like(weights.W_D, dtype=exact(weights.W_D)).index_copy(
+                0, kept, refit(C, weights.W_D, kept)[0].to(exact(weights.W_D))
+            )
+            acting.append((down, exact_linear(W_D.T, weights.b_D)))
+        return acting
 
-    return Prospect(1, curve.tolist(), lifted)
+    return Prospect(1, torch.stack(curves).sum(dim=0).tolist(), lifted)
 
 
 def value_output_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:

@@ -60,6 +60,7 @@ class Tyr(RankMethod):
     """
 
     name: ClassVar[str] = "tyr"
+    experts: ClassVar[bool] = True
 
     rounds: int = 4
     generations: int = 10

@@ -14,7 +14,7 @@ frequencies of those that stayed (``rope_index``, one row per key/value head), a
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -148,8 +148,23 @@ class Family:
 
     def downs(self, layer: nn.Module) -> list[nn.Linear]:
         """The down projection of each expert of a layer, or of its one MLP."""
-        count = 1 if self.experts_path is None else len(cast(nn.ModuleList, layer.get_submodule(self.experts_path)))
+        count = 1 if self.experts_path is None else len(self.experts(layer))
         return [linear_at(layer, path) for path in self.of_experts(self.down_path, count)]
+
+    def experts(self, layer: nn.Module) -> "Experts":
+        """The experts of a layer of a mixture."""
+        assert self.experts_path is not None, f"{self.model_type} has no experts"
+        return cast(Experts, layer.get_submodule(self.experts_path))
+
+    def mlp_ends(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """What reads a layer's MLP input first, and what makes its output: two linear maps, or all experts twice."""
+        if self.experts_path is not None:
+            return (self.experts(layer),) * 2
+        return self.gate(layer) or self.up(layer), self.down(layer)
+
+    def seen_share(self, config: Any) -> float:
+        """The share of all tokens that an expert sees on average; 1 where there is but one MLP."""
+        return 1.0 if self.experts_path is None else config.num_experts_per_tok / config.num_experts
 
 
 def linear_at(layer: nn.Module, path: str) -> nn.Linear:
@@ -514,10 +529,14 @@ class GatedMLP(nn.Module):
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(self, name, nn.Linear(1, 1, bias=False, device="meta"))
 
-    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
-        """(..., d_h) to the same shape, times ``share`` (..., 1) if given, in front of the last map."""
+    def hidden(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """What the last map reads of x (..., d_h), times ``share`` (..., 1) if given."""
         h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(h if share is None else (h * share).to(h.dtype))
+        return h if share is None else (h * share).to(h.dtype)
+
+    def forward(self, x: Tensor, share: Tensor | None = None) -> Tensor:
+        """(..., d_h) to the same shape, times ``share`` (..., 1) if given."""
+        return self.down_proj(self.hidden(x, share))
 
 
 class Experts(nn.ModuleList):
@@ -533,12 +552,16 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, d_h), with the experts of each token and their shares (tokens, top k), to (tokens, d_h)."""
         total = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
+        for index, token, share in self.routed(top_k_index, top_k_weights):
+            total.index_add_(0, token, self[index](hidden_states[token], share).to(total.dtype))
+        return total
+
+    def routed(self, top_k_index: Tensor, top_k_weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each expert that some token sees: its number, these tokens (t,) and its share of each (t, 1)."""
+        for index in range(len(self)):
             token, place = torch.where(top_k_index == index)
             if len(token):
-                added = expert(hidden_states[token], top_k_weights[token, place].unsqueeze(-1))
-                total.index_add_(0, token, added.to(total.dtype))
-        return total
+                yield index, token, top_k_weights[token, place].unsqueeze(-1)
 
 
 def _take_apart(attention: Any, family: Family, path: str) -> None:

@@ -21,6 +21,7 @@ from modegpt.methods.plus.query_key import candidates, sample
 from modegpt.methods.plus.sensitivity import SMALLEST, expected
 from modegpt.methods.plus.streams import Split
 from modegpt.models import block_linear_parameters, decoder_layers, family_of, layer_shapes, read_query_key
+from modegpt.models.modeling_modegpt import Experts
 from tests.methods.protocol_checks import (
     achieved_sparsity,
     check_compression,
@@ -29,7 +30,7 @@ from tests.methods.protocol_checks import (
     check_zero_sparsity,
 )
 from tests.methods.task_of import task_of
-from tests.models.family_table import ONE_MLP, dense_model, tokens
+from tests.models.family_table import CONFIGS, dense_model, tokens
 
 OFF = {
     "sequential": False,
@@ -49,11 +50,12 @@ def test_zero_sparsity_is_the_dense_model_to_the_bit(name: str) -> None:
     check_zero_sparsity(MoDeGPTPlus(), name)
 
 
-@pytest.mark.parametrize("name", ONE_MLP)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_budget_is_met_within_half_a_step(name: str) -> None:
     model = dense_model(name)
-    width, gated = model.config.hidden_size, family_of(model.config).gate_path is not None
-    half_step = width * (3 if gated else 2) / 2 / block_linear_parameters(model)
+    width, family = model.config.hidden_size, family_of(model.config)
+    matrices = (2 if family.gate_path is None else 3) * len(family.downs(decoder_layers(model)[0]))
+    half_step = width * matrices / 2 / block_linear_parameters(model)
     check_compression(MoDeGPTPlus(), name, 0.3, tolerance=half_step * 1.0001)
 
 
@@ -210,6 +212,75 @@ def test_refits_are_least_squares_on_explicit_activations(
 
     check("z", "attention", "x", family.output(last[1]), "value_output")
     check("h", "mlp", "middle", family.down(last[1]), "mlp")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_each_expert_is_refitted_to_its_share_of_what_all_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ridge and alignment: on the tokens that reach an expert behind all that was reduced before, to its own
+    dense output and its share of what whole experts would leave of the target.
+    """
+    monkeypatch.setattr("modegpt.methods.plus.sequential.held_out_refit", unridged)
+    model, task = dense_model(name), task_of(dense_model(name), 0.3, num_samples=30)
+    done = MoDeGPTPlus(allocation="uniform", align=False, temperature=False).compress(task)
+    family, seen = task.family, []
+    for one in (model, done.model):
+        store: dict[str, Tensor] = {}
+        layer = decoder_layers(one)[-1]
+        layer.register_forward_pre_hook(lambda _, args, store=store: store.update(x=args[0].flatten(0, 1)))
+        family.output(layer).register_forward_hook(
+            lambda _, __, out, store=store: store.update(attention=out.flatten(0, 1))
+        )
+        family.experts(layer).register_forward_hook(
+            lambda _, args, out, store=store: store.update(u=args[0], chosen=args[1], shares=args[2], mlp=out)
+        )
+        with torch.no_grad():
+            one(task.calibration.tokens.ids)
+        seen.append({key: value if key == "chosen" else value.double() for key, value in store.items()})
+    dense, ours = seen
+    left = dense["mlp"] + dense["x"] + dense["attention"] - ours["x"] - ours["attention"]
+    whole, reduced = (family.experts(decoder_layers(one)[-1]).double() for one in (model, done.model))
+    routed = list(whole.routed(ours["chosen"], ours["shares"]))
+    with torch.no_grad():
+        left -= whole(ours["u"], ours["chosen"], ours["shares"])
+    lost = energy = 0.0
+    for index, token, share in routed:
+        u = ours["u"][token]
+        with torch.no_grad():
+            target = whole[index](u, share) + share * (left / ours["shares"].sum(dim=1, keepdim=True))[token]
+            h, out = reduced[index].hidden(u, share), reduced[index](u, share)
+        best = (h @ torch.linalg.lstsq(h, target).solution - target).square().sum()
+        assert (out - target).square().sum() <= best * (1 + 1e-5)
+        lost, energy = lost + float((out - target).square().sum()), energy + float(target.square().sum())
+    report = done.layers[-1]
+    assert report["relative_error"]["mlp"] == pytest.approx(lost / energy, rel=1e-3)
+    counts = [len(token) for _, token, _ in routed]
+    numerics = report["numerics"]["mlp"]
+    assert (numerics["fewest_tokens"], numerics["most_tokens"]) == (min(counts), max(counts))
+
+
+def test_an_expert_that_no_token_reaches_is_cut_by_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = Experts.routed
+    monkeypatch.setattr(
+        Experts, "routed", lambda self, *routing: (each for each in routed(self, *routing) if each[0] != 3)
+    )
+    model = dense_model("mixtral")
+    done = MoDeGPTPlus(allocation="uniform", align=False).compress(task_of(model, 0.3, num_samples=12))
+    numerics = done.layers[0]["numerics"]["mlp"]
+    assert numerics["unseen"] == numerics["few"] == [3] and numerics["fewest_tokens"] == 0
+    dense, cut = (decoder_layers(each)[0].mlp.experts for each in (model, done.model))
+    for index in range(4):
+        rows = cut[index].down_proj.weight.T
+        plain = [bool((row == dense[index].down_proj.weight.T).all(dim=1).any()) for row in rows]
+        assert all(plain) if index == 3 else not any(plain), "the others are refitted"
+
+
+def test_fisher_weights_reach_experts_token_by_token() -> None:
+    models = [
+        MoDeGPTPlus(allocation="uniform", fisher=fisher).compress(task_of(dense_model("mixtral"), 0.3)).model
+        for fisher in ((), (0.75,))
+    ]
+    one, other = (decoder_layers(each)[0].mlp.experts[0].down_proj.weight for each in models)
+    assert one.shape == other.shape and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "opt-post-norm-projected"])

@@ -17,7 +17,7 @@ from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.nested import FILE, cut, nest
 from modegpt.methods.plus.query_key import SampledStates, sample
 from modegpt.methods.plus.streams import Split
-from modegpt.models import decoder_layers, read_mlp, read_query_key, read_value_output
+from modegpt.models import FAMILIES, decoder_layers, read_mlp, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model, save_checkpoint
 from tests.methods.protocol_checks import check_compression, check_zero_sparsity
 from tests.methods.task_of import task_of
@@ -131,6 +131,11 @@ def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: st
         sets = [set(head.tolist()) for head in reduced["query_key"].kept]
         assert kept is None or all(small <= large for small, large in zip(sets, kept, strict=True))
         kept = sets
+
+
+def test_mixtures_have_no_orders() -> None:
+    assert MoDeGPTPlus(**NESTED).applicable(FAMILIES["mixtral"]).startswith("method.nested=true does not know")
+    assert MoDeGPTPlus(**NESTED).applicable(FAMILIES["llama"]) is None
 
 
 @pytest.mark.parametrize("changes", [{"sequential": True}, {"allocation": "entropic"}])

@@ -14,20 +14,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
-from modegpt.decompositions import QueryKeyCR
+from modegpt.decompositions import MLPElimination, QueryKeyCR
+from modegpt.decompositions.experts import REQUIRED, reduce_experts
 from modegpt.methods.divergence import Predictions, acting_as, float32_forward, kl_divergence
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus import sensitivity
 from modegpt.methods.plus.sensitivity import (
     SMALLEST,
     Costs,
+    _curve_windows,
     compared_positions,
     measured_windows,
     perturbed_passes,
     rank_costs,
 )
 from modegpt.methods.prospects import mlp_prospect, query_key_prospect, value_output_prospect
-from modegpt.models import decoder_layers, dense_shape, read_mlp, read_query_key, read_value_output
+from modegpt.models import decoder_layers, dense_shape, read_mlp, read_mlps, read_query_key, read_value_output
 from modegpt.models.checkpoints import load_model
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, tokens
@@ -180,6 +182,35 @@ def test_what_stands_in_for_lost_pairs_is_the_model_without_them(name: str) -> N
         expected, dense = compressed(tokens()).logits, model(tokens()).logits
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert (moved - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+def test_what_stands_in_for_channels_of_experts_is_the_model_without_them() -> None:
+    """Of all experts together, whose errors add up; an expert needs as many tokens a channel as one MLP."""
+    model = dense_model("mixtral")
+    task, layer = task_of(model, 0.3, num_samples=24), decoder_layers(model)[1]
+    statistics = list(task.calibration.statistics(REQUIRED))[1]
+    prospect, weights = mlp_prospect(task.family, layer, statistics), read_mlps(task.family, layer)
+    done = reduce_experts(MLPElimination(), weights, statistics, 25, task.generator())
+    whole = 0.0
+    for C, expert in zip(statistics["experts.C"], weights.experts, strict=True):
+        whole += float(((C @ expert.W_D.double()) * expert.W_D).sum())
+    assert prospect.curve[15] == pytest.approx(done.relative_error * whole, rel=1e-3)
+    method = MoDeGPT(
+        mlp=MLPElimination(),
+        query_key=None,
+        value_output=None,
+        allocation=Uniform(),
+        module_sparsity={"mlp": 15 / 40},
+        skip_layers=(0, 2),
+    )
+    compressed = method.compress(task).model
+    with torch.no_grad(), acting_as(prospect.map(15)):
+        moved = model(tokens()).logits
+    with torch.no_grad():
+        expected = compressed(tokens()).logits
+    torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    of_one = task_of(dense_model("llama"), 0.3, num_samples=24).calibration
+    assert [_curve_windows(each) for each in (of_one, task.calibration)] == [8, 16], "160 and 320 of 20 tokens"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,25 @@ def test_blends_keep_the_trace_and_weight_the_rows(rows) -> None:
         torch.testing.assert_close(whole.X, (1 - gamma) * torch.einsum("bti,btj->ij", z, t) + scale * X_F)
 
 
+def test_rows_of_some_tokens_count_as_if_the_others_were_zero(rows) -> None:
+    """Held out or not as their windows are, and with their own Fisher weights."""
+    z, t, w = rows
+    tokens = torch.tensor([1, 5, 6, 11, 12, 22])
+    split = Split.of(torch.zeros(4, LENGTH), batch_size=4)
+    some, padded = (
+        Sums.zeros(split, FEATURES, TARGETS, device=torch.device("cpu"), precision=torch.float64, fisher=[w[:4]])
+        for _ in range(2)
+    )
+    some.update(0, *(states[:4].flatten(0, 1)[tokens] for states in (z, t)), tokens=tokens)
+    there = torch.zeros(4 * LENGTH, 1, dtype=z.dtype).index_fill(0, tokens, 1.0).view(4, LENGTH, 1)
+    padded.update(0, z[:4] * there, t[:4] * there)
+    for own, others in ((some.plain, padded.plain), (some.weighted, padded.weighted)):
+        for held in (False, True):
+            torch.testing.assert_close(own[held].G, others[held].G)
+            torch.testing.assert_close(own[held].X, others[held].X)
+    assert [some.plain[held].num_rows for held in (False, True)] == [5, 1], "the last window is held out"
+
+
 def test_of_several_blends_the_one_that_errs_least_where_the_loss_feels_it(rows) -> None:
     sums = summed(*rows)
     start = torch.zeros(FEATURES, TARGETS, dtype=torch.float64)

@@ -26,7 +26,7 @@ from modegpt.methods.plus.sequential import SequentialPass, TokenWeights
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
-from modegpt.models import build_compressed, decoder_layers
+from modegpt.models import Family, build_compressed, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class MoDeGPTPlus(Switches, RankMethod):
 
     all heads jointly (h and X' for the MLP), W_0 the map of the aligned weights on the compressed stream's own
     features, for A the identity. lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every
-    fourth calibration window, solved again on all of them.
+    fourth calibration window, solved again on all of them. Each expert of a mixture is solved for alone, on the tokens
+    that the router sends it from X~, for its own dense output and its share of what all experts lack.
 
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention
     and its MLP once and the reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d +
@@ -55,6 +56,13 @@ class MoDeGPTPlus(Switches, RankMethod):
     """
 
     name: ClassVar[str] = "modegpt_plus"
+    experts: ClassVar[bool] = True
+
+    def applicable(self, family: Family) -> str | None:
+        """Orders of experts' channels are not kept."""
+        if family.experts_path is not None and self.nested:
+            return "method.nested=true does not know mixtures of experts"
+        return super().applicable(family)
 
     def faithful(self) -> MoDeGPT:
         """The paper's method with this one's selections, as far as it has them: for ranks and closed-form errors."""
@@ -133,8 +141,8 @@ class MoDeGPTPlus(Switches, RankMethod):
     def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
         """The weight of every token for each layer and module with an output solve. One backward pass."""
         calibration, family, layers = task.calibration, task.family, decoder_layers(task.model)
-        linears = [linear for layer in layers for linear in (family.output(layer), family.down(layer))]
-        weights = iter(output_sensitivity(calibration, linears, batch_size=calibration.batch_size))
+        last = [linear for layer in layers for linear in (family.output(layer), family.mlp_ends(layer)[1])]
+        weights = iter(output_sensitivity(calibration, last, batch_size=calibration.batch_size))
         return [
             {module: next(weights).split(calibration.batch_size) for module in ("value_output", "mlp")} for _ in layers
         ]

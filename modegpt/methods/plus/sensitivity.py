@@ -14,7 +14,7 @@ from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
 from modegpt.methods.divergence import Reference, acting_as, even_positions
 from modegpt.methods.prospects import PROSPECTS
-from modegpt.models import decoder_layers, read_mlp
+from modegpt.models import decoder_layers, read_mlps
 
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
@@ -28,7 +28,8 @@ MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
 positions than that."""
 
 TOKENS_PER_CHANNEL = 4
-"""Closed-form errors come from so many tokens for each MLP channel, or from a quarter of all where that is more."""
+"""Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
+where that is more."""
 
 
 def rank_costs(
@@ -110,8 +111,9 @@ def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: 
 
 def _curve_windows(calibration: Calibration) -> int:
     num_samples, length = calibration.tokens.ids.shape
-    channels = read_mlp(calibration.family, decoder_layers(calibration.model)[0]).inner_size
-    return min(num_samples, max(num_samples // 4, -(-TOKENS_PER_CHANNEL * channels // length)))
+    channels = read_mlps(calibration.family, decoder_layers(calibration.model)[0]).inner_size
+    needed = math.ceil(TOKENS_PER_CHANNEL * channels / calibration.family.seen_share(calibration.model.config))
+    return min(num_samples, max(num_samples // 4, -(-needed // length)))
 
 
 def _first(tokens: CalibrationTokens, num_samples: int) -> CalibrationTokens:

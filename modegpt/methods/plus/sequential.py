@@ -1,9 +1,9 @@
 """The sequential pass: layer by layer, each module is reduced on the stream that all reductions before it leave."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,16 @@ from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.stream import HiddenStates
 from modegpt.cost.work import forward
 from modegpt.decompositions.elimination import eliminate, surviving
+from modegpt.decompositions.experts import expert_gram, token_report
 from modegpt.decompositions.linalg import PSDFactor, relative
-from modegpt.decompositions.modules import MLPWeights, Reduction, ValueOutputWeights
+from modegpt.decompositions.modules import ExpertWeights, MLPWeights, Reduction, ValueOutputWeights
 from modegpt.decompositions.nystrom import ridge_leverage
 from modegpt.decompositions.regression import Moments, Refit, held_out_refit
 from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_mlp, largest
 from modegpt.decompositions.svd import balance, product_svd
 from modegpt.methods.modegpt import assemble_layer
 from modegpt.methods.plus.query_key import candidates, choose, sample
-from modegpt.methods.plus.streams import Observation, Split, Tap, observe
+from modegpt.methods.plus.streams import ARGUMENTS, Observation, Split, Tap, observe
 from modegpt.methods.plus.sums import Parts, Solution, Sums, best
 from modegpt.methods.plus.switches import Switches
 from modegpt.models import (
@@ -30,6 +31,7 @@ from modegpt.models import (
     compressed_config,
     merged_tensors,
     read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
 )
@@ -183,7 +185,8 @@ class LayerPass:
 
         # 2. alignment of the attention's input maps
         if options.align and self.moved:
-            self._align("attention", targets.attention_input, [family.query_path, family.key_path, family.value_path])
+            inputs = [family.query_path, family.key_path, family.value_path]
+            self._align("attention", family.query(self.layer), targets.attention_input, inputs)
 
         # 3. query-key
         if ranks["query_key"] < read_query_key(family, self.layer).inner_size:
@@ -199,12 +202,14 @@ class LayerPass:
 
         # 5. alignment of the MLP's input maps
         if options.align and (self.moved or self.reductions):
-            inputs = [path for path in (family.gate_path, family.up_path) if path]
-            self._align("mlp", targets.mlp_input, inputs, attention)
+            paths = [path for path in (family.gate_path, family.up_path) if path]
+            inputs = [each for path in paths for each in family.of_experts(path, len(family.downs(self.layer)))]
+            self._align("mlp", family.mlp_ends(self.layer)[0], targets.mlp_input, inputs, attention)
 
         # 6. MLP
-        if corrects or ranks["mlp"] < read_mlp(family, self.layer).inner_size:
-            self._reduce_mlp(ranks["mlp"], targets, attention)
+        if corrects or ranks["mlp"] < read_mlps(family, self.layer).inner_size:
+            reduce = self._reduce_mlp if family.experts_path is None else self._reduce_experts
+            reduce(ranks["mlp"], targets, attention)
 
         # 7. the compressed stream moves on
         self.shape, self.tensors, reduced = self._result()
@@ -227,11 +232,14 @@ class LayerPass:
         family, layer, beta, dense = self.family, self.layer, self.beta, self.walk.dense
         taps: dict[str, Tap] = {
             "attention": (family.output(layer), "output"),
-            "mlp": (family.down(layer), "output"),
+            "mlp": (family.mlp_ends(layer)[1], "output"),
             **self._middle_tap(layer),
         }
         if self.options.align:
-            taps |= {"attention_input": (family.query(layer), "input"), "mlp_input": (family.up(layer), "input")}
+            taps |= {
+                "attention_input": (family.query(layer), "input"),
+                "mlp_input": (family.mlp_ends(layer)[0], "input"),
+            }
         targets = Targets()
         for seen in observe(layer, self.index, dense, taps, stop=False):
             added = seen.seen["attention"]
@@ -275,15 +283,20 @@ class LayerPass:
     # 2. and 5.: alignment
 
     def _align(
-        self, name: str, dense_inputs: list[Tensor], paths: list[str], attention: Sequence[Tensor] | None = None
+        self,
+        name: str,
+        reader: nn.Module,
+        dense_inputs: list[Tensor],
+        paths: list[str],
+        attention: Sequence[Tensor] | None = None,
     ) -> None:
         """Refit the input maps ``paths``: ``W <- A W``, ``A = argmin ||x~ A - x||^2`` near the identity.
 
         x~ and x are the compressed and the dense stream after the norm, so one A (d_h, d_h) serves all maps that read
-        them. The layer runs up to the first of ``paths``, which should be the first that it applies.
+        them. The layer runs up to ``reader``, which should be the first that reads them.
         """
         layer = self.layer
-        taps: dict[str, Tap] = {"x": (layer.get_submodule(paths[0]), "input")}
+        taps: dict[str, Tap] = {"x": (reader, "input")}
         size = dense_inputs[0].shape[-1]
         sums = self._sums(size, size)
         given = None if attention is None else (self.family.attention(layer), attention)
@@ -359,7 +372,7 @@ class LayerPass:
             W_V=W_V.to(weights.W_V.dtype), W_O=B.flatten(0, 1).to(weights.W_O.dtype), b_V=None, b_O=b_O
         )
         self.reductions["value_output"] = Reduction(
-            reduced, relative_error=self._error(sums, solution), numerics=factor.numerics | solution.numerics
+            reduced, relative_error=self._error((sums, solution)), numerics=factor.numerics | solution.numerics
         )
         whole_map = (P_all @ W)[: num_heads * d].to(weights.W_O.dtype)
         with forward():
@@ -407,8 +420,7 @@ class LayerPass:
         sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1], "mlp")
         given = (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
-            error = targets.middle[seen.batch] - self._middle(seen, attention[seen.batch])
-            t = targets.mlp[seen.batch] + self.beta * error
+            t = self._mlp_target(seen, targets, attention)
             t = t if weights.b_D is None else t - weights.b_D
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
         solve = partial(self._solve_mlp, weights=weights, rank=rank, constant=constant)
@@ -417,10 +429,62 @@ class LayerPass:
         b_D = self._with_constant(weights.b_D, W, constant, weights.W_D.dtype)
         self.reductions["mlp"] = Reduction(
             keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D),
-            relative_error=self._error(sums, solution),
+            relative_error=self._error((sums, solution)),
             kept=kept,
             numerics=solution.numerics,
         )
+
+    def _mlp_target(self, seen: Observation, targets: Targets, attention: Sequence[Tensor]) -> Tensor:
+        """What the MLP should add: what the dense one does, and a share of the error of the stream that it adds to."""
+        error = targets.middle[seen.batch] - self._middle(seen, attention[seen.batch])
+        return targets.mlp[seen.batch] + self.beta * error
+
+    def _reduce_experts(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> None:
+        """``_reduce_mlp`` for each expert, on the tokens that the router sends it behind the reduced attention.
+
+        What all whole experts together leave of the target is shared out among a token's experts as the token is. An
+        expert that saw few tokens is reduced with more of its own dense map, see ``decompositions/experts.py``.
+        """
+        experts: Any = self.family.experts(self.layer)
+        weights = cast(ExpertWeights, read_mlps(self.family, self.layer)).experts
+        of_each = [self._sums(len(each.W_D), each.W_D.shape[1], "mlp") for each in weights]
+        taps: dict[str, Tap] = {side: (experts, side) for side in ARGUMENTS}
+        given = (self.family.attention(self.layer), attention)
+        for seen in observe(self.layer, self.index, self.stream, taps, stop=True, attention=given):
+            x, chosen, shares = (seen.seen[side].flatten(0, 1) for side in ARGUMENTS)
+            lacking, routed = self._mlp_target(seen, targets, attention).flatten(0, 1), []
+            for index, token, share in experts.routed(chosen, shares):
+                with forward(), torch.no_grad():
+                    h = experts[index].hidden(x[token], share)
+                    added = h @ weights[index].W_D
+                lacking = lacking.index_add(0, token, added, alpha=-1)
+                routed.append((index, token, share, h, added))
+            lacking = lacking / shares.sum(dim=-1, keepdim=True)
+            for index, token, share, h, added in routed:
+                of_each[index].update(seen.batch, h, added + share * lacking[token], tokens=token)
+        solved = [
+            best(sums, self.options.gammas, partial(self._solve_expert, weights=each, rank=rank))
+            for sums, each in zip(of_each, weights, strict=True)
+        ]
+        reduced = [
+            keep_mlp(each, solution.kept, W_D=solution.refit.W) for each, solution in zip(weights, solved, strict=True)
+        ]
+        counts = [sum(part.num_rows for part in sums.plain.values()) for sums in of_each]
+        self.reductions["mlp"] = Reduction(
+            ExpertWeights(tuple(reduced)),
+            relative_error=self._error(*zip(of_each, solved, strict=True)),
+            kept=torch.stack([solution.kept for solution in solved]),
+            numerics=token_report(counts, len(weights[0].W_D))
+            | {f"expert {index}": solution.numerics for index, solution in enumerate(solved)},
+        )
+
+    def _solve_expert(self, parts: Parts, *, weights: MLPWeights, rank: int) -> Solution:
+        """``_solve_mlp`` with what the Gram of an expert is filled up with, aimed at its own dense map."""
+        whole = parts[False] + parts[True]
+        added = expert_gram(whole.G, weights, whole.num_rows) - whole.G
+        filling = replace(whole, G=added, num_rows=0).aimed(weights.W_D.double())
+        filled = {False: parts[False] + filling, True: parts[True]}
+        return self._solve_mlp(filled, weights=weights, rank=rank, constant=0)
 
     def _solve_mlp(self, parts: Parts, *, weights: MLPWeights, rank: int, constant: int) -> Solution:
         """Channels to keep, and W_D for them."""
@@ -464,10 +528,14 @@ class LayerPass:
         )
 
     @staticmethod
-    def _error(sums: Sums, solution: Solution) -> float:
-        """Relative to the target's energy, over all tokens alike."""
-        whole = sums.plain[False] + sums.plain[True]
-        return relative(torch.tensor(solution.reduce(whole).error(solution.refit.W)), whole.energy)
+    def _error(*solved: tuple[Sums, Solution]) -> float:
+        """Of all solutions together, relative to their targets' energy, over all tokens alike."""
+        lost, energy = 0.0, torch.zeros(())
+        for sums, solution in solved:
+            whole = sums.plain[False] + sums.plain[True]
+            lost += solution.reduce(whole).error(solution.refit.W)
+            energy = energy + whole.energy
+        return relative(torch.tensor(lost), energy)
 
     def _solve(
         self,

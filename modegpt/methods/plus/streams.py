@@ -15,7 +15,10 @@ HELD_OUT_EVERY = 4
 """Every fourth calibration window is held out: ridges and selections are chosen on it, then solved on all."""
 
 Tap = tuple[nn.Module, str]
-"""A module and ``"input"`` or ``"output"``."""
+"""A module and ``"output"`` or one of ``ARGUMENTS``."""
+
+ARGUMENTS = {"input": 0, "experts": 1, "shares": 2}
+"""Arguments of a module, by place. All experts together have the latter two: those of each token, and their shares."""
 
 
 class _Seen(Exception):
@@ -84,9 +87,9 @@ def _tapped(taps: Mapping[str, Tap], seen: dict[str, Tensor], stop: bool) -> Ite
             raise _Seen
 
     def hook(name: str, module: nn.Module, side: str) -> RemovableHandle:
-        if side == "input":
-            return module.register_forward_pre_hook(lambda _, args: keep(name, args[0]))
-        return module.register_forward_hook(lambda _, __, out: keep(name, out))
+        if side == "output":
+            return module.register_forward_hook(lambda _, __, out: keep(name, out))
+        return module.register_forward_pre_hook(lambda _, args: keep(name, args[ARGUMENTS[side]]))
 
     handles = [hook(name, *tap) for name, tap in taps.items()]
     try:
@@ -113,10 +116,17 @@ class Split:
             held[:, -(-ids.shape[1] * (HELD_OUT_EVERY - 1) // HELD_OUT_EVERY) :] = True
         return cls(list(held.split(batch_size)))
 
-    def parts(self, batch: int, *rows: Tensor) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
-        """For both parts, whether it is held out, and its (rows, features) of (batch, sequence, features) tensors."""
+    def parts(
+        self, batch: int, *rows: Tensor, tokens: Tensor | None = None
+    ) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
+        """For both parts, whether it is held out, and its (rows, features) of (batch, sequence, features) tensors.
+
+        tokens: where in the batch the rows of (t, features) tensors are from, (t,), if these are not of all tokens.
+        """
         held = self.held[batch]
-        if (held.all(dim=1) == held.any(dim=1)).all():
+        if tokens is not None:
+            held = held.flatten()[tokens.to(held.device)]
+        elif (held.all(dim=1) == held.any(dim=1)).all():
             held = held[:, 0]  # whole windows, which copy faster than rows
         for part in (False, True):
             index = (held == part).to(rows[0].device)

@@ -46,17 +46,21 @@ class Sums:
 
         return cls(split, parts(), precision, fisher, {} if fisher is None else parts())
 
-    def update(self, batch: int, z: Tensor, t: Tensor, *, constant: bool = False) -> None:
-        """Add a batch; with a ``constant`` feature of ones behind those of z."""
+    def update(self, batch: int, z: Tensor, t: Tensor, *, constant: bool = False, tokens: Tensor | None = None) -> None:
+        """Add a batch, or the rows z (k, num_features) and t (k, num_targets) of its ``tokens`` (k,) alone.
+
+        With a ``constant`` feature of ones behind those of z.
+        """
         if constant:
             z = torch.cat([z, z.new_ones(*z.shape[:2], 1)], dim=-1)
-        self._add(self.plain, batch, z, t)
+        self._add(self.plain, batch, z, t, tokens)
         if self.fisher is not None:
             root = self.fisher[batch].to(z).sqrt().unsqueeze(-1)
-            self._add(self.weighted, batch, z * root, t * root)
+            root = root if tokens is None else root.flatten(0, 1)[tokens]
+            self._add(self.weighted, batch, z * root, t * root, tokens)
 
-    def _add(self, parts: Parts, batch: int, z: Tensor, t: Tensor) -> None:
-        for held, rows in self.split.parts(batch, z, t):
+    def _add(self, parts: Parts, batch: int, z: Tensor, t: Tensor, tokens: Tensor | None) -> None:
+        for held, rows in self.split.parts(batch, z, t, tokens=tokens):
             parts[held] = parts[held].updated(*rows, precision=self.precision)
 
     def blended(self, gamma: float) -> Parts:
