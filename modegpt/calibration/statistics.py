@@ -150,7 +150,9 @@ STATISTICS: dict[str, Statistic] = {
     "mlp.C": Statistic(("n", "n"), "down"),
     "mlp.mean": Statistic(("n",), "down"),
     "mlp.mean_square": Statistic(("n",), "down", "input", squared),
-    # each expert's down projection: the tokens that it sees, as they enter the sum, and their share of all
+    # what each expert reads, and its down projection: the tokens that it sees, here as they enter the sum, and their
+    # share of all
+    "experts.C_x": Statistic(("E", "d_h", "d_h"), None),
     "experts.C": Statistic(("E", "n", "n"), None),
     "experts.share": Statistic(("E",), None),
     # block influence 1 - mean cos(x_l, x_{l+1}), and how many tokens all of these are over
@@ -210,7 +212,7 @@ class LayerObserver:
             for name, statistic in STATISTICS.items()
             if name in self.names and statistic.linear is not None
         ]
-        if {"experts.C", "experts.share"} & self.names:
+        if any(name.startswith("experts.") for name in self.names):
             handles += self._hook_experts()
         try:
             yield
@@ -227,21 +229,32 @@ class LayerObserver:
         return linear.register_forward_hook(lambda _, __, out: self._add(name, statistic, out))
 
     def _hook_experts(self) -> list[RemovableHandle]:
-        downs = self.family.downs(self.layer)
-        count, width, device = len(downs), downs[0].in_features, downs[0].weight.device
-        C = self.moments.setdefault(
-            "experts.C", SecondMoment.zeros(count, width, device=device, precision=self.precision)
-        )
+        experts, downs = self.family.experts(self.layer), self.family.downs(self.layer)
+        count, device = len(downs), downs[0].weight.device
+        for name, size in (("experts.C_x", downs[0].out_features), ("experts.C", downs[0].in_features)):
+            if name in self.names and name not in self.moments:
+                self.moments[name] = SecondMoment.zeros(count, size, device=device, precision=self.precision)
         share = self.moments.setdefault("experts.share", FirstMoment.zeros(count, device=device))
 
-        def add(index: int, rows: Tensor) -> None:
-            with beside(self.stream, rows):
-                SecondMoment(C.sums[index : index + 1], self.precision).update(rows.unsqueeze(1))
-                share.sums[index] += len(rows)
+        def add(name: str, index: int, rows: Tensor) -> None:
+            if name in self.moments:
+                with beside(self.stream, rows):
+                    of_one = self.moments[name].sums[index : index + 1]
+                    SecondMoment(of_one, self.precision).update(rows.unsqueeze(1))
+
+        def read(index: int, rows: Tensor) -> None:
+            share.sums[index] += len(rows)
+            add("experts.C_x", index, rows)
 
         return [
-            down.register_forward_pre_hook(lambda _, args, index=index: add(index, args[0]))
-            for index, down in enumerate(downs)
+            *(
+                expert.register_forward_pre_hook(lambda _, args, index=index: read(index, args[0]))
+                for index, expert in enumerate(experts)
+            ),
+            *(
+                down.register_forward_pre_hook(lambda _, args, index=index: add("experts.C", index, args[0]))
+                for index, down in enumerate(downs)
+            ),
         ]
 
     def _add(self, name: str, statistic: Statistic, states: Tensor) -> None:

@@ -29,12 +29,20 @@ def experts_applicable(variant: Variant[Any]) -> str | None:
 
 def expert_gram(C: Tensor, weights: MLPWeights[Tensor], num_tokens: int) -> Tensor:
     """The Gram (n, n) by which an expert is reduced that saw ``num_tokens`` with Gram C (n, n), unnormalised."""
-    lacking = max(0.0, 1 - num_tokens / len(C))
-    if not lacking:
-        return C
     sizes = weights.W_U.double().square().sum(dim=0)
     if weights.W_G is not None:
         sizes = sizes * weights.W_G.double().square().sum(dim=0)
+    return filled(C, sizes, num_tokens)
+
+
+def filled(C: Tensor, sizes: Tensor, num_tokens: int) -> Tensor:
+    """The Gram C (n, n) of ``num_tokens``, and the diagonal ``sizes`` (n,) in the share of the tokens that it lacks.
+
+    At the level of C; as it is where there is no token.
+    """
+    lacking = max(0.0, 1 - num_tokens / len(C))
+    if not lacking:
+        return C
     level = C.diagonal().mean() if num_tokens else sizes.mean()
     return C + torch.diag(lacking * level * sizes / sizes.mean())
 

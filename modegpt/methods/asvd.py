@@ -16,12 +16,13 @@ from modegpt.errors import UserError
 from modegpt.files import json_sha256
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.low_rank import (
-    INPUT_GRAM,
-    INPUT_GRAMS,
     Truncation,
     block_linears,
     dense_layers,
     factored_model,
+    input_gram,
+    input_grams,
+    input_statistics,
     layer_ranks,
     paths,
     rank_keeping,
@@ -70,6 +71,7 @@ class ASVD(Method):
     """
 
     name: ClassVar[str] = "asvd"
+    experts: ClassVar[bool] = True
 
     alpha: float = 0.5
     rank_search: bool = field(default=True, metadata={"before": False})
@@ -83,7 +85,7 @@ class ASVD(Method):
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """The Gram matrix of each map's input."""
-        return INPUT_GRAMS
+        return input_statistics(family)
 
     @torch.no_grad()
     def compress(self, task: CompressionTask) -> Compressed:
@@ -97,10 +99,11 @@ class ASVD(Method):
     def _scales(self, task: CompressionTask) -> list[dict[str, Tensor]]:
         """The scales of each layer's input channels, by the role of the map."""
         scales = []
-        observed = task.calibration.statistics(INPUT_GRAMS, loop="decomposition")
+        observed = task.calibration.statistics(input_statistics(task.family), loop="decomposition")
         for layer, statistics in zip(decoder_layers(task.model), observed, strict=True):
-            of_input = {name: channel_scale(C, self.alpha) for name, C in statistics.items()}
-            scales.append({role: of_input[INPUT_GRAM[role]] for role in block_linears(task.family, layer)})
+            grams = input_grams(task.family, layer, statistics)
+            of_input = {name: channel_scale(C, self.alpha) for name, C in grams.items()}
+            scales.append({role: of_input[input_gram(role)] for role in block_linears(task.family, layer)})
         return scales
 
     def _truncations(
@@ -175,7 +178,7 @@ def truncated_losses(
     prefix = embed(model, ids, batch_size=calibration.batch_size)
     with calibration.progress.bar(sum(map(len, scales)) * len(shares), "rank search", "truncation") as bar:
         for index, layer in enumerate(layers):
-            linears, own = block_linears(family, layer), paths(family, 1)
+            linears, own = block_linears(family, layer), paths(family, len(family.downs(layer)))
             of_layer: list[list[float]] = []
             for role, s in scales[index].items():
                 W = linears[role].weight.detach().T

@@ -17,11 +17,13 @@ from modegpt.methods.divergence import Reference, StandIns, acting_as, exact_lin
 from modegpt.methods.llm_surgeon import curvature_of
 from modegpt.methods.low_rank import (
     INPUT_GRAM,
-    INPUT_GRAMS,
     Truncation,
     block_linears,
     dense_layers,
     factored_model,
+    input_gram,
+    input_grams,
+    input_statistics,
     rank_keeping,
 )
 from modegpt.methods.svd_llm import whitened_truncation
@@ -161,6 +163,7 @@ class LEMS(Method):
     """
 
     name: ClassVar[str] = "lems"
+    experts: ClassVar[bool] = True
 
     windows: int = 32
     trials: int = 10
@@ -178,9 +181,15 @@ class LEMS(Method):
         if not 0 < self.measured <= LARGEST_KEPT:
             raise UserError(f"method.measured={self.measured} is outside (0, {LARGEST_KEPT}]: it is a share of a rank")
 
+    def applicable(self, family: Family) -> str | None:
+        """Gradients of experts' outputs are not taken."""
+        if family.experts_path is not None and self.kfac:
+            return "method.kfac=true does not know mixtures of experts"
+        return super().applicable(family)
+
     def required_statistics(self, family: Family) -> frozenset[str]:
         """The Gram matrix of each map's input; nothing where a backward pass finds it."""
-        return frozenset() if self.kfac else INPUT_GRAMS
+        return frozenset() if self.kfac else input_statistics(family)
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Measure every matrix, solve the integer program for each bias, take the ranks that diverge least."""
@@ -238,8 +247,10 @@ class LEMS(Method):
     def _metrics(self, task: CompressionTask) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
         """Of each layer, by role, the Gram matrix of the input and, for K-FAC, the second moment of the gradients."""
         if not self.kfac:
-            for statistics in task.calibration.statistics(INPUT_GRAMS, loop="sensitivity"):
-                yield {role: (statistics[name], None) for role, name in INPUT_GRAM.items() if name in statistics}
+            observed = task.calibration.statistics(input_statistics(task.family), loop="sensitivity")
+            for layer, statistics in zip(decoder_layers(task.model), observed, strict=True):
+                grams = input_grams(task.family, layer, statistics)
+                yield {role: (grams[input_gram(role)], None) for role in block_linears(task.family, layer)}
             return
         num_tokens, length = task.calibration.tokens.num_tokens, task.calibration.tokens.ids.shape[1]
         curvature = curvature_of(

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from modegpt.decompositions import experts
 from modegpt.decompositions.linalg import relative
-from modegpt.decompositions.modules import LowRank
+from modegpt.decompositions.modules import ExpertWeights, LowRank, Statistics
 from modegpt.methods.base import Compressed, CompressionTask
-from modegpt.models import Family, LayerShape, build_compressed, decoder_layers, dense_shape
+from modegpt.models import Family, LayerShape, build_compressed, decoder_layers, dense_shape, read_mlps
 from modegpt.models.families import linear_at
 
 INPUT_GRAM = {
@@ -28,6 +29,40 @@ INPUT_GRAM = {
 """The statistic that holds the Gram matrix of each linear's input, by the linear's role."""
 
 INPUT_GRAMS = frozenset(INPUT_GRAM.values())
+
+EXPERT_GRAM = {"gate": "experts.C_x", "up": "experts.C_x", "down": "experts.C"}
+"""The same of experts' linears, for all experts."""
+
+
+def input_gram(role: str) -> str:
+    """What ``input_grams`` calls the Gram matrix of the input of the linear with this role."""
+    kind, _, expert = role.partition(".")
+    return f"{EXPERT_GRAM[kind]}.{expert}" if expert else INPUT_GRAM[kind]
+
+
+def input_statistics(family: Family) -> frozenset[str]:
+    """The statistics that ``input_grams`` reads."""
+    if family.experts_path is None:
+        return INPUT_GRAMS
+    return experts.REQUIRED | {*EXPERT_GRAM.values()} | {INPUT_GRAM[role] for role in INPUT_GRAM.keys() - EXPERT_GRAM}
+
+
+def input_grams(family: Family, layer: nn.Module, statistics: Statistics) -> Mapping[str, Tensor]:
+    """The Gram matrices of the inputs of a layer's linears, by name; those of experts one by one.
+
+    Of an expert that saw fewer tokens than it has inputs the Gram is filled up: with a multiple of the identity, or as
+    for its reduction (see ``decompositions/experts.py``) that of its down projection.
+    """
+    weights = read_mlps(family, layer)
+    if not isinstance(weights, ExpertWeights):
+        return statistics
+    grams = {name: statistics[name] for name in INPUT_GRAMS & statistics.keys()}
+    for index, (count, (_, C)) in enumerate(
+        zip(experts.token_counts(statistics), experts.of_each(weights, statistics), strict=True)
+    ):
+        C_x = statistics["experts.C_x"][index]
+        grams |= {f"experts.C.{index}": C, f"experts.C_x.{index}": experts.filled(C_x, torch.ones_like(C_x[0]), count)}
+    return grams
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ from modegpt.decompositions.modules import LowRank
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.low_rank import (
-    INPUT_GRAM,
-    INPUT_GRAMS,
     Truncation,
     block_linears,
     dense_layers,
     factored_model,
     factored_shape,
     factored_tensors,
+    input_gram,
+    input_grams,
+    input_statistics,
     layer_ranks,
 )
 from modegpt.models import Family, build_layer, compressed_config, decoder_layers, merged_tensors
@@ -89,12 +90,13 @@ class SVDLLM(Method):
     """
 
     name: ClassVar[str] = "svd_llm"
+    experts: ClassVar[bool] = True
 
     update: bool = False
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """The Gram matrix of each map's input."""
-        return INPUT_GRAMS
+        return input_statistics(family)
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Truncate every block-linear weight, whitened by its inputs."""
@@ -106,13 +108,13 @@ class SVDLLM(Method):
 
     def _whitened(self, task: CompressionTask, ranks: list[dict[str, int]]) -> Iterator[dict[str, Truncation]]:
         layers, meter = decoder_layers(task.model), task.calibration.meter
-        observed = task.calibration.statistics(INPUT_GRAMS, loop="decomposition")
+        observed = task.calibration.statistics(input_statistics(task.family), loop="decomposition")
         for layer, of_layer, statistics in zip(layers, ranks, observed, strict=True):
             with meter.stage("solve", counted=True):
                 linears = block_linears(task.family, layer)
-                grams = {name: psd_cholesky(C) for name, C in statistics.items()}
+                grams = {name: psd_cholesky(C) for name, C in input_grams(task.family, layer, statistics).items()}
                 truncations = {
-                    role: whitened_truncation(linear.weight.detach().T, grams[INPUT_GRAM[role]], of_layer[role])
+                    role: whitened_truncation(linear.weight.detach().T, grams[input_gram(role)], of_layer[role])
                     for role, linear in linears.items()
                 }
             yield truncations
@@ -128,7 +130,7 @@ class SVDLLM(Method):
                 # A second list of the same batches: observing must leave the compressed stream in front of this layer.
                 with self._explained(index, task, layer):
                     inputs = calibration.observe(
-                        HiddenStates(list(hidden.batches), hidden.arguments), index, INPUT_GRAMS
+                        HiddenStates(list(hidden.batches), hidden.arguments), index, input_statistics(task.family)
                     )
                 updated = self._refit(task.family, layer, truncations, inputs)
                 compressed = build_layer(
@@ -160,7 +162,8 @@ class SVDLLM(Method):
     def _refit(
         family: Family, layer: nn.Module, truncations: dict[str, Truncation], inputs: dict[str, Tensor]
     ) -> dict[str, Truncation]:
+        grams = input_grams(family, layer, inputs)
         return {
-            role: refit_output_factor(linear.weight.detach().T, truncations[role], inputs[INPUT_GRAM[role]])
+            role: refit_output_factor(linear.weight.detach().T, truncations[role], grams[input_gram(role)])
             for role, linear in block_linears(family, layer).items()
         }

@@ -21,7 +21,7 @@ from modegpt.methods.lems import (
 )
 from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, block_linears
 from modegpt.methods.svd_llm import whitened_truncation
-from modegpt.models import block_linear_parameters, decoder_layers
+from modegpt.models import FAMILIES, block_linear_parameters, decoder_layers
 from tests.methods.protocol_checks import (
     FORMS,
     check_compression,
@@ -217,3 +217,8 @@ def test_what_decides() -> None:
 def test_saved_and_generating(tmp_path) -> None:
     check_saved_and_generating(LEMS(trials=1), "llama", 0.4, tmp_path / "llama")
     check_saved_and_generating(LEMS(trials=1), "opt", 0.4, tmp_path / "opt")
+
+
+def test_gradients_of_experts_are_not_taken() -> None:
+    assert LEMS(kfac=True).applicable(FAMILIES["mixtral"]) == "method.kfac=true does not know mixtures of experts"
+    assert LEMS().applicable(FAMILIES["mixtral"]) is None and LEMS(kfac=True).applicable(FAMILIES["llama"]) is None

@@ -6,7 +6,14 @@ import torch
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.errors import UserError
 from modegpt.methods.asvd import channel_scale, scaled_truncation
-from modegpt.methods.low_rank import INPUT_GRAM, INPUT_GRAMS, block_linears
+from modegpt.methods.low_rank import (
+    INPUT_GRAM,
+    INPUT_GRAMS,
+    block_linears,
+    input_grams,
+    input_statistics,
+    paths,
+)
 from modegpt.methods.svd_llm import SVDLLM, refit_output_factor, whitened_truncation
 from modegpt.models import decoder_layers
 from tests.methods.protocol_checks import (
@@ -124,6 +131,55 @@ def test_relative_error_is_that_of_each_linears_output():
             assert report["relative_error"][role] == pytest.approx(
                 ((E * (C @ E)).sum() / (W * (C @ W)).sum()).item(), rel=1e-3
             )
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_maps_of_experts_are_truncated_on_the_tokens_that_reach_them(update: bool) -> None:
+    """Each by its own inputs: those of the dense layer, in the dense stream or behind the compressed layers."""
+    model = dense_model("mixtral")
+    task = task_of(model, 0.4, num_samples=30)
+    compressed = SVDLLM(update=update).compress(task)
+    index = 1
+    layer, cut = (decoder_layers(each)[index] for each in (model, compressed.model))
+    report = compressed.layers[index]
+    linears, own = block_linears(task.family, layer), paths(task.family, 4)
+    seen: dict[str, list[torch.Tensor]] = {role: [] for role in linears}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, role=role: seen[role].append(args[0].flatten(0, -2)))
+        for role, linear in linears.items()
+    ]
+    hidden = task.calibration.embed()
+    with torch.no_grad():
+        for x in hidden.batches:
+            for before in decoder_layers(compressed.model if update else model)[:index]:
+                x = before(x, **hidden.layer_arguments(index, x))
+            layer(x, **hidden.layer_arguments(index, x))
+    for hook in hooks:
+        hook.remove()
+    assert {"up.0", "gate.1", "down.3", "query"} <= report["relative_error"].keys() == linears.keys()
+    for role, linear in linears.items():
+        X, W = torch.cat(seen[role]).double(), linear.weight.detach().double().T
+        factored = cut.get_submodule(own[role])
+        A, B = (factor.weight.detach().double().T for factor in (factored.A, factored.B))
+        lost = float((X @ (W - A @ B)).square().sum() / (X @ W).square().sum())
+        assert report["relative_error"][role] == pytest.approx(lost, rel=1e-3)
+        if not update:
+            S = torch.linalg.svdvals(X @ W)
+            assert lost == pytest.approx(float(S[A.shape[1] :].square().sum() / S.square().sum()), rel=1e-3)
+
+
+def test_an_expert_that_no_token_reaches_is_truncated_by_its_weights() -> None:
+    model = dense_model("mixtral")
+    layer, task = decoder_layers(model)[0], task_of(model, 0.4, num_samples=30)
+    [statistics, *_] = task.calibration.statistics(input_statistics(task.family))
+    statistics["experts.share"][2] = 0
+    for name in ("experts.C", "experts.C_x"):
+        statistics[name][2] = 0
+    grams = input_grams(task.family, layer, statistics)
+    torch.testing.assert_close(grams["experts.C_x.2"], torch.eye(32, dtype=torch.float64))
+    assert torch.equal(grams["experts.C_x.1"], statistics["experts.C_x"][1])
+    assert grams["experts.C.2"].diagonal().min() > 0
+    assert grams["attention.C_x"] is statistics["attention.C_x"]
 
 
 @pytest.mark.parametrize(("form", "update"), [*((form, False) for form in FORMS), ("llama", True), ("opt", True)])
