@@ -49,7 +49,7 @@ def in_micro_batches(calibration: Calibration, stage: str, batch_size: int, step
 def weight_gradients(calibration: Calibration, weights: list[nn.Parameter], *, batch_size: int) -> list[Tensor]:
     """Gradient of the mean negative log-likelihood of the calibration windows with respect to each of ``weights``.
 
-    Accumulated over micro-batches in float32 or wider; nothing is left on the model.
+    Accumulated over micro-batches in float32 or wider; nothing is left on the model. Zero for what no window reached.
     """
     totals = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     ids = calibration.tokens.ids
@@ -57,7 +57,7 @@ def weight_gradients(calibration: Calibration, weights: list[nn.Parameter], *, b
 
     def step(batch: Tensor) -> None:
         loss = summed_loss(calibration.model, batch) / num_predicted
-        for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
+        for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
             total += gradient
 
     with differentiable(calibration.model, weights):

@@ -30,7 +30,7 @@ AGGREGATIONS = {
 
 def by_structure(matrix: Tensor, role: str, num_structures: int) -> Tensor:
     """The part of each structure in a linear's weight or gradient (out, in), as (num_structures, elements)."""
-    side = matrix.T if role in INPUT_SIDE else matrix
+    side = matrix.T if role.partition(".")[0] in INPUT_SIDE else matrix
     return side.unflatten(0, (num_structures, -1)).flatten(1)
 
 
@@ -83,7 +83,8 @@ class LLMPruner(Method):
 
     Differs from the paper: importance has no diagonal second-order term (its "Element^1" and "Vector"
     variants); protected layers are given as shares so that shallow models have something left to prune; heads are
-    rounded to whole groups, at least one stays, and the layer's MLP channels make up the difference.
+    rounded to whole groups, at least one stays, and the layer's MLP channels make up the difference. Of a mixture every
+    expert loses as many channels, its own of least importance.
 
     Args:
         importance: ``element`` or ``vector``, see ``taylor``.
@@ -93,6 +94,7 @@ class LLMPruner(Method):
     """
 
     name: ClassVar[str] = "llm_pruner"
+    experts: ClassVar[bool] = True
 
     importance: Literal["element", "vector"] = "element"
     aggregation: Literal["sum", "product", "max", "last"] = "sum"
@@ -121,6 +123,9 @@ class LLMPruner(Method):
         flat = [cast(nn.Parameter, linear.weight) for of_layer in linears.values() for linear in of_layer.values()]
         remaining = iter(weight_gradients(task.calibration, flat, batch_size=self.batch_size))
         sizes = StructureSizes.of(task.family, layers[0], shape)
+        mlps: list[tuple[str, ...]] = [MLP]
+        if task.family.experts_path is not None:
+            mlps = [tuple(f"{role}.{expert}" for role in MLP) for expert in range(task.model.config.num_experts)]
         kept = [everything] * len(layers)
         left = task.sparsity * block_linear_parameters(task.model)
         for done, (index, of_layer) in enumerate(linears.items()):
@@ -129,10 +134,11 @@ class LLMPruner(Method):
             groups = structure_scores(
                 weights, gradients, ATTENTION, shape.num_kv_heads, self.importance, self.aggregation
             )
-            channels = structure_scores(
-                weights, gradients, MLP, shape.intermediate_size, self.importance, self.aggregation
-            )
-            kept[index] = keep_best(groups, channels, sizes, left / (len(chosen) - done))
+            channels = [
+                structure_scores(weights, gradients, mlp, shape.intermediate_size, self.importance, self.aggregation)
+                for mlp in mlps
+            ]
+            kept[index] = keep_best(groups, torch.stack(channels).squeeze(0), sizes, left / (len(chosen) - done))
             left -= sizes.removed(kept[index])
         return pruned_model(task, kept, pruned_layers=list(chosen))
 
@@ -148,12 +154,14 @@ class LLMPruner(Method):
 
 
 def keep_best(group_scores: Tensor, channel_scores: Tensor, sizes: StructureSizes, budget: float) -> Kept:
-    """Keep the highest scores of one layer while ``budget`` weights go, see ``StructureSizes.even_shares``."""
-    groups, channels = sizes.even_shares(len(group_scores), len(channel_scores), budget)
+    """Keep the highest scores of one layer while ``budget`` weights go, see ``StructureSizes.even_shares``.
+
+    Scores of channels are (n,), or (E, n) of experts, which all keep as many.
+    """
+    groups, channels = sizes.even_shares(len(group_scores), channel_scores.shape[-1], budget)
     return Kept(_without_lowest(group_scores, groups), _without_lowest(channel_scores, channels))
 
 
 def _without_lowest(scores: Tensor, count: int) -> Tensor:
-    mask = torch.ones(len(scores), dtype=torch.bool)
-    mask[scores.cpu().argsort(stable=True)[:count]] = False
-    return mask
+    lowest = scores.cpu().argsort(dim=-1, stable=True)[..., :count]
+    return torch.ones(scores.shape, dtype=torch.bool).scatter(-1, lowest, False)

@@ -7,11 +7,13 @@ structured pruning baselines.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modegpt.decompositions.modules import HeadNorm, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import ExpertWeights, HeadNorm, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.selection import keep_mlp
 from modegpt.methods.base import Compressed, CompressionTask
 from modegpt.models import (
     Family,
@@ -21,7 +23,7 @@ from modegpt.models import (
     decoder_layers,
     dense_shape,
     layer_tensors,
-    read_mlp,
+    read_mlps,
     read_query_key,
     read_value_output,
 )
@@ -29,10 +31,18 @@ from modegpt.models import (
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays in one layer, as masks: ``groups`` (H_kv,) and ``channels`` (n,), both bool."""
+    """What stays in one layer, as masks: ``groups`` (H_kv,) and ``channels`` (n,), both bool.
+
+    ``channels`` of experts may be (E, n), as many in each.
+    """
 
     groups: Tensor
     channels: Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels that stay, in each expert where there are several."""
+        return int(self.channels.sum(dim=-1).max())
 
     @classmethod
     def everything(cls, shape: LayerShape) -> "Kept":
@@ -44,7 +54,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class StructureSizes:
-    """Block-linear weights that one key/value group (with its g query heads) and one MLP channel hold."""
+    """Block-linear weights that one key/value group (with its g query heads) and one MLP channel hold.
+
+    A channel of experts is one in each of them.
+    """
 
     group: int
     channel: int
@@ -53,10 +66,12 @@ class StructureSizes:
     def of(cls, family: Family, layer: nn.Module, shape: LayerShape) -> "StructureSizes":
         """Those of a dense ``layer`` of ``shape``."""
         attention = sum(role(layer).weight.numel() for role in (family.query, family.key, family.value, family.output))
+        mlps = read_mlps(family, layer)
         mlp = sum(
-            linear.weight.numel()
-            for linear in (family.up(layer), family.gate(layer), family.down(layer))
-            if linear is not None
+            W.numel()
+            for each in (mlps.experts if isinstance(mlps, ExpertWeights) else (mlps,))
+            for W in (each.W_U, each.W_G, each.W_D)
+            if W is not None
         )
         return cls(attention // shape.num_kv_heads, mlp // shape.intermediate_size)
 
@@ -72,25 +87,25 @@ class StructureSizes:
 
     def removed(self, kept: Kept) -> int:
         """Weights of a layer that are gone when ``kept`` stays."""
-        return self.group * int((~kept.groups).sum()) + self.channel * int((~kept.channels).sum())
+        return self.group * int((~kept.groups).sum()) + self.channel * (kept.channels.shape[-1] - kept.width)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """The three modules of a layer, in the paper's orientation."""
 
-    mlp: MLPWeights
+    mlp: Any  # MLPWeights; ExpertWeights in a mixture, which few methods take
     query_key: QueryKeyWeights
     value_output: ValueOutputWeights
 
     @classmethod
     def read(cls, family: Family, layer: nn.Module) -> "LayerWeights":
         """Those of a dense ``layer``."""
-        return cls(read_mlp(family, layer), read_query_key(family, layer), read_value_output(family, layer))
+        return cls(read_mlps(family, layer), read_query_key(family, layer), read_value_output(family, layer))
 
     def without_removed(self, kept: Kept) -> "LayerWeights":
         """The same modules with the structures outside ``kept`` cut out."""
-        device = self.mlp.W_D.device
+        device = self.query_key.W_K.device
         groups, channels = kept.groups.to(device), kept.channels.to(device)
         heads = groups.repeat_interleave(len(self.query_key.W_Q) // len(groups))
 
@@ -98,15 +113,16 @@ class LayerWeights:
             return None if tensor is None else tensor[mask]
 
         mlp, query_key, value_output = self.mlp, self.query_key, self.value_output
+        if isinstance(mlp, ExpertWeights):
+            masks = channels.expand(len(mlp.experts), -1)
+            cut_mlps = (
+                keep_mlp(each, mask.nonzero().squeeze(1)) for each, mask in zip(mlp.experts, masks, strict=True)
+            )
+            mlp = ExpertWeights(tuple(cut_mlps))
+        else:
+            mlp = keep_mlp(mlp, channels.nonzero().squeeze(1))
         return LayerWeights(
-            mlp=replace(
-                mlp,
-                W_U=mlp.W_U[:, channels],
-                W_G=None if mlp.W_G is None else mlp.W_G[:, channels],
-                W_D=mlp.W_D[channels],
-                b_U=cut(mlp.b_U, channels),
-                b_G=cut(mlp.b_G, channels),
-            ),
+            mlp=mlp,
             query_key=replace(
                 query_key,
                 W_Q=query_key.W_Q[heads],
@@ -188,11 +204,11 @@ def pruned_model(
     shapes, tensors, reports = [], [], []
     for index, layer in enumerate(decoder_layers(task.model)):
         of_layer = LayerWeights.read(family, layer) if weights is None else weights[index]
-        num_groups, width = int(kept[index].groups.sum()), int(kept[index].channels.sum())
+        num_groups, width = int(kept[index].groups.sum()), kept[index].width
         changed = (num_groups, width) != (dense.num_kv_heads, dense.intermediate_size)
         biases = (
             (family.output_path, of_layer.value_output.b_O, family.output(layer)),
-            (family.down_path, of_layer.mlp.b_D, family.down(layer)),
+            (family.down_path, getattr(of_layer.mlp, "b_D", None), family.downs(layer)[0]),
         )
         extra = tuple(path for path, bias, linear in biases if changed and bias is not None and linear.bias is None)
         shape = replace(dense, num_kv_heads=num_groups, intermediate_size=width, extra_biases=extra)

@@ -12,6 +12,7 @@ from modegpt.methods.llm_pruner import ATTENTION, LLMPruner, by_structure, keep_
 from modegpt.methods.low_rank import block_linears
 from modegpt.methods.structures import Kept, StructureSizes, pruned_model
 from modegpt.models import block_linear_parameters, decoder_layers
+from modegpt.models.modeling_modegpt import Experts
 from tests.methods.protocol_checks import (
     FORMS,
     achieved_sparsity,
@@ -169,6 +170,36 @@ def test_pruned_model_equals_the_dense_one_with_structures_silenced(form: str):
             family.output(layer).weight[:, ~of_layer.groups.repeat_interleave(columns)] = 0
             family.down(layer).weight[:, ~of_layer.channels] = 0
         torch.testing.assert_close(ours, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_expert_loses_its_own_channels_of_least_importance_and_as_many():
+    model = dense_model("qwen3_moe")
+    method = LLMPruner(**NO_PROTECTION, batch_size=3)
+    compressed = method.compress(task_of(model, 0.4))
+    assert achieved_sparsity(compressed, model) == pytest.approx(0.4, abs=0.01)
+    kept = set()
+    for dense, small in zip(decoder_layers(model), decoder_layers(compressed.model), strict=True):
+        weights, gradients = gradients_of(task_of(model, 0.4), dense)
+        for index, (whole, cut) in enumerate(zip(dense.mlp.experts, small.mlp.experts, strict=True)):
+            width = small.mlp.experts[0].down_proj.in_features
+            roles = tuple(f"{role}.{index}" for role in ("up", "gate", "down"))
+            scores = structure_scores(weights, gradients, roles, 40, "element", "sum")
+            best = scores.argsort()[40 - width :].sort().values
+            kept.add(tuple(best.tolist()))
+            assert torch.equal(cut.down_proj.weight, whole.down_proj.weight[:, best])
+            assert torch.equal(cut.gate_proj.weight, whole.gate_proj.weight[best])
+    assert len(kept) == 12, "channels of their own"
+
+
+def test_experts_that_no_window_reaches_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = Experts.routed
+    monkeypatch.setattr(
+        Experts, "routed", lambda self, *routing: (each for each in routed(self, *routing) if each[0] != 3)
+    )
+    model = dense_model("mixtral")
+    _, gradients = gradients_of(task_of(model, 0.3), decoder_layers(model)[0])
+    assert not gradients["down.3"].any() and gradients["down.2"].any()
+    assert achieved_sparsity(LLMPruner().compress(task_of(model, 0.3)), model) == pytest.approx(0.3, abs=0.01)
 
 
 def test_best_of_a_layer_within_its_budget():
