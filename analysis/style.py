@@ -29,6 +29,7 @@ LABELS = {
     "nystrom_bias": "Nyström, bias corrected",
     "columns": "Columns",
     "elimination": "Greedy elimination",
+    "elimination_centred": "Greedy elimination, keys centred",
     "cr": "CR",
     "cr_pairs": "CR, pair score",
     "cr_shared": "CR, one set of frequencies",
