@@ -36,6 +36,8 @@ MIXTURES = {
     answer: re.findall(r"`(\w+)`", " ".join(re.findall(rf"^\| {answer} \|.*", PAGE.read_text("utf-8"), re.M)))
     for answer in ("yes", "no")
 }
+SHORT = {"tyr": {"rounds": 1, "generations": 2, "offspring": 4}, "asvd": {"search_windows": 2}}
+"""Options of methods that search, so that it is soon over."""
 SPARSITY = {"mlp": 0.3, "query_key": 0.25, "value_output": 0.375}
 SIZES = {"mlp": "intermediate_size", "query_key": "qk_head_dim", "value_output": "v_head_dim"}
 
@@ -134,7 +136,7 @@ def test_methods_take_or_refuse_mixtures_as_the_page_says(key: str, tmp_path: Pa
     multiples = RankMultiple(1, 1, 1) if "rank_multiple" in METHODS[key].reads else RankMultiple()
     paper = DecompositionConfig(**{module: {"name": name} for module, name in PAPER.items()})
     method = METHODS[key].configured(
-        {"name": key},
+        {"name": key} | SHORT.get(key, {}),
         compression=CompressionConfig(rank_multiple=multiples),
         decomposition=paper,
         allocation={"name": "uniform"},
