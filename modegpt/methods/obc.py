@@ -1,5 +1,6 @@
 """Structured optimal brain compression: remove what the output misses least while all that is left makes up for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -7,18 +8,24 @@ import torch
 from torch import Tensor
 
 from modegpt.calibration.statistics import Statistics
+from modegpt.decompositions import experts
 from modegpt.decompositions.elimination import eliminate
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.decompositions.nystrom import refit
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget
-from modegpt.models import decoder_layers, dense_shape
+from modegpt.models import Family, decoder_layers, dense_shape
 
-STATISTICS = frozenset({"mlp.C", "value_output.C_o"})
+OUTPUT_STATISTICS = frozenset({"value_output.C_o"})
 BLOCK = 128
 """Channels that ``eliminate`` takes in one panel: speed alone."""
 TINY = torch.finfo(torch.float64).tiny
+
+
+def statistics_read(family: Family) -> frozenset[str]:
+    """What ``hessians`` are made of."""
+    return OUTPUT_STATISTICS | ({"mlp.C"} if family.experts_path is None else experts.REQUIRED)
 
 
 def damped(C: Tensor, damping: float) -> Tensor:
@@ -26,6 +33,12 @@ def damped(C: Tensor, damping: float) -> Tensor:
     H = C.double().clone()
     H.diagonal().add_(damping * H.diagonal().mean())
     return H
+
+
+def hessians(weights: LayerWeights, statistics: Statistics, damping: float) -> tuple[Tensor, list[Tensor]]:
+    """``damped`` of the output projection, and of the down projection of the MLP or of each expert."""
+    of_mlps = [damped(C, damping) for _, C in experts.of_each(weights.mlp, statistics)]
+    return damped(statistics["value_output.C_o"], damping), of_mlps
 
 
 def eliminate_blocks(H: Tensor, W: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -85,13 +98,15 @@ class StructuredOBC(Method):
 
     Differs from the papers: ZipLM measures levels in runtime and searches a factor for each layer with the calibration
     loss (SPDY), here the budget is weights and every factor 1; all layers see the dense model's inputs. A second pass
-    over the calibration tokens spares keeping every layer's Gram matrices.
+    over the calibration tokens spares keeping every layer's Gram matrices. The experts of a layer lose as many channels
+    each, one at a time for all of them together.
 
     Args:
         damping: added to the diagonal of the input's Gram matrix, relative to its mean.
     """
 
     name: ClassVar[str] = "obc"
+    experts: ClassVar[bool] = True
 
     damping: float = 0.01
 
@@ -109,42 +124,46 @@ class StructuredOBC(Method):
         sizes, budget, meter = [size.group, size.channel] * len(layers), removal_budget(task), task.calibration.meter
         orders: list[Tensor] = []
         costs: list[Tensor] = []
-        for layer, statistics in zip(layers, task.calibration.statistics(STATISTICS), strict=True):
+        read = statistics_read(task.family)
+        for layer, statistics in zip(layers, task.calibration.statistics(read), strict=True):
             with meter.stage("solve", counted=True):
                 of_layer = LayerWeights.read(task.family, layer)
-                H_o, H = self._hessians(statistics)
+                H_o, H = hessians(of_layer, statistics, self.damping)
                 groups = eliminate_blocks(H_o, of_layer.value_output.W_O.flatten(0, 1), shape.num_kv_heads)
-                channels = eliminate(H, of_layer.mlp.W_D, 0, ridge=0.0, block=BLOCK)
+                of_mlps = [
+                    eliminate(each_H, each.W_D, 0, ridge=0.0, block=BLOCK)
+                    for each_H, each in zip(H, of_layer.mlps, strict=True)
+                ]
+                mlp_orders, mlp_costs = (torch.stack(each) for each in zip(*of_mlps, strict=True))
+                channels = mlp_orders.squeeze(0), mlp_costs.sum(dim=0)
                 for (order, cost), weight in ((groups, size.group), (channels, size.channel)):
                     orders.append(order.cpu())
                     costs.append(rising(cost / cost.sum().clamp(min=TINY)) / weight)
         gone = cheapest_within(costs, sizes, budget)
-        stays = [torch.ones_like(of).scatter(0, order, ~of) for of, order in zip(gone, orders, strict=True)]
+        stays = [
+            ~of.expand_as(order).scatter(-1, order, of.expand_as(order)) for of, order in zip(gone, orders, strict=True)
+        ]
         kept = [Kept(*of_layer) for of_layer in zip(stays[::2], stays[1::2], strict=True)]
         weights = []
-        for layer, of_layer_kept, statistics in zip(layers, kept, task.calibration.statistics(STATISTICS), strict=True):
+        for layer, of_layer_kept, statistics in zip(layers, kept, task.calibration.statistics(read), strict=True):
             with meter.stage("solve", counted=True):
                 of_layer = LayerWeights.read(task.family, layer)
-                weights.append(refitted_layer(of_layer, of_layer_kept, *self._hessians(statistics)))
+                weights.append(refitted_layer(of_layer, of_layer_kept, *hessians(of_layer, statistics, self.damping)))
         return pruned_model(task, kept, weights)
 
-    def _hessians(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Those of the output and of the down projection."""
-        return damped(statistics["value_output.C_o"], self.damping), damped(statistics["mlp.C"], self.damping)
 
-
-def refitted_layer(weights: LayerWeights, kept: Kept, H_o: Tensor, H: Tensor) -> LayerWeights:
+def refitted_layer(weights: LayerWeights, kept: Kept, H_o: Tensor, H: Sequence[Tensor]) -> LayerWeights:
     """The layer with its output and down projection refitted for what is ``kept``, at dense size.
 
-    H_o (H d, H d) and H (n, n) are the Hessians of the two.
+    H_o (H d, H d) and H, (n, n) of each MLP, are the Hessians of the two.
     """
-    value_output, mlp = weights.value_output, weights.mlp
+    value_output = weights.value_output
     W_O = value_output.W_O.flatten(0, 1)
     W_O = refitted(H_o, W_O, kept.groups.repeat_interleave(len(W_O) // len(kept.groups)))
+    mlps = zip(weights.mlps, H, kept.channels.expand(len(H), -1), strict=True)
     return replace(
-        weights,
+        weights.with_mlps([replace(mlp, W_D=refitted(own, mlp.W_D, mask)) for mlp, own, mask in mlps]),
         value_output=replace(value_output, W_O=W_O.view_as(value_output.W_O)),
-        mlp=replace(mlp, W_D=refitted(H, mlp.W_D, kept.channels)),
     )
 
 

@@ -1,6 +1,7 @@
 """SlimGPT: layer by layer, optimal brain surgeon in batches, at rates that rise with depth."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.obc import STATISTICS, damped, eliminate_blocks, refitted_layer
+from modegpt.methods.obc import eliminate_blocks, hessians, refitted_layer, statistics_read
 from modegpt.methods.structures import Kept, LayerWeights, StructureSizes, pruned_model
 from modegpt.models import (
     LayerShape,
@@ -87,6 +88,7 @@ class SlimGPT(Method):
     """
 
     name: ClassVar[str] = "slimgpt"
+    experts: ClassVar[bool] = True
 
     first: float = 0.5
     batch: float = 1024 / 11008
@@ -118,9 +120,9 @@ class SlimGPT(Method):
             for index in calibration.progress.track(range(len(layers)), "pruning", unit="layer"):
                 with calibration.meter.stage("pruning", counted=True):
                     inputs = HiddenStates(list(hidden.batches), hidden.arguments)
-                    statistics = calibration.observe(inputs, index, STATISTICS)
-                    H_o, H = (damped(statistics[name], self.damping) for name in ("value_output.C_o", "mlp.C"))
+                    statistics = calibration.observe(inputs, index, statistics_read(family))
                     of_layer = LayerWeights.read(family, layers[index])
+                    H_o, H = hessians(of_layer, statistics, self.damping)
                     kept.append(self.kept(of_layer, H_o, H, dense, shapes[index]))
                     weights.append(refitted_layer(of_layer, kept[-1], H_o, H))
                     small = weights[-1].without_removed(kept[-1])
@@ -144,15 +146,17 @@ class SlimGPT(Method):
             shapes.append(replace(dense, num_kv_heads=num_groups - groups, intermediate_size=width - channels))
         return shapes
 
-    def kept(self, weights: LayerWeights, H_o: Tensor, H: Tensor, dense: LayerShape, shape: LayerShape) -> Kept:
+    def kept(
+        self, weights: LayerWeights, H_o: Tensor, H: Sequence[Tensor], dense: LayerShape, shape: LayerShape
+    ) -> Kept:
         """What stays of a layer of ``dense`` shape so that it has ``shape``."""
         kept = Kept.everything(dense)
         groups, _ = eliminate_blocks(H_o, weights.value_output.W_O.flatten(0, 1), dense.num_kv_heads)
         kept.groups[groups[: dense.num_kv_heads - shape.num_kv_heads].cpu()] = False
         width = dense.intermediate_size
         first = max(round(self.batch * width), self.last_batch)
-        channels = eliminate_batches(
-            H, weights.mlp.W_D, width - shape.intermediate_size, first=first, last=self.last_batch
-        )
-        kept.channels[channels.cpu()] = False
-        return kept
+        channels = kept.channels.repeat(len(H), 1)
+        for of_mlp, own, mlp in zip(channels, H, weights.mlps, strict=True):
+            removed = width - shape.intermediate_size
+            of_mlp[eliminate_batches(own, mlp.W_D, removed, first=first, last=self.last_batch).cpu()] = False
+        return replace(kept, channels=channels.squeeze(0))

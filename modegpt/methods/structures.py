@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt.decompositions.modules import ExpertWeights, HeadNorm, QueryKeyWeights, ValueOutputWeights
+from modegpt.decompositions.modules import (
+    ExpertWeights,
+    HeadNorm,
+    MLPWeights,
+    QueryKeyWeights,
+    ValueOutputWeights,
+)
 from modegpt.decompositions.selection import keep_mlp
 from modegpt.methods.base import Compressed, CompressionTask
 from modegpt.models import (
@@ -66,10 +72,9 @@ class StructureSizes:
     def of(cls, family: Family, layer: nn.Module, shape: LayerShape) -> "StructureSizes":
         """Those of a dense ``layer`` of ``shape``."""
         attention = sum(role(layer).weight.numel() for role in (family.query, family.key, family.value, family.output))
-        mlps = read_mlps(family, layer)
         mlp = sum(
             W.numel()
-            for each in (mlps.experts if isinstance(mlps, ExpertWeights) else (mlps,))
+            for each in LayerWeights.read(family, layer).mlps
             for W in (each.W_U, each.W_G, each.W_D)
             if W is not None
         )
@@ -94,7 +99,7 @@ class StructureSizes:
 class LayerWeights:
     """The three modules of a layer, in the paper's orientation."""
 
-    mlp: Any  # MLPWeights; ExpertWeights in a mixture, which few methods take
+    mlp: Any  # MLPWeights, or ExpertWeights in a mixture
     query_key: QueryKeyWeights
     value_output: ValueOutputWeights
 
@@ -102,6 +107,15 @@ class LayerWeights:
     def read(cls, family: Family, layer: nn.Module) -> "LayerWeights":
         """Those of a dense ``layer``."""
         return cls(read_mlps(family, layer), read_query_key(family, layer), read_value_output(family, layer))
+
+    @property
+    def mlps(self) -> tuple[MLPWeights, ...]:
+        """The one MLP, or every expert."""
+        return self.mlp.experts if isinstance(self.mlp, ExpertWeights) else (self.mlp,)
+
+    def with_mlps(self, mlps: Sequence[MLPWeights]) -> "LayerWeights":
+        """With others in the place of ``mlps``."""
+        return replace(self, mlp=ExpertWeights(tuple(mlps)) if isinstance(self.mlp, ExpertWeights) else mlps[0])
 
     def without_removed(self, kept: Kept) -> "LayerWeights":
         """The same modules with the structures outside ``kept`` cut out."""
@@ -112,17 +126,11 @@ class LayerWeights:
         def cut(tensor: Tensor | None, mask: Tensor) -> Tensor | None:
             return None if tensor is None else tensor[mask]
 
-        mlp, query_key, value_output = self.mlp, self.query_key, self.value_output
-        if isinstance(mlp, ExpertWeights):
-            masks = channels.expand(len(mlp.experts), -1)
-            cut_mlps = (
-                keep_mlp(each, mask.nonzero().squeeze(1)) for each, mask in zip(mlp.experts, masks, strict=True)
-            )
-            mlp = ExpertWeights(tuple(cut_mlps))
-        else:
-            mlp = keep_mlp(mlp, channels.nonzero().squeeze(1))
-        return LayerWeights(
-            mlp=mlp,
+        query_key, value_output = self.query_key, self.value_output
+        masks = channels.expand(len(self.mlps), -1)
+        smaller = [keep_mlp(each, mask.nonzero().squeeze(1)) for each, mask in zip(self.mlps, masks, strict=True)]
+        return replace(
+            self.with_mlps(smaller),
             query_key=replace(
                 query_key,
                 W_Q=query_key.W_Q[heads],

@@ -5,7 +5,7 @@ import torch
 
 from modegpt.decompositions.elimination import eliminate
 from modegpt.errors import UserError
-from modegpt.methods.obc import BLOCK, STATISTICS, StructuredOBC, damped, eliminate_blocks, refitted, rising
+from modegpt.methods.obc import BLOCK, StructuredOBC, damped, eliminate_blocks, refitted, rising, statistics_read
 from modegpt.methods.structures import LayerWeights, StructureSizes
 from modegpt.models import decoder_layers, dense_shape
 from tests.methods.protocol_checks import (
@@ -81,7 +81,12 @@ def test_what_goes_is_the_beginning_of_each_order_and_the_cheapest_share_of_the_
     size = StructureSizes.of(task.family, layers[0], shape)
     steps = []
     for index, (layer, small, statistics) in enumerate(
-        zip(layers, decoder_layers(compressed.model), task.calibration.statistics(STATISTICS), strict=True)
+        zip(
+            layers,
+            decoder_layers(compressed.model),
+            task.calibration.statistics(statistics_read(task.family)),
+            strict=True,
+        )
     ):
         weights = LayerWeights.read(task.family, layer)
         H_o, H = damped(statistics["value_output.C_o"], 0.01), damped(statistics["mlp.C"], 0.01)
@@ -103,6 +108,25 @@ def test_what_goes_is_the_beginning_of_each_order_and_the_cheapest_share_of_the_
     passed_over = [weight for slope, weight, gone in steps if slope < dearest and not gone]
     assert all(weight == size.group for weight in passed_over), "a cheaper channel is never passed over"
     assert len({layer["ranks"]["mlp"] for layer in compressed.layers}) > 1, "the order is of the whole model"
+
+
+def test_experts_lose_channels_together_each_its_own_in_its_order():
+    model = dense_model("mixtral").double()
+    task = task_of(model, 0.35, num_samples=30)
+    compressed = StructuredOBC().compress(task)
+    layers = zip(decoder_layers(model), decoder_layers(compressed.model), compressed.layers, strict=True)
+    observed = task.calibration.statistics(statistics_read(task.family))
+    sets = set()
+    for (layer, small, report), statistics in zip(layers, observed, strict=True):
+        gone = 40 - report["ranks"]["mlp"]
+        for index, (whole, cut) in enumerate(zip(layer.mlp.experts, small.mlp.experts, strict=True)):
+            H, W_D = damped(statistics["experts.C"][index], 0.01), whole.down_proj.weight.T
+            order, _ = eliminate(H, W_D, 0, ridge=0.0, block=BLOCK)
+            kept = torch.ones(40, dtype=torch.bool).index_fill(0, order[:gone], False)
+            assert torch.equal(cut.up_proj.weight, whole.up_proj.weight[kept])
+            torch.testing.assert_close(cut.down_proj.weight.T, refitted(H, W_D, kept)[kept])
+            sets.add(tuple(kept.tolist()))
+    assert len(sets) == 12
 
 
 def test_damping_must_be_positive():

@@ -7,7 +7,7 @@ import torch
 
 from modegpt.decompositions.elimination import eliminate
 from modegpt.errors import UserError
-from modegpt.methods.obc import BLOCK, STATISTICS, damped, eliminate_blocks, refitted
+from modegpt.methods.obc import BLOCK, damped, eliminate_blocks, refitted, statistics_read
 from modegpt.methods.slimgpt import LARGEST_RATE, SlimGPT, eliminate_batches, rising_rates
 from modegpt.methods.structures import StructureSizes
 from modegpt.models import decoder_layers, dense_shape, read_mlp, read_value_output
@@ -57,7 +57,7 @@ def test_layers_are_pruned_behind_pruned_layers_and_refitted_on_what_they_read()
     hidden = task.calibration.embed()
     for index, (layer, small) in enumerate(zip(decoder_layers(model), decoder_layers(compressed.model), strict=True)):
         inputs = type(hidden)(list(hidden.batches), hidden.arguments)
-        statistics = task.calibration.observe(inputs, index, STATISTICS)
+        statistics = task.calibration.observe(inputs, index, statistics_read(task.family))
         H_o, H = damped(statistics["value_output.C_o"], 0.01), damped(statistics["mlp.C"], 0.01)
         up, down, W_D = task.family.up(layer).weight, task.family.down(small).weight.T, read_mlp(task.family, layer).W_D
         kept = (up.unsqueeze(1) == task.family.up(small).weight.unsqueeze(0)).all(dim=2).any(dim=1)
@@ -73,6 +73,19 @@ def test_layers_are_pruned_behind_pruned_layers_and_refitted_on_what_they_read()
         with torch.no_grad():
             hidden.batches = [small(x, **hidden.layer_arguments(index, x)) for x in hidden.batches]
     assert any(layer["ranks"]["num_kv_heads"] == 1 for layer in compressed.layers), "no group went where the test looks"
+
+
+def test_every_expert_of_the_first_layer_is_pruned_on_the_tokens_that_it_sees():
+    model = dense_model("mixtral").double()
+    task = task_of(model, 0.4, num_samples=30)
+    small = decoder_layers(SlimGPT().compress(task).model)[0]
+    [statistics, *_] = task.calibration.statistics(statistics_read(task.family))
+    for index, (whole, cut) in enumerate(zip(decoder_layers(model)[0].mlp.experts, small.mlp.experts, strict=True)):
+        H, W_D = damped(statistics["experts.C"][index], 0.01), whole.down_proj.weight.T
+        removed = eliminate_batches(H, W_D, 40 - cut.down_proj.in_features, first=8, last=8)
+        kept = torch.ones(40, dtype=torch.bool).index_fill(0, removed, False)
+        assert 0 < len(removed) < 40 and torch.equal(cut.up_proj.weight, whole.up_proj.weight[kept])
+        torch.testing.assert_close(cut.down_proj.weight.T, refitted(H, W_D, kept)[kept])
 
 
 def test_later_layers_lose_more():
