@@ -147,7 +147,7 @@ class Family:
 
     def downs(self, layer: nn.Module) -> list[nn.Linear]:
         """The down projection of each expert of a layer, or of its one MLP."""
-        count = 1 if self.experts_path is None else len(cast(nn.ModuleList, layer.get_submodule(self.experts_path)))
+        count = 1 if self.experts_path is None else len(cast(Experts, layer.get_submodule(self.experts_path)))
         return [linear_at(layer, path) for path in self.of_experts(self.down_path, count)]
 
 
@@ -534,20 +534,26 @@ class GatedMLP(nn.Module):
         return self.down_proj(h if share is None else (h * share).to(h.dtype))
 
 
-class Experts(nn.ModuleList):
-    """The experts of a layer, each an MLP by itself.
+class Experts(nn.Module):
+    """The experts of a layer, each an MLP by itself, by number.
 
     What a down projection reads is weighted as its output enters the sum, so that statistics taken there are those of
-    what the experts contribute.
+    what the experts contribute. It is no ``nn.ModuleList``, which vLLM would take for experts of the dense width.
     """
 
     def __init__(self, config: Any):
-        super().__init__(GatedMLP(config) for _ in range(config.num_experts))
+        super().__init__()
+        for index in range(config.num_experts):
+            self.add_module(str(index), GatedMLP(config))
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._modules)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, d_h), with the experts of each token and their shares (tokens, top k), to (tokens, d_h)."""
         total = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
+        for index, expert in enumerate(self.children()):
             token, place = torch.where(top_k_index == index)
             if len(token):
                 added = expert(hidden_states[token], top_k_weights[token, place].unsqueeze(-1))
