@@ -260,6 +260,18 @@ def test_modules_whose_maps_cannot_be_fused_alike_have_other_children() -> None:
     assert [isinstance(layer.get_submodule("mlp.up_proj"), torch.nn.Linear) for layer in layers] == [True, False, True]
 
 
+def test_experts_for_an_engine_that_has_none_of_their_sizes(tmp_path: Path) -> None:
+    """vLLM takes a list of experts for ones of the dense width, and does not compile how many tokens each sees."""
+    model = sliced_model(dense_model("olmoe"))[0]
+    experts = decoder_layers(model)[0].get_submodule("mlp.experts")
+    assert not isinstance(experts, torch.nn.ModuleList) and [name for name, _ in experts.named_children()] == list(
+        "0123"
+    )
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "paged"), "--engine", "vllm"]) == 0
+    assert "--trust-remote-code --enforce-eager" in (tmp_path / "paged" / "README.md").read_text()
+
+
 def test_pages_for_an_engine_that_takes_all_sizes(tmp_path: Path, capsys) -> None:
     """The checkpoint itself, whose configuration tells the page of each layer, with all of the same code and logits."""
     dense = dense_model("llama-wide-heads")
