@@ -144,17 +144,26 @@ def measure(
 
 
 def measured_speedup(
-    dense: PreTrainedModel, other: PreTrainedModel, workload: Workload, *, repeats: int, decode_tokens: int
+    dense: PreTrainedModel,
+    other: PreTrainedModel,
+    workload: Workload,
+    *,
+    repeats: int,
+    seconds: float,
+    decode_tokens: int,
 ) -> float:
     """How many times as fast ``other`` is: the median of dense / own seconds over rounds in which the two take turns.
 
-    Processor seconds on a CPU, where other programs may run; those of the clock elsewhere.
+    There are ``repeats`` rounds, and more until they took so many ``seconds``. Processor seconds on a CPU, where other
+    programs may run; those of the clock elsewhere.
     """
     steps = [_prepare(model.eval(), workload, decode_tokens, fixed_cache=False) for model in (dense, other)]
     for step in steps:
         step()
     of_processor = int(dense.device.type == "cpu")
-    rounds = [[_seconds(step, dense.device)[of_processor] for step in steps] for _ in range(repeats)]
+    rounds: list[list[float]] = []
+    while len(rounds) < repeats or sum(map(sum, rounds)) < seconds:
+        rounds.append([_seconds(step, dense.device)[of_processor] for step in steps])
     return median(slow / fast for slow, fast in rounds)
 
 

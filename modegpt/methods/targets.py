@@ -22,8 +22,8 @@ PERCENT = [percent / 100 for percent in range(1, 100)]
 """Sparsities among which one that meets a target in speed is found: times differ by more from minute to minute."""
 SPEED_TOLERANCE = 0.02
 """A speed is missed where it falls short by more, relatively: measurements differ by as much."""
-REPEATS, DECODE_TOKENS = 5, 8
-"""Rounds of one measurement of speed, and tokens in each where these are decoded."""
+REPEATS, LEAST_SECONDS, DECODE_TOKENS = 5, 2.0, 8
+"""Rounds of one measurement of speed, seconds that they take at least, and tokens in each where these are decoded."""
 LENGTH = 512
 """Tokens in front of it where none are stated."""
 
@@ -180,4 +180,4 @@ def workload_of(compression: CompressionConfig, model: PreTrainedModel) -> Workl
 
 
 def _speedup(dense: PreTrainedModel, other: PreTrainedModel, workload: Workload) -> float:
-    return measured_speedup(dense, other, workload, repeats=REPEATS, decode_tokens=DECODE_TOKENS)
+    return measured_speedup(dense, other, workload, repeats=REPEATS, seconds=LEAST_SECONDS, decode_tokens=DECODE_TOKENS)

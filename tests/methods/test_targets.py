@@ -179,8 +179,11 @@ def test_the_search_ends_at_the_least_sparsity_whatever_the_curve(wanted: float)
         assert least_sparsity(wanted, curve, sparsities) == (least, pytest.approx(curve(least)))
 
 
-def test_a_run_records_target_prediction_and_measurement(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_records_target_prediction_and_measurement(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """End to end, by the clock."""
+    monkeypatch.setattr(targets, "LEAST_SECONDS", 0.2)
     asked = CompressionConfig(target_speedup=1.05, **PREFILL)
     record = load_record(run(small(results, compression=asked, quiet=False), command="modegpt"))
     facts = record["compression"]
