@@ -404,6 +404,12 @@ class CompressionConfig:
         for value in self.layer_sparsity or []:
             _sparsity("compression.layer_sparsity", value)
 
+    @property
+    def target(self) -> str | None:
+        """Which option its sparsity is found from; None: it is given."""
+        names = ("target_bytes", "target_speedup")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
     def _check_targets(self) -> None:
         _one_of("compression.target_phase", self.target_phase, PHASES)
         if self.target_bytes is not None:

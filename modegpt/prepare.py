@@ -113,9 +113,10 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         documents = load_documents(config.calibration.source, path=config.calibration.path, split="calibration")
         commits |= documents.commits
         tokens = calibration_tokens(config, documents, tokenizer, backend.model)
-        config, aim = world.told(
-            aimed(config, method, backend.model, tokens, say=progress.say) if world.leads else None
-        )
+        if config.compression.target is not None:
+            with meter.stage("target"):
+                found = aimed(config, method, backend.model, tokens, say=progress.say) if world.leads else None
+            config, aim = world.told(found)
         task = make_task(
             method,
             backend.model,
@@ -189,9 +190,8 @@ def stages(config: RunConfig, method: Method | None) -> tuple[str, ...]:
 def check_options(config: RunConfig, method: Method | None) -> None:
     """Refuse combinations of options that no model could make possible. Raises UserError."""
     model, save_model = config.model, config.output.save_model
-    targeted = [name for name in ("target_bytes", "target_speedup") if getattr(config.compression, name) is not None]
-    if method is None and targeted:
-        raise UserError(f"compression.{targeted[0]} has no effect with method=dense; leave it out")
+    if method is None and config.compression.target is not None:
+        raise UserError(f"compression.{config.compression.target} has no effect with method=dense; leave it out")
     if config.compression.target_speedup is not None and config.out_of_core.enabled:
         raise UserError("compression.target_speedup times whole models in memory: leave out out_of_core.enabled")
     if model.local and not (str(model.path).startswith(EMBEDDED) or Path(str(model.path)).expanduser().exists()):

@@ -36,20 +36,18 @@ def aimed(
     *,
     say: Callable[[str], object],
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """``config`` with the sparsity at which ``method`` meets the target, and what is known of that target.
+    """``config``, which has a target, with the sparsity at which ``method`` meets it, and what is known of the target.
 
-    Itself and nothing where it has none. ``model``: the dense one.
+    ``model``: the dense one.
 
     Raises:
         UserError: the dense model meets the target, nothing does, or the method cannot tell sizes before it starts.
     """
     compression = config.compression
-    if compression.target_bytes is not None:
+    if compression.target == "target_bytes":
         sparsity, aim = _for_bytes(compression, method, model, say=say)
-    elif compression.target_speedup is not None:
-        sparsity, aim = _for_speed(compression, method, model, tokens, say=say)
     else:
-        return config, {}
+        sparsity, aim = _for_speed(compression, method, model, tokens, say=say)
     return replace(config, compression=replace(compression, sparsity=sparsity)), aim
 
 
@@ -59,9 +57,7 @@ def reached(
     """``aim`` with what came of it: the bytes that ``compressed`` needs, or its speed, measured beside ``dense``."""
     if "target_bytes" in aim:
         return {**aim, "achieved_bytes": bytes_needed(compressed, compression)}
-    if "target_speedup" in aim:
-        return {**aim, "achieved_speedup": _speedup(dense, compressed, workload_of(compression, dense))}
-    return dict(aim)
+    return {**aim, "achieved_speedup": _speedup(dense, compressed, workload_of(compression, dense))}
 
 
 def missed(target: Mapping[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def test_a_missed_target_is_a_warning(results: Path) -> None:
     facts = reached({"target_bytes": 5_000_000}, asked, model, model)
     assert facts["achieved_bytes"] == bytes_needed(model, asked) == 5_216_768
     assert missed(facts) == ["the target is missed: 5,216,768 bytes needed, 5,000,000 asked"]
-    assert missed(facts | {"target_bytes": 6_000_000}) == [] == missed({}) == missed(reached({}, asked, model, model))
+    assert missed(facts | {"target_bytes": 6_000_000}) == [] == missed({})
 
 
 PREFILL = {"target_phase": "prefill", "target_context": 64, "target_batch": 2}
