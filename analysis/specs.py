@@ -322,6 +322,14 @@ ABLATION_TABLES = (
         )
     ),
     TableSpec(
+        "engines_plus",
+        "Sizes that engines take, plus: perplexity",
+        ("engines_plus",),
+        {"compression.engine": "Engine"},
+        at_rates(replace(PERPLEXITY, within=0.01), (0.2, 0.3, 0.4)),
+        note="One sparsity for all layers. Attention stays whole but where every size is free (any).",
+    ),
+    TableSpec(
         "recovery",
         "LoRA recovery, before and after",
         ("recovery",),
