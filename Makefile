@@ -48,7 +48,7 @@ docs: $(DOCS_INSTALLED)
 
 # Every form of an export on vLLM and llama.cpp themselves, on a CPU; where one cannot start, its tests say why and skip.
 engines: $(INSTALLED) $(ENGINES_INSTALLED)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m engines tests/engines
+	@OMP_NUM_THREADS=1 MODEGPT_ENGINES=$(ENGINES) $(PY) -m pytest -q -rs -m engines tests/engines
 
 # A real SLURM sweep on this machine alone; Debian or Ubuntu, as root.
 slurm-test: $(INSTALLED)

@@ -1,5 +1,6 @@
 """Numbers with their spread and their origin: what tables show and figures draw."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ class Column:
     of `DERIVED`.
 
     ``compared``: one of `COMPARISONS`, with the run of the same seed whose settings differ by ``against``. A number
-    nearer to zero than ``floor`` is not compared with, because a share of rounding says nothing.
+    nearer to zero than ``floor`` is not compared with, because a share of rounding says nothing. ``within``: only runs
+    that removed what was asked for, but for so large a share of the weights.
     """
 
     label: str
@@ -31,6 +33,7 @@ class Column:
     compared: str | None = None
     against: Mapping[str, Any] = field(default_factory=dict)
     floor: float = 0.0
+    within: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Group:
 
     def _measured(self, column: Column, where: Mapping[str, Any]) -> list[tuple[float, Run]] | Cell:
         """The values and their runs; an empty or refused cell if there are none to show."""
-        runs = [run for run in self.runs if agrees(run, where)]
+        runs = [run for run in self.runs if agrees(run, where) and _missed_by(run) <= column.within]
         values = [(value, run) for run in runs if (value := measure(run, column.metric, self.perplexity)) is not None]
         if not values:
             return Cell()
@@ -158,6 +161,11 @@ DERIVED: dict[str, Callable[[Run, str], float | None]] = {
     "nats_lost": lambda run, name: _nats(run, name),
     "perplexity_before": lambda run, name: run.facts.get(f"before_{name}"),
 }
+
+
+def _missed_by(run: Run) -> float:
+    """How far the share that was removed is from the one asked for."""
+    return abs(run.facts.get("achieved_sparsity", 0.0) - run.facts.get("target_sparsity", 0.0))
 
 
 def measure(run: Run, metric: str, perplexity: str | None) -> float | None:

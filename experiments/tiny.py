@@ -75,6 +75,7 @@ PLAN = {
     "variants_query_key_opt": On((OPT,)),
     **dict.fromkeys(("allocation", "module_wise", "layer_sparsity"), On((LLAMA, OPT), full=(BABY,))),
     **dict.fromkeys(("engines", "engines_shared"), On((LLAMA, BABY), full=(STORIES,))),
+    "engines_plus": On((LLAMA,), full=(BABY, STORIES)),
     "compression_cost": On((LLAMA, OPT), full=(BABY,), scored=False),
     **dict.fromkeys(("allocation_epsilon", "ridge"), On((LLAMA,), full=(OPT, STORIES, BABY))),
     **dict.fromkeys(("calibration_size", "seeds"), On((LLAMA, STORIES), full=(OPT, BABY))),
@@ -148,7 +149,11 @@ class Sweep:
     def weight(self) -> float:
         """What one of its jobs costs, relative to those of other sweeps."""
         return SECONDS[self.model] * (
-            5 if self.experiment == "recovery" else 3 if self.experiment.startswith(("methods", "plus")) else 1
+            5
+            if self.experiment == "recovery"
+            else 3
+            if self.experiment.startswith(("methods", "plus", "engines_plus"))
+            else 1
         )
 
 

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from modegpt.allocation.engines import ENGINES
 from modegpt.errors import UserError
-from modegpt.evaluation.spec import EvaluationSpec
+from modegpt.evaluation.spec import PHASES, EvaluationSpec
 
 Built = TypeVar("Built")
 
@@ -34,7 +34,7 @@ LARGEST = 2**63 - 1
 """The largest integer that PyTorch takes, for a seed or a size."""
 MOST_THREADS = 1024
 """More than any machine's cores; a system has room for some ten thousand."""
-TARGETS = frozenset({"target_bytes", "target_context", "target_batch"})
+TARGETS = frozenset({"target_bytes", "target_speedup", "target_phase", "target_context", "target_batch"})
 """Options of ``compression`` from which its sparsity is found; none of them decides anything else."""
 PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
 """The paper's decomposition of each module."""
@@ -379,8 +379,16 @@ class CompressionConfig:
     """Whose sizes the ranks keep to (``allocation/engines.py``)."""
     target_bytes: str | None = None
     """What the compressed model may take, such as ``4GiB``: the sparsity is found from it."""
+    target_speedup: float | None = None
+    """How many times as fast as the dense model on this machine: timed models of such sizes give the sparsity."""
+    target_phase: str = "decode"
+    """What has to be faster: one more token of each sequence (``decode``), or its prompt (``prefill``)."""
     target_context: int = 0
-    """Tokens of each sequence whose keys and values count to ``target_bytes``; 0: weights alone."""
+    """Tokens of each sequence.
+
+    Their keys and values count to ``target_bytes`` (0: weights alone); ``target_speedup`` is measured behind so many
+    (0: 512, or what the model's context leaves).
+    """
     target_batch: int = 1
     """Sequences of ``target_context`` tokens at once."""
 
@@ -388,16 +396,34 @@ class CompressionConfig:
         _sparsity("compression.sparsity", self.sparsity)
         _one_of("compression.budget", self.budget, BUDGETS)
         _one_of("engine", self.engine, ENGINES)
-        if self.target_bytes is not None:
-            read_bytes("compression.target_bytes", self.target_bytes)
-        elif self.target_context or self.target_batch != 1:
-            raise UserError("compression.target_context and target_batch have no effect without target_bytes")
+        self._check_targets()
         _at_least("compression.target_context", self.target_context, 0)
         _at_least("compression.target_batch", self.target_batch, 1)
         for index in self.skip_layers:
             _at_least("compression.skip_layers", index, 0)
         for value in self.layer_sparsity or []:
             _sparsity("compression.layer_sparsity", value)
+
+    @property
+    def target(self) -> str | None:
+        """Which option its sparsity is found from; None: it is given."""
+        names = ("target_bytes", "target_speedup")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
+    def _check_targets(self) -> None:
+        _one_of("compression.target_phase", self.target_phase, PHASES)
+        if self.target_bytes is not None:
+            read_bytes("compression.target_bytes", self.target_bytes)
+        elif self.target_speedup is None and (self.target_context or self.target_batch != 1):
+            raise UserError(
+                "compression.target_context and target_batch have no effect without target_bytes or target_speedup"
+            )
+        if self.target_speedup is None and self.target_phase != "decode":
+            raise UserError("compression.target_phase has no effect without target_speedup")
+        if self.target_speedup is not None and self.target_bytes is not None:
+            raise UserError("compression.target_bytes and target_speedup are two targets: give one")
+        if self.target_speedup is not None and not 1 < self.target_speedup < float("inf"):
+            raise UserError(f"compression.target_speedup={self.target_speedup} should be above 1, such as 1.3")
 
 
 @dataclass

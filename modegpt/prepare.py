@@ -56,6 +56,8 @@ class Run:
     meter: CostMeter
     world: World
     device: str
+    aim: dict[str, Any] = field(default_factory=dict)
+    """What is known of a target in bytes or in speed."""
     commits: dict[str, str] = field(default_factory=dict)
     """Of what came from the hub, by repository (``models/OWNER/NAME``)."""
     stage: str = "start"
@@ -104,14 +106,17 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     with meter.stage("loading"):  # every weight is read once, to be checked and identified
         backend = open_backend(path, config, device=device)
         weights_sha256 = backend.fingerprint()
-    config = aimed(config, backend.model, say=progress.say)
     config = settled(config, device=device, model_config=backend.model.config)
-    method, task, commits = make_method(config), None, commit_of_model(config.model)
+    method, task, commits, aim = make_method(config), None, commit_of_model(config.model), {}
     documents: Documents | None = None
     if method is not None:
         documents = load_documents(config.calibration.source, path=config.calibration.path, split="calibration")
         commits |= documents.commits
         tokens = calibration_tokens(config, documents, tokenizer, backend.model)
+        if config.compression.target is not None:
+            with meter.stage("target"):
+                found = aimed(config, method, backend.model, tokens, say=progress.say) if world.leads else None
+            config, aim = world.told(found)
         task = make_task(
             method,
             backend.model,
@@ -157,6 +162,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
         meter=meter,
         world=world,
         device=device,
+        aim=aim,
         commits=commits | evaluation.commits,
     )
 
@@ -184,6 +190,10 @@ def stages(config: RunConfig, method: Method | None) -> tuple[str, ...]:
 def check_options(config: RunConfig, method: Method | None) -> None:
     """Refuse combinations of options that no model could make possible. Raises UserError."""
     model, save_model = config.model, config.output.save_model
+    if method is None and config.compression.target is not None:
+        raise UserError(f"compression.{config.compression.target} has no effect with method=dense; leave it out")
+    if config.compression.target_speedup is not None and config.out_of_core.enabled:
+        raise UserError("compression.target_speedup times whole models in memory: leave out out_of_core.enabled")
     if model.local and not (str(model.path).startswith(EMBEDDED) or Path(str(model.path)).expanduser().exists()):
         raise UserError(f"no model directory at {model.path}; to ask the hub, set model=hub")
     if model.device_map is not None and method is not None:

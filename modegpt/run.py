@@ -21,6 +21,7 @@ from modegpt.evaluation.dense_cache import begun_scores, dense_key, dense_scores
 from modegpt.evaluation.throughput import beside_dense
 from modegpt.files import canonical_json
 from modegpt.methods.base import Compressed
+from modegpt.methods.targets import reached
 from modegpt.models.checkpoints import saved_by
 from modegpt.models.integrity import fingerprint_sample
 from modegpt.prepare import Run, prepare
@@ -120,6 +121,10 @@ def execute(run: Run) -> Record | None:
 
     if run.method is not None:
         compressed = compress(run)
+        if run.aim:
+            with meter.stage("target"):
+                target = reached(run.aim, config.compression, backend.model, compressed.model)
+            compressed = replace(compressed, target=target)
         if run.recovery is None:
             scores = saved_and_scored(compressed)
         else:

@@ -28,7 +28,7 @@ README = """# {name}, exported
 STOCK = """The function of a model compressed by MoDeGPT in the form of its family ({model_type}), so that any engine
 for that family runs it."""
 VLLM = """A model compressed by MoDeGPT, every size kept, with a page size for each layer's cache ({pages}):
-`vllm serve PATH --trust-remote-code`."""
+`vllm serve PATH --trust-remote-code{eager}`."""
 DECI = """The function of a model compressed by MoDeGPT, with an MLP width for each layer, as DeciLM (nemotron-nas):
 `vllm serve PATH --trust-remote-code`, which is for the configuration alone."""
 
@@ -140,7 +140,8 @@ def _export_checkpoint(
     model: Any
     if engine == "vllm":
         model, report = paged_model(compressed, pages=pages)
-        about = VLLM.format(pages=pages)
+        experts = family_of(compressed.config).experts_path is not None  # how many tokens each sees is not compiled
+        about = VLLM.format(pages=pages, eager=" --enforce-eager" if experts else "")
     elif engine == "deci":
         model = DeciCheckpoint(compressed, width_multiple=width_multiple)
         report, about = model.report, DECI

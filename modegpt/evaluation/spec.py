@@ -114,6 +114,10 @@ class Workload:
             raise UserError(f"a workload is BATCHxLENGTH, for example 8x128, got {text!r}")
         return cls(phase, int(batch_size), int(length))
 
+    def __str__(self) -> str:
+        """``decode 8x128``."""
+        return f"{self.phase} {self.batch_size}x{self.length}"
+
     @property
     def num_tokens(self) -> int:
         """Tokens that one step processes."""

@@ -144,6 +144,30 @@ def measure(
     return results
 
 
+def measured_speedup(
+    dense: PreTrainedModel,
+    other: PreTrainedModel,
+    workload: Workload,
+    *,
+    repeats: int,
+    seconds: float,
+    decode_tokens: int,
+) -> float:
+    """How many times as fast ``other`` is: the median of dense / own seconds over rounds in which the two take turns.
+
+    There are ``repeats`` rounds, and more until they took so many ``seconds``. Processor seconds on a CPU, where other
+    programs may run; those of the clock elsewhere.
+    """
+    steps = [_prepare(model.eval(), workload, decode_tokens, fixed_cache=False) for model in (dense, other)]
+    for step in steps:
+        step()
+    of_processor = int(dense.device.type == "cpu")
+    rounds: list[list[float]] = []
+    while len(rounds) < repeats or sum(map(sum, rounds)) < seconds:
+        rounds.append([_seconds(step, dense.device)[of_processor] for step in steps])
+    return median(slow / fast for slow, fast in rounds)
+
+
 def beside_dense(
     dense: PreTrainedModel, compressed: PreTrainedModel | None, spec: ThroughputSpec, *, say: Callable[[str], None]
 ) -> dict[str, Any]:

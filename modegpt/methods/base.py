@@ -25,7 +25,7 @@ from modegpt.config import (
 from modegpt.cost.metering import CostMeter
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.errors import UserError
-from modegpt.models import Family, family_of, is_compressed
+from modegpt.models import Family, LayerShape, family_of, is_compressed
 from modegpt.progress import Progress
 
 
@@ -71,8 +71,9 @@ class Compressed:
         details: JSON-able facts of the method's own (e.g. which layers were dropped, slicing fraction).
         warnings: what a reader of the result should know, one line each.
         files: what a checkpoint of the model carries beside it, by file name: a function that writes it to a path.
-        recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); not the method's to
+        target: what was asked for in bytes or speed, and what came of it (see ``targets.py``); not the method's to
             fill.
+        recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); nor is this.
     """
 
     model: PreTrainedModel
@@ -81,6 +82,7 @@ class Compressed:
     details: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] | None = None
 
 
@@ -198,6 +200,13 @@ class RankMethod(Method):
     def whole(self) -> tuple[str, ...]:
         """Modules that keep their full size for the engine."""
         return ENGINES[self.engine].whole
+
+    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+        """The layers at one sparsity for all of them, for what depends on sizes alone and is asked before the start.
+
+        Raises UserError for ranks that cannot be.
+        """
+        raise NotImplementedError
 
     @property
     def rules(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from modegpt.config import CompressionConfig, DecompositionConfig, build, decisi
 from modegpt.decompositions import VARIANTS, experts
 from modegpt.decompositions.cr import QueryKeyShared
 from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, QueryKeyWeights, Reduction, Variant
-from modegpt.decompositions.svd import QueryKeySVD
+from modegpt.decompositions.svd import MLPSVD, QueryKeySVD
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.models import (
@@ -214,6 +214,29 @@ class MoDeGPT(RankMethod):
                 sparsities[index] = sparsity
         return integer_ranks(sparsities, layers, budget=self.budget, alike=ENGINES[self.engine].one_width)
 
+    def even_plan(self, task: CompressionTask) -> RankPlan:
+        """The ranks at one sparsity for all layers, where the allocation would look at activations first.
+
+        Of all allocations this one takes least of the layer that it takes most of.
+        """
+        even = replace(self, allocation=Uniform()) if self.allocation.needs_influence else self
+        return even.plan(task, None)
+
+    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+        """Those of ``even_plan``."""
+        if isinstance(self.mlp, MLPSVD):
+            raise UserError("the sizes of decomposition/mlp=svd are not those of its ranks")
+        dense = dense_shape(task.model.config)
+        return [
+            replace(
+                dense,
+                qk_head_dim=ranks["query_key"],
+                v_head_dim=ranks["value_output"],
+                intermediate_size=ranks["mlp"],
+            )
+            for ranks in self.even_plan(task).ranks
+        ]
+
     @staticmethod
     def _free_layers(layers: Sequence[dict[str, ModuleBudget]]) -> list[int]:
         """The layers over which the allocation spreads the target."""
@@ -236,9 +259,7 @@ class MoDeGPT(RankMethod):
         layers = self.budgets(task)
         if self._free_layers(layers):
             self.allocation.check(free_sparsity(task.sparsity, layers))
-        # of all allocations the uniform one takes least of the layer that it takes most of
-        even = replace(self, allocation=Uniform()) if self.allocation.needs_influence else self
-        if missed := missed_target(even.plan(task, None).achieved, task.sparsity):
+        if missed := missed_target(self.even_plan(task).achieved, task.sparsity):
             task.calibration.progress.say(f"warning, by the ranks planned so far: {missed}")
 
     def _check_heads(self, task: CompressionTask) -> None:

@@ -18,7 +18,7 @@ from modegpt.methods.base import Compressed, CompressionTask, RankMethod
 from modegpt.methods.divergence import Reference, StandIns, acting_as, few_positions
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.prospects import PROSPECTS
-from modegpt.models import Family, decoder_layers
+from modegpt.models import Family, LayerShape, decoder_layers
 
 Ranks = list[dict[str, int]]
 """ranks[layer][module]: kept inner size."""
@@ -99,6 +99,10 @@ class Tyr(RankMethod):
         if ENGINES[self.engine].one_width:
             raise UserError(f"engine={self.engine} gives all layers one width: {self.name} searches for other ones")
         self.modules.check(task)
+
+    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+        """Those that the search starts at."""
+        return self.modules.likely_shapes(task)
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Those that the modules are reduced on."""

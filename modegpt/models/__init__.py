@@ -7,7 +7,14 @@ Importing this package registers the compressed classes with ``AutoConfig`` and 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modegpt.models import modeling_modegpt, modeling_sliced
-from modegpt.models.build import build_compressed, build_layer, empty_compressed, merged_tensors, unfused
+from modegpt.models.build import (
+    build_compressed,
+    build_layer,
+    empty_compressed,
+    merged_tensors,
+    random_compressed,
+    unfused,
+)
 from modegpt.models.families import FAMILIES, Family, family_of
 from modegpt.models.saving import carries_report
 from modegpt.models.shapes import (
@@ -53,6 +60,7 @@ __all__ = [
     "layer_shapes",
     "layer_tensors",
     "merged_tensors",
+    "random_compressed",
     "read_mlp",
     "read_mlps",
     "read_query_key",

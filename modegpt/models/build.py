@@ -120,6 +120,26 @@ def empty_compressed(
     return compressed.to(model.dtype)
 
 
+def random_compressed(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> PreTrainedModel:
+    """A model of these ``shapes`` to be timed: small random weights where its tensors are not the sizes of ``model``'s.
+
+    Rotary pairs are the first one throughout.
+    """
+    compressed, dense, generator = empty_compressed(model, shapes), model.state_dict(), torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, empty in compressed.state_dict().items():
+        own = dense.get(name)
+        if own is None or own.shape != empty.shape:
+            own = torch.zeros_like(empty, device="cpu")
+            if own.is_floating_point():
+                own.normal_(std=0.02, generator=generator)
+        tensors[name] = own.to(model.device)
+    compressed.load_state_dict(tensors, strict=True, assign=True)
+    compressed.tie_weights()
+    restore_buffers(compressed, model)
+    return compressed.eval()
+
+
 def restore_buffers(compressed: PreTrainedModel, model: PreTrainedModel) -> None:
     """Give ``compressed`` the buffers that no state dict holds, from ``model``.
 

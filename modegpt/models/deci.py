@@ -4,6 +4,7 @@ vLLM, SGLang, TensorRT-LLM and MLX have a class of their own for it, DeciLM, and
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,17 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def check_deci(model: PreTrainedModel) -> None:
-    """Raise UserError for a model that is no Llama of free widths in all but name."""
+def check_deci(model: PreTrainedModel, *, engine: str = "DeciLM") -> None:
+    """Raise UserError, which names the ``engine``, for a model that is no Llama of free widths in all but name."""
     config = model.config
     family = family_of(config)
     if not config.model_type.startswith(RESIZED):
         raise UserError(f"{config.model_type} has no layers of free sizes; engines know its family's own form")
     if family.model_type not in FAMILIES or config.hidden_act != "silu":
-        raise UserError(f"DeciLM has no layers like those of {family.model_type}; it computes {', '.join(FAMILIES)}")
+        raise UserError(f"{engine} has no layers like those of {family.model_type}; it computes {', '.join(FAMILIES)}")
     windows: set[Any] = {getattr(family.attention(layer), "window", None) for layer in decoder_layers(model)} - {None}
     if any(window < config.max_position_embeddings for window in windows):
-        raise UserError("DeciLM has no sliding window, and this model has one")
+        raise UserError(f"{engine} has no sliding window, and this model has one")
 
 
 class DeciCheckpoint:
@@ -65,7 +66,7 @@ class DeciCheckpoint:
     @property
     def report(self) -> ExportReport:
         """What it costs."""
-        config, sizes = self.model.config, [tensor.shape.numel() for _, tensor in self.tensors()]
+        config, sizes = self.model.config, [tensor.shape.numel() for tensor in self.tensors.values()]
         cache = 2 * self.model.dtype.itemsize * self.head_dim * sum(self.heads)
         exported = Size(sum(sizes), self.model.dtype.itemsize * sum(sizes), cache)
         hint = (
@@ -76,11 +77,12 @@ class DeciCheckpoint:
         note = "" if self._common else "Only vLLM reads such widths; others want --width-multiple 256."
         return ExportReport(dense_size(self.model), Size.of(self.model), exported, hint, note)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and data of each tensor; those of one layer are made at a time."""
-        yield from outside_layers(self.model)
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        tensors = dict(outside_layers(self.model))
         for index, layer in enumerate(decoder_layers(self.model)):
-            tensors = deci_layer(
+            made = deci_layer(
                 layer,
                 self.model.config,
                 head_dim=self.head_dim,
@@ -89,18 +91,19 @@ class DeciCheckpoint:
                 biased=self.biased,
                 where=f"layer {index}",
             )
-            yield from ((f"{self.family.layers}.{index}.{name}", tensor) for name, tensor in tensors.items())
+            tensors |= {f"{self.family.layers}.{index}.{name}": tensor for name, tensor in made.items()}
+        return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors."""
-        return dict(self.tensors())
+        """All tensors, as of a model."""
+        return self.tensors
 
     def save_pretrained(self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write weights, configuration and the code that reads it; ``state_dict`` instead of its own tensors."""
         self.config.save_pretrained(directory)
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(directory)
-        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = self.tensors if state_dict is None else state_dict
         huggingface_hub.save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
 
     @property

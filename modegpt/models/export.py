@@ -136,18 +136,13 @@ def paged_model(model: PreTrainedModel, *, pages: str) -> tuple[PreTrainedModel,
     takes the sizes that its attention knows there, ``gpu`` multiples of 8. Weights keep their sizes.
 
     Raises:
-        UserError: ``model`` is not of this package's class of free sizes, heads are larger than any page, or a layer
-            lacks heads or MLP, which kills the engine on a CPU.
+        UserError: ``model`` is not of this package's class of free sizes, or heads are larger than any page.
     """
     if not model.config.model_type.startswith(RESIZED):
         raise UserError(f"{model.config.model_type} has no layers of free sizes; serve it as it is")
-    if any(model.config.linear_ranks):
-        raise UserError("this model has maps of two factors, which vLLM cannot fuse; compress with others")
     own = Size.of(model)
     sizes = []
     for index, shape in enumerate(layer_shapes(model.config)):
-        if pages == "cpu" and 0 in (shape.num_kv_heads, shape.intermediate_size):
-            raise UserError(f"layer {index} has no heads or no MLP, at which vLLM's products on a CPU break down")
         wanted = max(shape.qk_head_dim, shape.v_head_dim) if shape.num_kv_heads else 1
         fitting = [size for size in (CPU_PAGES if pages == "cpu" else range(8, 257, 8)) if size >= wanted]
         if not fitting:

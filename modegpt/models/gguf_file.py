@@ -145,7 +145,7 @@ def _own_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> 
 
 def _deci_layout(model: PreTrainedModel, family: Family, width_multiple: int) -> _Layout:
     """``deci``'s rotary pairs are neighbours where Transformers' are halves of a head."""
-    check_deci(model)
+    check_deci(model, engine="llama.cpp's architecture deci")
     config, (size, _) = model.config, common_heads(model)
     widths, kv_heads = deci_sizes(model, width_multiple)
     factors = _rope_factors(model)

@@ -13,7 +13,6 @@ frequencies of those that stayed (``rope_index``, one row per key/value head), a
 # mypy: disable-error-code="attr-defined, call-arg, misc"
 
 import importlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -330,12 +329,27 @@ class LowRankLinear(nn.Module):
         return self.B(self.A(x))
 
 
+class EmptyLinear(nn.Module):
+    """A linear map without inputs or without outputs, in a layer that lost its heads or its MLP.
+
+    It is no ``nn.Linear``, because engines hand those to kernels that want entries.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out): nothing, or the bias."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def _linear(in_features: int, out_features: int, bias: bool, rank: int | None) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer without heads or MLP has some
-        if rank is None:
-            return nn.Linear(in_features, out_features, bias)
+    if rank is not None:
         return LowRankLinear(in_features, out_features, rank, bias)
+    return (nn.Linear if in_features and out_features else EmptyLinear)(in_features, out_features, bias)
 
 
 def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -539,15 +553,25 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.hidden(x, share))
 
 
-class Experts(nn.ModuleList):
-    """The experts of a layer, each an MLP by itself.
+class Experts(nn.Module):
+    """The experts of a layer, each an MLP by itself, by number.
 
     What a down projection reads is weighted as its output enters the sum, so that statistics taken there are those of
-    what the experts contribute.
+    what the experts contribute. It is no ``nn.ModuleList``, which vLLM would take for experts of the dense width.
     """
 
     def __init__(self, config: Any):
-        super().__init__(GatedMLP(config) for _ in range(config.num_experts))
+        super().__init__()
+        for index in range(config.num_experts):
+            self.add_module(str(index), GatedMLP(config))
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> GatedMLP:
+        """The expert of this number."""
+        return cast(GatedMLP, self.get_submodule(str(index)))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, d_h), with the experts of each token and their shares (tokens, top k), to (tokens, d_h)."""
@@ -617,6 +641,9 @@ class CompressedCausalLM:
             parent = layer.get_submodule(owner)
             bias = path in biases or getattr(parent, name).bias is not None
             setattr(parent, name, _linear(in_features, out_features, bias, ranks.get(path)))
+            if not isinstance(getattr(parent, name), nn.Linear):
+                # engines tell by a module's class and the names of its children whether they can fuse its maps
+                parent.add_module(f"apart_{name}", nn.Identity())
 
     @classmethod
     def linear_sizes(cls, config: Any, index: int) -> dict[str, tuple[int, int]]:

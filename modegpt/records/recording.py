@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.evaluate import retention
 from modegpt.evaluation.spec import ThroughputSpec
 from modegpt.methods.base import Compressed
-from modegpt.methods.targets import missed_bytes, target_facts
+from modegpt.methods.targets import missed
 from modegpt.models import block_linear_parameters, decoder_layers, dense_shape, family_of
 from modegpt.records.paths import portable
 from modegpt.records.provenance import hardware, provenance
@@ -103,7 +102,6 @@ def make_record(
             compressed,
             method=config.method["name"],
             target_sparsity=config.compression.sparsity,
-            target=target_facts(config.compression, compressed.model),
         ),
         "metrics": {
             "dense": dense_scores,
@@ -146,12 +144,8 @@ def compression_facts(
     *,
     method: str,
     target_sparsity: float,
-    target: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What was removed: shares of the block-linear weights and of the whole model, layer by layer.
-
-    ``target``: what ``target_facts`` says of a target in bytes.
-    """
+    """What was removed: shares of the block-linear weights and of the whole model, layer by layer."""
     shape = dense_shape(model.config)
     sparsities = layer_sparsities(model, compressed.model)
     reports = {report["index"]: report for report in compressed.layers}
@@ -161,7 +155,11 @@ def compression_facts(
         for index, sparsity in enumerate(sparsities)
     ]
     achieved = 1 - block_linear_parameters(compressed.model) / block_linear_parameters(model)
-    warnings = [*compressed.warnings, *filter(None, [missed_target(achieved, target_sparsity)]), *missed_bytes(target)]
+    warnings = [
+        *compressed.warnings,
+        *filter(None, [missed_target(achieved, target_sparsity)]),
+        *missed(compressed.target),
+    ]
     return (
         {
             "method": method,
@@ -177,7 +175,7 @@ def compression_facts(
             "influence": compressed.influence,
             "layers": layers,
             "details": compressed.details,
-            **target,
+            **compressed.target,
         }
         | ({"warnings": warnings} if warnings else {})
         | ({} if compressed.recovery is None else {"recovery": compressed.recovery})

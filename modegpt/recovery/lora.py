@@ -179,12 +179,7 @@ def adapted_linears(model: PreTrainedModel, targets: str) -> list[str]:
     """Full names of the linears that get an adapter; a low-rank linear gives both its factors, an empty one none."""
     family = family_of(model.config)
     names = {id(module): name for name, module in model.named_modules()}
-    return [
-        names[id(linear)]
-        for layer in decoder_layers(model)
-        for linear in _linears(family, layer, targets)
-        if linear.weight.numel()
-    ]
+    return [names[id(linear)] for layer in decoder_layers(model) for linear in _linears(family, layer, targets)]
 
 
 def _linears(family: Family, layer: nn.Module, targets: str) -> Iterator[nn.Linear]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from analysis.cells import COMPARISONS, Cell, Column, measure
+from analysis.cells import COMPARISONS, Cell, Column, Group, measure
 
 PPL = "ppl_text_64"
 
@@ -44,6 +44,16 @@ def test_a_cell_is_the_mean_of_its_seeds_and_one_seed_has_no_spread() -> None:
     cell = Cell(values=(1.0, 2.0, 6.0))
     assert (cell.mean, cell.spread) == (3.0, pytest.approx(math.sqrt(7)))
     assert (Cell(values=(2.0,)).mean, Cell(values=(2.0,)).spread, Cell().mean) == (2.0, None, None)
+
+
+def test_a_run_that_missed_its_rate_is_no_number_where_the_rate_has_to_be_met() -> None:
+    runs = [
+        SimpleNamespace(facts={"m": value, "target_sparsity": 0.3, "achieved_sparsity": removed}, variant="v", path="p")
+        for value, removed in ((1.0, 0.2), (3.0, 0.305))
+    ]
+    group = Group("a model", None, None, runs=tuple(runs), experiments=())  # type: ignore[arg-type]
+    assert group.cell(Column("c", "m"), {}).values == (1.0, 3.0)
+    assert group.cell(Column("c", "m", within=0.01), {}).values == (3.0,)
 
 
 def test_runs_are_compared_as_the_column_says() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
-ENGINES = Path(os.environ.get("MODEGPT_ENGINES", HERE.parents[1] / ".venv-engines"))
+ENGINES = Path(os.environ.get("MODEGPT_ENGINES", HERE.parents[1] / ".venv-engines")).resolve()
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

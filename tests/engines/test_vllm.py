@@ -30,9 +30,7 @@ from tests.models.test_quantised import given_back
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 
 FORMS_OF = {
-    "vllm": [
-        name for name in FORMS if name not in ("opt-post-norm-projected", "empty layer", "constant layer", "low rank")
-    ],
+    "vllm": [name for name in FORMS if name != "opt-post-norm-projected"],
     "deci": [
         name
         for name in FORMS
@@ -41,9 +39,8 @@ FORMS_OF = {
     ],
     "stock": ["llama", "qwen2", "opt", "shared heads"],
 }
-"""With every size kept: vLLM gives the head as many inputs as the hidden state has, and the first has fewer; products
-with a size of zero kill it on a CPU, and it cannot fuse maps of two factors, so that such exports are refused. As
-DeciLM: what that class computes."""
+"""With every size kept: vLLM gives the head as many inputs as the hidden state has, and that of the one left out has
+fewer. As DeciLM: what that class computes."""
 CASES = [(engine, name) for engine, names in FORMS_OF.items() for name in names]
 
 

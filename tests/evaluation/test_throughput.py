@@ -13,7 +13,15 @@ import torch
 from modegpt.errors import UserError
 from modegpt.evaluation import throughput
 from modegpt.evaluation.spec import ThroughputSpec, Workload
-from modegpt.evaluation.throughput import Roof, Work, beside_dense, describe_model, measure, work_of
+from modegpt.evaluation.throughput import (
+    Roof,
+    Work,
+    beside_dense,
+    describe_model,
+    measure,
+    measured_speedup,
+    work_of,
+)
 from modegpt.models import block_linear_parameters, cache_bytes_per_token
 from modegpt.models.checkpoints import save_checkpoint
 from modegpt.models.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
@@ -130,6 +138,20 @@ def test_the_numbers_are_those_of_the_rounds(phase: str, monkeypatch: pytest.Mon
     assert [each["samples_seconds"] for each in found] == [[t / steps for t, _ in rounds[label]] for label in models]
     weights = [sum(parameter.nbytes for parameter in model.parameters()) for model in models.values()]
     assert [each["peak_memory_bytes"] for each in found] == [100 + of_model for of_model in weights]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2.0), (7.0, 3.0)])
+def test_a_speedup_is_the_median_over_rounds_that_last_long_enough(
+    seconds: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of processor seconds: three rounds give 2, 1 and 4, and two more, until there are 7 seconds, 3 and 5."""
+    dense, other = dense_model("llama"), sliced_model(dense_model("llama"))[0]
+    times = {id(dense): iter([1.0, 1.0, 1.0, 1.5, 1.25]), id(other): iter([0.5, 1.0, 0.25, 0.5, 0.25])}
+    monkeypatch.setattr(throughput, "_prepare", lambda model, *_, **__: lambda: id(model))
+    monkeypatch.setattr(throughput, "_seconds", lambda step, _: (7.0, next(times[step()])))
+    workload = Workload("decode", 1, 8)
+    found = measured_speedup(dense, other, workload, repeats=3, seconds=seconds, decode_tokens=2)
+    assert found == expected
 
 
 def test_a_model_is_described_beside_the_dense_one() -> None:

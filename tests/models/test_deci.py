@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from modegpt.cli import export as command
 from modegpt.errors import UserError
-from modegpt.models import LayerShape, build_compressed, compressed_config, decoder_layers, dense_shape
+from modegpt.models import LayerShape, build_compressed, compressed_config, deci, decoder_layers, dense_shape
 from modegpt.models.checkpoints import save_checkpoint
-from modegpt.models.deci import DeciCheckpoint
+from modegpt.models.deci import DeciCheckpoint, deci_layer
 from modegpt.models.shapes import compressed_class
 from tests.models.family_table import dense_model, sliced_model, smaller_shape, tokens
 from tests.models.saved import tiny_tokenizer
@@ -124,11 +125,21 @@ def test_widths_that_every_engine_reads(tmp_path: Path) -> None:
     assert report.padding == 0 and "Nothing was filled up" in str(report)
 
 
-def test_the_command_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The configuration reads with Transformers alone, its blocks by attribute."""
     model = sliced_model(dense_model("llama"), smaller_shape(dense_model("llama").config))[0]
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    made = []
+
+    def noted(*given: Any, **sizes: Any) -> dict[str, torch.Tensor]:
+        made.append(sizes["where"])
+        return deci_layer(*given, **sizes)
+
+    monkeypatch.setattr(deci, "deci_layer", noted)
     assert command.main([str(tmp_path / "ours"), str(tmp_path / "deci"), "--engine", "deci"]) == 0
+    assert made == ["layer 0", "layer 1", "layer 2"], "each layer is made once"
     assert "DeciLM" in (tmp_path / "deci" / "README.md").read_text() and "| exported " in capsys.readouterr().out
     code = (
         "import sys, transformers\n"
@@ -148,7 +159,7 @@ def test_the_command_and_what_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     )
     assert done.stdout.split() == ["DeciLMConfig", "28", "False", "False"], done.stderr[-1000:]
     for name, reason in (("opt", "no layers like those of opt"), ("mistral-window", "no sliding window")):
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError, match=f"DeciLM has {reason}"):
             DeciCheckpoint(sliced_model(dense_model(name))[0])
     with pytest.raises(UserError, match="no layers of free sizes"):
         DeciCheckpoint(dense_model("llama"))

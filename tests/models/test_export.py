@@ -18,6 +18,7 @@ from modegpt.models import (
     family_of,
     layer_shapes,
 )
+from modegpt.models.build import empty_compressed
 from modegpt.models.checkpoints import load_model, save_checkpoint
 from modegpt.models.export import CPU_PAGES, paged_model, stock_model
 from tests.models.family_table import (
@@ -248,6 +249,29 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     assert modes and set(modes.values()) == {0o640}, modes
 
 
+def test_modules_whose_maps_cannot_be_fused_alike_have_other_children() -> None:
+    """vLLM decides it once for a class of modules and the names of their children, and takes hold of ``nn.Linear``."""
+    dense = dense_model("llama")
+    ranks: list[dict[str, int]] = [{}, {"mlp.up_proj": 5}, {"mlp.down_proj": 5}]
+    shapes = [dataclasses.replace(dense_shape(dense.config), linear_ranks=each) for each in ranks]
+    layers = decoder_layers(empty_compressed(dense, shapes))
+    children = [tuple(name for name, _ in layer.get_submodule("mlp").named_children()) for layer in layers]
+    assert len(set(children)) == 3
+    assert [isinstance(layer.get_submodule("mlp.up_proj"), torch.nn.Linear) for layer in layers] == [True, False, True]
+
+
+def test_experts_for_an_engine_that_has_none_of_their_sizes(tmp_path: Path) -> None:
+    """vLLM takes a list of experts for ones of the dense width, and does not compile how many tokens each sees."""
+    model = sliced_model(dense_model("olmoe"))[0]
+    experts = decoder_layers(model)[0].get_submodule("mlp.experts")
+    assert not isinstance(experts, torch.nn.ModuleList) and [name for name, _ in experts.named_children()] == list(
+        "0123"
+    )
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "ours", {})
+    assert command.main([str(tmp_path / "ours"), str(tmp_path / "paged"), "--engine", "vllm"]) == 0
+    assert "--trust-remote-code --enforce-eager" in (tmp_path / "paged" / "README.md").read_text()
+
+
 def test_pages_for_an_engine_that_takes_all_sizes(tmp_path: Path, capsys) -> None:
     """The checkpoint itself, whose configuration tells the page of each layer, with all of the same code and logits."""
     dense = dense_model("llama-wide-heads")
@@ -275,5 +299,6 @@ def test_pages_for_an_engine_that_takes_all_sizes(tmp_path: Path, capsys) -> Non
         paged_model(native_model("llama"), pages="gpu")
     empty = dataclasses.replace(full, intermediate_size=0)
     layers = [dict(layer.state_dict()) for layer in decoder_layers(sliced_model(dense, empty)[0])]
-    with pytest.raises(UserError, match="layer 0 has no heads or no MLP"):
-        paged_model(build_compressed(dense, [empty] * 3, layers), pages="cpu")
+    without_mlp = build_compressed(dense, [empty] * 3, layers)
+    assert not isinstance(decoder_layers(without_mlp)[0].get_submodule("mlp.down_proj"), torch.nn.Linear)
+    assert paged_model(without_mlp, pages="cpu")[1].padding == 0

@@ -159,7 +159,7 @@ def test_the_command_and_what_is_refused(tokenizer: PreTrainedTokenizerBase, tmp
     assert "| exported " in told and "architecture deci" in told and f"written: {tmp_path / 'model.gguf'}" in told
     assert command.main(arguments) == 2 and "is there already" in capsys.readouterr().err
     for name, reason in (("opt", "no layers like those of opt"), ("mistral-window", "no sliding window")):
-        with pytest.raises(UserError, match=reason):
+        with pytest.raises(UserError, match=f"llama.cpp's architecture deci has {reason}"):
             write_gguf(sliced_model(dense_model(name))[0], tokenizer, tmp_path / "no.gguf")
     with pytest.raises(UserError, match="tokenizer of WordLevel"):
         write_gguf(sliced_model(dense_model("llama"))[0], tiny_tokenizer(), tmp_path / "no.gguf")

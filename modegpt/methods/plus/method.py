@@ -26,7 +26,7 @@ from modegpt.methods.plus.sequential import SequentialPass, TokenWeights
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
-from modegpt.models import Family, build_compressed, decoder_layers
+from modegpt.models import Family, LayerShape, build_compressed, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ class MoDeGPTPlus(Switches, RankMethod):
         if costs is None or plan.target == 0:
             return plan
         return exchange(costs, self.faithful().budgets(task), plan, cap=self.cap)
+
+    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+        """Those of the paper's method."""
+        return self.faithful().likely_shapes(task)
 
     def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
         """The weight of every token for each layer and module with an output solve. One backward pass."""
