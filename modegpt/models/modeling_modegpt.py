@@ -569,9 +569,13 @@ class Experts(nn.Module):
         """How many there are."""
         return len(self._modules)
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Each expert."""
+        return self.children()
+
     def __getitem__(self, index: int) -> GatedMLP:
         """The expert of this number."""
-        return cast(GatedMLP, self.get_submodule(str(index)))
+        return cast(GatedMLP, self._modules[str(index)])
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, d_h), with the experts of each token and their shares (tokens, top k), to (tokens, d_h)."""
