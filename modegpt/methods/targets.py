@@ -145,7 +145,7 @@ def _num_possible(shapes: Callable[[float], object]) -> int:
 def least_sparsity(
     wanted: float, speedup: Callable[[float], float], sparsities: Sequence[float]
 ) -> tuple[float, float]:
-    """The least of the increasing ``sparsities`` whose ``speedup`` is ``wanted``, and that; else the last one and its.
+    """The least of the increasing ``sparsities`` whose ``speedup`` reaches ``wanted``, and it; else the last and its.
 
     Seconds fall nearly in line with what is removed, so each measurement is taken where the line through its two
     neighbours meets the target. Some four are needed.

@@ -125,15 +125,15 @@ def random_compressed(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> P
 
     Rotary pairs are the first one throughout.
     """
-    compressed, dense, generator = empty_compressed(model, shapes), model.state_dict(), torch.Generator().manual_seed(0)
-    tensors = {}
+    compressed, dense, tensors = empty_compressed(model, shapes), model.state_dict(), {}
+    generator = torch.Generator(model.device).manual_seed(0)
     for name, empty in compressed.state_dict().items():
         own = dense.get(name)
         if own is None or own.shape != empty.shape:
-            own = torch.zeros_like(empty, device="cpu")
+            own = torch.zeros_like(empty, device=model.device)
             if own.is_floating_point():
                 own.normal_(std=0.02, generator=generator)
-        tensors[name] = own.to(model.device)
+        tensors[name] = own
     compressed.load_state_dict(tensors, strict=True, assign=True)
     compressed.tie_weights()
     restore_buffers(compressed, model)
