@@ -96,6 +96,7 @@ PLAN = {
 }
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 ELSEWHERE = (
+    "engines_real",
     "plus_released",
     "plus_released_uniform",
     "real_models",
