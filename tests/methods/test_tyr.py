@@ -134,6 +134,7 @@ def test_what_is_found_diverges_less_than_uniform_ranks_and_is_what_the_model_ha
 def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Tyr(**options)
+    Tyr(windows=(4,), survivors=())
 
 
 def test_an_engine_of_one_width_is_refused() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from modegpt.records.scores import all_scores, perplexities
+from modegpt.evaluation.items import pack
+from modegpt.records.scores import all_scores, difference_stderr, perplexities
 from tests.records.sample import MEAN_STDERR, STDERR, TASKS, sample_record
 
 
@@ -28,6 +29,19 @@ def test_the_final_model_of_a_dense_run_is_the_dense_one() -> None:
     for score in all_scores(sample_record(dense=True)):
         assert score.compressed is score.compressed_stderr is score.retention is score.before is None
         assert (score.final, score.final_stderr) == (score.dense, score.dense_stderr)
+
+
+def test_means_over_different_tasks_have_no_error_of_their_difference() -> None:
+    record, other = sample_record(), sample_record()
+    for each, right in ((record, [1, 1, 1, 0]), (other, [1, 0, 1, 1])):
+        for task in TASKS:
+            each["metrics"]["compressed"]["zeroshot"][task] |= {"num_items": 4, "right": pack(right)}
+    assert difference_stderr(record, other, "zeroshot_mean") > 0
+    last = list(TASKS)[-1]
+    del other["metrics"]["compressed"]["zeroshot"][last]
+    assert (
+        difference_stderr(record, other, "zeroshot_mean") is difference_stderr(other, record, "zeroshot_mean") is None
+    )
 
 
 def test_what_training_started_from_stands_beside_what_it_reached() -> None:
