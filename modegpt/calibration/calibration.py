@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.statistics import LayerObserver, Statistics
-from modegpt.calibration.stream import HiddenStates, advance, embed
+from modegpt.calibration.stream import HiddenStates, Storage, advance, embed
 from modegpt.calibration.world import World
 from modegpt.cost.metering import CostMeter
 from modegpt.data.tokens import CalibrationTokens
@@ -32,6 +32,7 @@ class Calibration:
             compute).
         world: the processes that share the windows of ``statistics``.
         overlap: form the sums on a second stream of the GPU, beside the forward. The numbers are the same.
+        storage: where the model's layers and hidden states are; None: all in memory.
     """
 
     model: PreTrainedModel
@@ -43,11 +44,13 @@ class Calibration:
     meter: CostMeter = field(default_factory=CostMeter)
     world: World = ALONE
     overlap: bool = False
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         assert not self.overlap or self.model.device.type == "cuda", "only a GPU has a second stream"
         assert self.cache is None or self.world.size == 1, "processes that share a calibration cannot use the cache"
         self.family = family_of(self.model.config)
+        self.stored = self.storage or Storage(self.model)
         self._stream = torch.cuda.Stream(self.model.device) if self.overlap else None
 
     @property
@@ -68,7 +71,7 @@ class Calibration:
 
     def embed(self) -> HiddenStates:
         """The calibration batches in front of layer 0."""
-        return embed(self.model, self.tokens.ids, batch_size=self.batch_size)
+        return self.stored.embed(self.tokens.ids, batch_size=self.batch_size)
 
     def block_influence(self, also: frozenset[str] = frozenset()) -> Tensor:
         """Block influence of every layer, (L,) float64.
@@ -85,7 +88,7 @@ class Calibration:
     def statistics(
         self, names: frozenset[str], *, stage: str = "statistics", loop: str = "statistics"
     ) -> Iterator[Statistics]:
-        """Yield each layer's statistics in order; the previous layer's are the caller's to drop.
+        """Yield each layer's statistics in order, while it has its weights; the last one's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
@@ -99,18 +102,21 @@ class Calibration:
             with self.meter.stage(stage, counted=True):
                 statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
                 missing = names - statistics.keys()
+                if missing and hidden is None:
+                    hidden = self.stored.embed(torch.cat(batches), batch_size=self.batch_size)
+            with self.stored.layer(index):
                 if missing:
-                    if hidden is None:
-                        hidden = embed(self.model, torch.cat(batches), batch_size=self.batch_size)
-                    for skipped in range(position, index):
-                        advance(hidden, skipped, layers[skipped])
-                    self.meter.forward_passes += (index - position) / self.num_layers
-                    observed = self.observe(hidden, index, missing, world=self.world)
-                    if self.cache is not None:
-                        self.cache.store(index, observed)
-                    statistics |= observed
-                    position = index + 1
-            yield statistics
+                    assert hidden is not None
+                    with self.meter.stage(stage, counted=True):
+                        for skipped in range(position, index):
+                            advance(hidden, skipped, layers[skipped])
+                        self.meter.forward_passes += (index - position) / self.num_layers
+                        observed = self.observe(hidden, index, missing, world=self.world)
+                        if self.cache is not None:
+                            self.cache.store(index, observed)
+                        statistics |= observed
+                        position = index + 1
+                yield statistics
         self.meter.calibration_tokens = self.tokens.num_tokens
 
     def observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, world: World = ALONE) -> Statistics:

@@ -1,7 +1,7 @@
 """Walking a decoder layer by layer: hidden states flow on, one layer works at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,36 @@ class HiddenStates:
         return self.arguments[index][batch.shape[0]]
 
 
+@dataclass
+class Storage:
+    """Where the layers of ``model``, and hidden states between them, are until they are needed: here, all in memory.
+
+    Whoever goes through a model by way of its storage also does where both are on disk.
+    """
+
+    model: PreTrainedModel
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        """Decoder layer ``index``, which has its weights inside. One layer at a time."""
+        return nullcontext(decoder_layers(self.model)[index])
+
+    def outer(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:
+        """The model, which inside has all weights outside its layers, and those of the ``head`` where that is wanted.
+
+        Not inside ``layer``.
+        """
+        return nullcontext(self.model)
+
+    def batches(self) -> list[Tensor]:
+        """A list for a tensor a batch, still empty: it is appended to, read, and its members are replaced."""
+        return []
+
+    def embed(self, tokens: Tensor, *, batch_size: int) -> HiddenStates:
+        """``tokens`` (num_samples, sequence_length) in front of layer 0."""
+        with self.outer(head=False) as model:
+            return embed(model, tokens, batch_size=batch_size, batches=self.batches())
+
+
 @contextmanager
 def layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) -> Iterator[None]:
     """Inside, the forward of layer i is ``stand_in(i)``."""
@@ -44,15 +74,23 @@ def layers_replaced(layers: nn.ModuleList, stand_in: Callable[[int], Callable]) 
             del layer.forward
 
 
+def yielding(x: Tensor) -> Callable[[int], Callable[..., Tensor]]:
+    """What makes every layer give ``x``, for ``layers_replaced``."""
+    return lambda _: lambda *_args, **_kwargs: x
+
+
 @torch.no_grad()
-def embed(model: PreTrainedModel, tokens: Tensor, *, batch_size: int) -> HiddenStates:
+def embed(
+    model: PreTrainedModel, tokens: Tensor, *, batch_size: int, batches: list[Tensor] | None = None
+) -> HiddenStates:
     """The hidden states entering layer 0, and the arguments of every layer.
 
     The model's own forward runs with each layer replaced by a recorder that passes its input through,
     so embeddings, positions and masks are the family's own. ``tokens``: (num_samples, sequence_length).
+    ``batches``: an empty list for the hidden states; None: a new one.
     """
     layers = decoder_layers(model)
-    batches: list[Tensor] = []
+    batches = [] if batches is None else batches
     arguments: list[dict[int, dict[str, Any]]] = [{} for _ in layers]
 
     def recorder(index: int) -> Callable:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.calibration.stream import HiddenStates, advance, embed, layers_replaced
+from modegpt.calibration.stream import HiddenStates, Storage, advance, embed, layers_replaced, yielding
 from modegpt.cost.work import Alike
 from modegpt.models import decoder_layers
 
 StandIns = list[tuple[nn.Module, Callable[[Tensor], Tensor]]]
 """Modules, each with another forward."""
+
+Departure = tuple[int, str, int]
+"""A layer, a module of it, and how many of its dims are gone."""
 
 CHUNK_ENTRIES = 2**17
 """About so many log probabilities are compared in float64 at a time: they stay in a processor's cache."""
@@ -160,18 +163,98 @@ class Reference:
             hidden = embed(self.model, torch.cat(self.batches), batch_size=len(self.batches[0]))
         return replace(self, hidden=hidden, index=0, alike=Alike())
 
-    @torch.no_grad()
     def _log_probabilities(self, batch: Tensor, replaced: Mapping[int, Callable], alike: Alike) -> Tensor:
         """Of the next token, (batch * positions, vocabulary), with ``replaced[i]`` for the forward of layer i."""
         layers = decoder_layers(self.model)
-        kept = 0 if self.positions is None else self.positions.to(batch.device)
 
         def stand_in(index: int) -> Callable:
             return replaced.get(index, partial(type(layers[index]).forward, layers[index]))
 
-        with layers_replaced(layers, stand_in) if replaced else nullcontext(), alike.forward(batch.shape):
-            logits = self.model(batch, use_cache=False, logits_to_keep=kept).logits
-        return logits.float().div(self.temperature).log_softmax(dim=-1).flatten(0, 1)
+        with layers_replaced(layers, stand_in) if replaced else nullcontext():
+            return log_probabilities(self.model, batch, self.positions, alike, temperature=self.temperature)
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel, batch: Tensor, positions: Tensor | None, alike: Alike, *, temperature: float = 1.0
+) -> Tensor:
+    """What ``model`` says of the next token of a ``batch``, (batch * positions, vocabulary)."""
+    with alike.forward(batch.shape):
+        logits = model(
+            batch, use_cache=False, logits_to_keep=0 if positions is None else positions.to(batch.device)
+        ).logits
+    return logits.float().div(temperature).log_softmax(dim=-1).flatten(0, 1)
+
+
+@dataclass
+class Departures:
+    """Models that leave the dense one in one layer each, on their way through the layers, all together.
+
+    So a layer is needed once, however many models there are; what waits in front of it is the hidden states of each.
+    All forwards are in float32 at least.
+
+    Args:
+        batches: the windows' tokens, on the model's device.
+        dense: the residual stream of the dense model.
+        changed: those of the others, by what these are called.
+    """
+
+    storage: Storage
+    batches: list[Tensor]
+    dense: HiddenStates
+    changed: dict[Departure, HiddenStates] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, storage: Storage, windows: Tensor, *, batch_size: int) -> "Departures":
+        """In front of the first layer, on ``windows`` (num_windows, length) of tokens."""
+        batches = [batch.to(storage.model.device) for batch in windows.split(batch_size)]
+        with float32_forward(storage.model):
+            return cls(storage, batches, storage.embed(windows, batch_size=batch_size))
+
+    @torch.no_grad()
+    def advance(self, index: int, layer: nn.Module, changes: Iterable[tuple[Departure, StandIns]]) -> None:
+        """All go through ``layer`` (number ``index``), and there more leave the dense model, by these ``changes`` each.
+
+        ``layer`` has its weights.
+        """
+        alike = Alike()
+        with float32_forward(layer):
+            for stream in self.changed.values():
+                self._run(index, layer, stream, stream.batches, alike)
+            for name, change in changes:
+                self.changed[name] = HiddenStates(self.storage.batches(), self.dense.arguments)
+                with acting_as(change):
+                    self._run(index, layer, self.dense, self.changed[name].batches, Alike())
+            self._run(index, layer, self.dense, self.dense.batches, alike)
+
+    @staticmethod
+    def _run(index: int, layer: nn.Module, stream: HiddenStates, into: list[Tensor], alike: Alike) -> None:
+        for b, x in enumerate(stream.batches):
+            with alike.forward(x.shape):
+                y = layer(x, **stream.layer_arguments(index, x))
+            if b < len(into):
+                into[b] = y
+            else:
+                into.append(y)
+
+    def divergences(self, positions: Tensor | None) -> dict[Departure, float]:
+        """Behind the last layer: mean KL divergence a prediction of each from the dense model, in nats.
+
+        ``positions``: where in each window predictions are compared; None: everywhere.
+        """
+        alike, totals, count = Alike(), dict.fromkeys(self.changed, 0.0), 0
+        with self.storage.outer(head=True) as model, float32_forward(model):
+
+            def behind(stream: HiddenStates, number: int) -> Tensor:
+                with layers_replaced(decoder_layers(model), yielding(stream.batches[number])):
+                    return log_probabilities(model, self.batches[number], positions, alike)
+
+            for number in range(len(self.batches)):
+                predictions = Predictions.of(behind(self.dense, number))
+                count += len(predictions.p)
+                for name, stream in self.changed.items():
+                    totals[name] += kl_divergence(predictions, behind(stream, number))
+        return {name: total / count for name, total in totals.items()}
 
 
 def _skip(hidden_states: Tensor, **_: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modegpt.calibration.stream import HiddenStates, advance, layers_replaced
+from modegpt.calibration.stream import HiddenStates, advance, layers_replaced, yielding
 from modegpt.cost.work import forward
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
@@ -114,11 +114,6 @@ def losses_without(
             advance(prefix, index, layers[index])
             layers_run += 1
     return losses, layers_run
-
-
-def yielding(x: Tensor) -> Callable[[int], Callable[..., Tensor]]:
-    """What makes every layer give ``x``, for ``layers_replaced``."""
-    return lambda _: lambda *_args, **_kwargs: x
 
 
 def next_token_loss(model: PreTrainedModel, ids: Tensor, hidden: HiddenStates) -> float:

@@ -5,15 +5,17 @@ float32 copies.
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
+from modegpt.calibration.stream import Storage
 from modegpt.decompositions import MLPElimination, QueryKeyCR
 from modegpt.decompositions.experts import REQUIRED, reduce_experts
 from modegpt.methods.divergence import Predictions, acting_as, float32_forward, kl_divergence
@@ -150,12 +152,33 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     assert divergence == pytest.approx(float((dense.exp() * (dense - moved)).sum() / 130), rel=1e-3)
 
 
+class Counting(Storage):
+    """Notes which layers are asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.asked: list[int] = []
+
+    def layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        self.asked.append(index)
+        return super().layer(index)
+
+
+@pytest.mark.parametrize("shares", [(0.5,), (0.1, 0.25, 0.5, 0.75)])
+def test_a_layer_is_needed_once_however_much_is_measured_below_it(shares: tuple[float, ...]) -> None:
+    model = load_model("embedded:tiny-llama")
+    storage = Counting(model)
+    calibration = replace(task_of(model, 0.3, num_samples=48).calibration, storage=storage)
+    rank_costs(calibration, STATISTICS, shares, (2,))
+    assert storage.asked == list(range(6))
+
+
 def test_what_the_measurements_cost_is_counted() -> None:
     calibration = task_of(load_model("embedded:tiny-llama"), 0.3, num_samples=48).calibration
     measured = measured_windows(calibration.tokens.ids, num_layers=6, num_shares=2)
     assert (
         perturbed_passes(calibration, num_modules=3, num_shares=2)
-        == (2 + 3 * 2 * 7 / 2) * measured.numel() / calibration.tokens.ids.numel()
+        == (1 + 3 * 2 * 7 / 2) * measured.numel() / calibration.tokens.ids.numel()
     )
 
 

@@ -12,7 +12,7 @@ from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
-from modegpt.methods.divergence import Reference, acting_as, even_positions
+from modegpt.methods.divergence import Departures, even_positions
 from modegpt.methods.prospects import PROSPECTS
 from modegpt.models import decoder_layers, read_mlps
 
@@ -44,29 +44,32 @@ def rank_costs(
     statistics of the dense stream), the rest of the model runs dense on a few calibration windows, and the divergence
     from the dense model's predictions is measured, in float32 whatever the model's dtype; ``expected`` carries it to
     all ranks. One statistics pass over a quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``),
-    and ``3 L^2 / 2`` layer passes a share over ``measured_windows``; no evaluation data, no gradient.
+    and ``3 L^2 / 2`` layer passes a share over ``measured_windows``, for which each layer is needed once; no evaluation
+    data, no gradient.
     """
     model, ids = calibration.model, calibration.tokens.ids
     layers = decoder_layers(model)
     measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
-    reference = Reference.of(
-        model,
-        measured,
-        batch_size=calibration.batch_size,
-        positions=compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight)),
-    )
-    costs: Costs = []
+    departures = Departures.of(calibration.stored, measured, batch_size=calibration.batch_size)
+    curves: Costs = []
     for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules), strict=True)):
-        costs.append({})
-        if index not in skip_layers:
-            for module in modules:
-                prospect, points = PROSPECTS[module](calibration.family, layer, statistics), {}
-                for removed in sorted({prospect.removed(share) for share in shares}):
-                    with acting_as(prospect.map(removed)):
-                        points[removed] = reference.divergence()
-                costs[-1][module] = expected(prospect.curve, points)
-        reference.advance()
-    return costs
+        wanted = () if index in skip_layers else modules
+        prospects = {module: PROSPECTS[module](calibration.family, layer, statistics) for module in wanted}
+        changes = (
+            ((index, module, removed), prospect.map(removed))
+            for module, prospect in prospects.items()
+            for removed in sorted({prospect.removed(share) for share in shares})
+        )
+        departures.advance(index, layer, changes)
+        curves.append({module: prospect.curve for module, prospect in prospects.items()})
+    positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
+    points: dict[tuple[int, str], dict[int, float]] = {}
+    for (index, module, removed), divergence in departures.divergences(positions).items():
+        points.setdefault((index, module), {})[removed] = divergence
+    return [
+        {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
+        for index, of_layer in enumerate(curves)
+    ]
 
 
 def curve_statistics(calibration: Calibration, modules: Mapping[str, frozenset[str]]) -> Iterator[Statistics]:
@@ -106,7 +109,7 @@ def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: 
     """
     ids, L = calibration.tokens.ids, calibration.num_layers
     measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
-    return (2 + num_modules * num_shares * (L + 1) / 2) * measured.numel() / ids.numel()
+    return (1 + num_modules * num_shares * (L + 1) / 2) * measured.numel() / ids.numel()
 
 
 def _curve_windows(calibration: Calibration) -> int:
