@@ -5,13 +5,15 @@ compressed alone.
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from modegpt.calibration.stream import Storage
 from modegpt.errors import UserError
 from modegpt.methods.plus import temperature
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.switches import Switches
-from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
-from modegpt.models import family_of
+from modegpt.methods.plus.temperature import Compared, inverse_temperature, sharpened_norm
+from modegpt.models import decoder_layers, family_of
 from tests.models.family_table import CONFIGS, dense_model, sliced_model, tokens
 from tests.streaming.streamed_task import task_on
 
@@ -19,6 +21,25 @@ from tests.streaming.streamed_task import task_on
 def logits(model) -> Tensor:
     with torch.no_grad():
         return model(tokens(), use_cache=False).logits
+
+
+def states(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model.get_decoder()(tokens(), use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def fitted(dense: PreTrainedModel, compressed: PreTrainedModel) -> float:
+    """From what each model's own head reads."""
+    return inverse_temperature(
+        states(dense),
+        states(compressed),
+        dense_head=dense.get_output_embeddings(),
+        head=compressed.get_output_embeddings(),
+    )
+
+
+def sharpen(model: PreTrainedModel, s: float) -> None:
+    model.load_state_dict(sharpened_norm(model, family_of(model.config), s), strict=False, assign=True)
 
 
 def divergence(dense: Tensor, compressed: Tensor, s: float) -> float:
@@ -30,17 +51,15 @@ def divergence(dense: Tensor, compressed: Tensor, s: float) -> float:
 def test_it_is_where_the_divergence_is_least(sharpness: float) -> None:
     dense = dense_model("llama")
     compressed, _ = sliced_model(dense)
-    sharpen(compressed, family_of(dense.config), sharpness)
-    s = fit_inverse_temperature(dense, compressed, tokens(), batch_size=1)
+    sharpen(compressed, sharpness)
+    s = fitted(dense, compressed)
     ours, theirs = logits(dense), logits(compressed)
     least = divergence(ours, theirs, s)
     assert all(least < divergence(ours, theirs, other) for other in (0.9 * s, 0.99 * s, 1.01 * s, 1.1 * s))
     again = sharpness * s
-    sharpen(compressed, family_of(dense.config), s)
-    assert fit_inverse_temperature(dense, compressed, tokens(), batch_size=2) == pytest.approx(1.0, abs=1e-3)
-    assert again == pytest.approx(
-        fit_inverse_temperature(dense, sliced_model(dense)[0], tokens(), batch_size=2), rel=1e-3
-    ), "whatever it started from"
+    sharpen(compressed, s)
+    assert fitted(dense, compressed) == pytest.approx(1.0, abs=1e-3)
+    assert again == pytest.approx(fitted(dense, sliced_model(dense)[0]), rel=1e-3), "whatever it started from"
 
 
 def test_logits_that_are_kept_give_the_same_and_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +72,7 @@ def test_logits_that_are_kept_give_the_same_and_are_not_made_again(monkeypatch: 
         monkeypatch.setattr(temperature, "MOST_LOGITS", most)
         calls: list[int] = []
         hook = compressed.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        found.append(fit_inverse_temperature(dense, compressed, tokens(), batch_size=2))
+        found.append(fitted(dense, compressed))
         hook.remove()
         made.append(len(calls))
     assert found[0] == found[1] == found[2]
@@ -63,7 +82,18 @@ def test_logits_that_are_kept_give_the_same_and_are_not_made_again(monkeypatch: 
 
 def test_of_the_dense_model_itself_it_is_one() -> None:
     dense = dense_model("opt")
-    assert fit_inverse_temperature(dense, dense, tokens(), batch_size=2) == pytest.approx(1.0, abs=1e-5)
+    assert fitted(dense, dense) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3_text"])
+def test_streams_that_go_layer_by_layer_are_the_models(name: str, batch_size: int) -> None:
+    dense = dense_model(name)
+    compressed, _ = sliced_model(dense)
+    compared = Compared.of(Storage(dense), tokens(), batch_size=batch_size)
+    for index, layers in enumerate(zip(decoder_layers(dense), decoder_layers(compressed), strict=True)):
+        compared.advance(index, *layers)
+    assert compared.inverse_temperature() == pytest.approx(fitted(dense, compressed), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "post-norm" not in name])
@@ -71,7 +101,7 @@ def test_logits_are_scaled_and_the_dense_model_is_left_alone(name: str) -> None:
     dense = dense_model(name)
     compressed, _ = sliced_model(dense)
     before, dense_before = logits(compressed), logits(dense)
-    sharpen(compressed, family_of(dense.config), 0.7)
+    sharpen(compressed, 0.7)
     torch.testing.assert_close(logits(compressed), 0.7 * before, rtol=1e-5, atol=1e-6)
     assert torch.equal(logits(dense), dense_before)
 

@@ -25,7 +25,7 @@ from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes,
 from modegpt.methods.plus.sequential import SequentialPass, TokenWeights
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
-from modegpt.methods.plus.temperature import fit_inverse_temperature, sharpen
+from modegpt.methods.plus.temperature import Compared, sharpened_norm
 from modegpt.models import Family, LayerShape, build_compressed, decoder_layers
 
 
@@ -109,6 +109,7 @@ class MoDeGPTPlus(Switches, RankMethod):
             generator=task.generator(),
             skip_layers=self.skip_layers,
             token_weights=self._token_weights(task) if self.fisher else None,
+            compared=self._compared(task, plan),
         )
         shapes, tensors, reports = [], [], []
         for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
@@ -122,14 +123,20 @@ class MoDeGPTPlus(Switches, RankMethod):
         calibration.meter.forward_passes += metered.of("forward") / one_pass
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         finished = self._finished(task, plan, shapes, tensors, reports, influence)
-        if self.temperature and walk.moved and task.family.final_norm(task.model) is not None:
+        if walk.compared is not None and walk.moved:
             with calibration.meter.stage("temperature", counted=True):
-                s = fit_inverse_temperature(
-                    task.model, finished.model, calibration.tokens.ids, batch_size=calibration.batch_size
-                )
-                sharpen(finished.model, task.family, s)
+                s = walk.compared.inverse_temperature()
+                finished.model.load_state_dict(sharpened_norm(task.model, task.family, s), strict=False, assign=True)
             finished.details["inverse_temperature"] = s
         return finished
+
+    def _compared(self, task: CompressionTask, plan: RankPlan) -> Compared | None:
+        """The streams to fit the temperature on; None where there is none to fit."""
+        if not self.temperature or plan.achieved == 0 or task.family.final_norm(task.model) is None:
+            return None
+        calibration = task.calibration
+        with calibration.meter.stage("temperature", counted=True):
+            return Compared.of(calibration.stored, calibration.tokens.ids, batch_size=calibration.batch_size)
 
     def plan(self, task: CompressionTask, *, costs: Costs | None, influence: list[float] | None = None) -> RankPlan:
         """Ranks that meet the target: by what each costs where that is known, else over layers by ``allocation``."""

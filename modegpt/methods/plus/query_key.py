@@ -1,5 +1,6 @@
 """Query-key selection for the compressed stream: several candidates, the best on held-out windows for each key head."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -76,11 +77,10 @@ def sample(
     norm_Q, norm_K = query_norm(family, layer), key_norm(family, layer)
     W_O = read_value_output(family, layer).W_O.double()
     metric = psd_cholesky(W_O @ W_O.mT).root()
-    some = HiddenStates(stream.batches[: split.batches_with(num_windows)], stream.arguments)
     sums: dict[str, Tensor] = {}
     states: tuple[list[AttentionStates], list[AttentionStates]] = ([], [])
     left, num_tokens = [num_windows] * 2, 0
-    for seen in observe(layer, index, some, taps, stop=True):
+    for seen in itertools.islice(observe(layer, index, stream, taps, stop=True), split.batches_with(num_windows)):
         q, k, v = (seen.seen[name].unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
         shares = (
             {} if norm_Q is None or norm_K is None else {"N_Q": norm_shares(q, norm_Q), "N_K": norm_shares(k, norm_K)}

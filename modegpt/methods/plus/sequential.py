@@ -1,7 +1,7 @@
 """The sequential pass: layer by layer, each module is reduced on the stream that all reductions before it leave."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt.calibration.calibration import Calibration
-from modegpt.calibration.stream import HiddenStates
+from modegpt.calibration.stream import HiddenStates, Storage
 from modegpt.cost.work import forward
 from modegpt.decompositions.elimination import eliminate, surviving
 from modegpt.decompositions.experts import expert_gram, token_report
@@ -24,6 +24,7 @@ from modegpt.methods.plus.query_key import candidates, choose, sample
 from modegpt.methods.plus.streams import ARGUMENTS, Observation, Split, Tap, observe
 from modegpt.methods.plus.sums import Parts, Solution, Sums, best
 from modegpt.methods.plus.switches import Switches
+from modegpt.methods.plus.temperature import Compared
 from modegpt.models import (
     Family,
     LayerShape,
@@ -53,6 +54,7 @@ class SequentialPass:
         generator: of the query positions that the query-key selection looks at.
         skip_layers: layers that are left as they are; they correct nothing either.
         token_weights: a ``TokenWeights`` a layer for Fisher-weighted solves, or None.
+        compared: the streams that the temperature is fitted on, or None.
         moved: whether a layer before this one was changed, so that X~ differs from X.
     """
 
@@ -64,6 +66,7 @@ class SequentialPass:
     generator: torch.Generator
     skip_layers: tuple[int, ...] = ()
     token_weights: list[TokenWeights] | None = None
+    compared: Compared | None = None
     moved: bool = False
 
     @classmethod
@@ -75,29 +78,30 @@ class SequentialPass:
         generator: torch.Generator,
         skip_layers: tuple[int, ...],
         token_weights: list[TokenWeights] | None,
+        compared: Compared | None,
     ) -> "SequentialPass":
         """Both streams in front of the first layer."""
-        dense = calibration.embed()
-        split = Split.of(calibration.tokens.ids, batch_size=calibration.batch_size)
-        return cls(calibration, options, dense, _copy(dense), split, generator, skip_layers, token_weights)
+        return cls(
+            calibration,
+            options,
+            dense=calibration.embed(),
+            compressed=calibration.embed(),
+            split=Split.of(calibration.tokens.ids, batch_size=calibration.batch_size),
+            generator=generator,
+            skip_layers=skip_layers,
+            token_weights=token_weights,
+            compared=compared,
+        )
 
     def layer(self, index: int, layer: nn.Module, ranks: Mapping[str, int]) -> "LayerPass":
-        """Reduce the dense ``layer`` to ``ranks``; both streams move on. Returns what became of it."""
-        work = LayerPass(
-            walk=self,
-            index=index,
-            layer=layer,
-            stream=self.compressed if self.options.sequential else _copy(self.dense),
-            moved=self.moved and index not in self.skip_layers,
-        )
+        """Reduce the dense ``layer`` to ``ranks``; all streams move on. Returns what became of it."""
+        work = LayerPass(walk=self, index=index, layer=layer, moved=self.moved and index not in self.skip_layers)
         work.reduce(ranks)
         self.moved = self.moved or bool(work.tensors)
+        if self.compared is not None:
+            with self.calibration.meter.stage("temperature", counted=True):
+                self.compared.advance(index, layer, work.reduced)
         return work
-
-
-def _copy(stream: HiddenStates) -> HiddenStates:
-    """The same batches in a list of their own, which moves on by itself."""
-    return HiddenStates(list(stream.batches), stream.arguments)
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,20 @@ class Targets:
         mlp: what the MLP adds.
         middle: the stream that the MLP's output is added to; the error of its compressed form is not known yet.
         attention_input, mlp_input: what the norms hand to the input maps; empty unless these are aligned.
-        attention_alone: what the attention adds.
+        attention_alone: what the attention adds; empty in the sequential pass.
     """
 
-    attention: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
-    middle: list[Tensor] = field(default_factory=list)
-    attention_input: list[Tensor] = field(default_factory=list)
-    mlp_input: list[Tensor] = field(default_factory=list)
-    attention_alone: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor]
+    mlp: list[Tensor]
+    middle: list[Tensor]
+    attention_input: list[Tensor]
+    mlp_input: list[Tensor]
+    attention_alone: list[Tensor]
+
+    @classmethod
+    def none(cls, storage: Storage) -> "Targets":
+        """No batch yet."""
+        return cls(**{each.name: storage.batches() for each in fields(cls)})
 
 
 @dataclass
@@ -141,24 +150,33 @@ class LayerPass:
 
     Args:
         layer: the dense layer; from steps 2 and 5 on, with aligned input maps.
-        stream: X~ in front of the layer.
-        moved: whether it differs from X, and may be corrected for.
+        moved: whether X~ differs from X, and may be corrected for.
         reductions: the modules reduced so far.
         aligned: by name, the tensors of aligned input maps, of full size.
         alignment: how they were solved, by ``attention`` and ``mlp``.
-        shape, tensors: what the layer became, and its changed tensors.
+        shape, tensors, reduced: what the layer became, its changed tensors, and the layer made of them, ready to run.
     """
 
     walk: SequentialPass
     index: int
     layer: nn.Module
-    stream: HiddenStates
     moved: bool
     reductions: dict[str, Reduction] = field(default_factory=dict)
     aligned: dict[str, Tensor] = field(default_factory=dict)
     alignment: dict[str, dict[str, Any]] = field(default_factory=dict)
     shape: LayerShape = field(init=False)
     tensors: dict[str, Tensor] = field(init=False)
+    reduced: nn.Module = field(init=False)
+
+    @property
+    def stream(self) -> HiddenStates:
+        """X~: in front of the layer until step 7, which is where X was too unless the pass is sequential."""
+        return self.walk.compressed
+
+    @property
+    def stored(self) -> Storage:
+        """Where what is seen of all batches waits."""
+        return self.walk.calibration.stored
 
     @property
     def options(self) -> Switches:
@@ -212,9 +230,12 @@ class LayerPass:
             reduce(ranks["mlp"], targets, attention)
 
         # 7. the compressed stream moves on
-        self.shape, self.tensors, reduced = self._result()
+        self.shape, self.tensors, self.reduced = self._result()
         if options.sequential:
-            self._advance(reduced, attention)
+            self._advance(self.reduced, attention)
+        else:
+            for b, x in enumerate(self.walk.dense.batches):
+                self.stream.batches[b] = x
 
     def _result(self) -> tuple[LayerShape, dict[str, Tensor], nn.Module]:
         """Shape, changed tensors and runnable layer of the reductions made so far."""
@@ -240,10 +261,11 @@ class LayerPass:
                 "attention_input": (family.query(layer), "input"),
                 "mlp_input": (family.mlp_ends(layer)[0], "input"),
             }
-        targets = Targets()
+        targets = Targets.none(self.stored)
         for seen in observe(layer, self.index, dense, taps, stop=False):
             added = seen.seen["attention"]
-            targets.attention_alone.append(added)
+            if not self.options.sequential:
+                targets.attention_alone.append(added)
             targets.attention.append(added + beta * (seen.x - self.stream.batches[seen.batch]))
             targets.mlp.append(seen.seen["mlp"])
             targets.middle.append(self._middle(seen, added))
@@ -270,7 +292,10 @@ class LayerPass:
         """What the attention as reduced so far adds to the compressed stream."""
         layer = self._result()[2]
         taps: dict[str, Tap] = {"attention": (self.family.output(layer), "output")}
-        return [seen.seen["attention"] for seen in observe(layer, self.index, self.stream, taps, stop=True)]
+        outputs = self.stored.batches()
+        for seen in observe(layer, self.index, self.stream, taps, stop=True):
+            outputs.append(seen.seen["attention"])
+        return outputs
 
     def _advance(self, reduced: nn.Module, attention: Sequence[Tensor]) -> None:
         given = (self.family.attention(reduced), attention)
@@ -297,12 +322,12 @@ class LayerPass:
         """
         layer = self.layer
         taps: dict[str, Tap] = {"x": (reader, "input")}
-        size = dense_inputs[0].shape[-1]
+        size = self.walk.calibration.model.config.hidden_size
         sums = self._sums(size, size)
         given = None if attention is None else (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
             sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
-        identity = torch.eye(size, dtype=torch.float64, device=dense_inputs[0].device)
+        identity = torch.eye(size, dtype=torch.float64, device=sums.plain[False].G.device)
         refit = held_out_refit(sums.plain[False], sums.plain[True], (identity, identity))
         self.alignment[name] = refit.report()
         for path in paths:
@@ -354,7 +379,7 @@ class LayerPass:
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
         sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1], "value_output")
-        G, read = None, []
+        G, read = None, self.stored.batches()
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
             t = targets.attention[seen.batch]
@@ -375,8 +400,11 @@ class LayerPass:
             reduced, relative_error=self._error((sums, solution)), numerics=factor.numerics | solution.numerics
         )
         whole_map = (P_all @ W)[: num_heads * d].to(weights.W_O.dtype)
+        outputs = self.stored.batches()
         with forward():
-            return [z @ whole_map if b_O is None else z @ whole_map + b_O for z in read]
+            for z in read:
+                outputs.append(z @ whole_map if b_O is None else z @ whole_map + b_O)
+        return outputs
 
     def _value_gram(self, values: Tensor, weights: ValueOutputWeights) -> Tensor:
         """(H_kv, d, d) of one batch of ``values`` (batch, sequence, H_kv d), without their bias."""
@@ -522,7 +550,7 @@ class LayerPass:
             self.walk.split,
             num_features,
             num_targets,
-            device=self.stream.batches[0].device,
+            device=next(self.layer.parameters()).device,
             precision=self.walk.calibration.precision,
             fisher=None if module is None or weights is None else weights[self.index][module],
         )

@@ -1,17 +1,18 @@
 """How sharp the compressed model's predictions are: one number, absorbed in its final norm."""
 
-import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modegpt.calibration.stream import HiddenStates, Storage, advance, layers_replaced, yielding
 from modegpt.cost.work import forward
 from modegpt.methods.divergence import float32_forward
-from modegpt.models import Family
+from modegpt.models import Family, decoder_layers
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
 """Predictions are compared on about so many calibration tokens; on an eighth of all where that is fewer, but not on
@@ -28,62 +29,91 @@ TOLERANCE = 1e-5
 MOST_STEPS = 50
 
 
+@dataclass
+class Compared:
+    """The dense and the compressed residual stream of the tokens whose predictions are compared, float32 at least."""
+
+    storage: Storage
+    ids: list[Tensor]
+    dense: HiddenStates
+    compressed: HiddenStates
+
+    @classmethod
+    def of(cls, storage: Storage, ids: Tensor, *, batch_size: int) -> "Compared":
+        """In front of the first layer, on the first windows of ``ids`` (windows, length)."""
+        windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
+        with float32_forward(storage.model):
+            dense, compressed = (storage.embed(windows, batch_size=batch_size) for _ in range(2))
+        return cls(storage, list(windows.split(batch_size)), dense, compressed)
+
+    def advance(self, index: int, layer: nn.Module, reduced: nn.Module) -> None:
+        """Each goes through its own form of layer ``index``."""
+        for stream, own in ((self.dense, layer), (self.compressed, reduced)):
+            with float32_forward(own):
+                advance(stream, index, own)
+
+    @torch.no_grad()
+    def inverse_temperature(self) -> float:
+        """Behind the last layer: the s that ``inverse_temperature`` finds."""
+        with self.storage.outer(head=True) as model, float32_forward(model):
+
+            def states(stream: HiddenStates) -> Tensor:
+                rows = []
+                for ids, x in zip(self.ids, stream.batches, strict=True):
+                    with layers_replaced(decoder_layers(model), yielding(x)), forward():
+                        behind = model.get_decoder()(ids.to(model.device), use_cache=False).last_hidden_state
+                    rows.append(behind.flatten(0, 1))
+                return torch.cat(rows)
+
+            head: Any = model.get_output_embeddings()
+            return inverse_temperature(states(self.dense), states(self.compressed), dense_head=head, head=head)
+
+
 @torch.no_grad()
-def fit_inverse_temperature(
-    dense: PreTrainedModel, compressed: PreTrainedModel, ids: Tensor, *, batch_size: int
-) -> float:
+def inverse_temperature(ours: Tensor, theirs: Tensor, *, dense_head: nn.Module, head: Any) -> float:
     """The s at which softmax(s z), z the compressed model's logits, diverges least (mean KL) from the dense model's
     predictions p.
 
-    ``ids`` (windows, length), of which the first are read. The divergence is convex in s with derivatives E_q[z] -
-    E_p[z] and Var_q[z] under q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo
-    et al., ICML 2017, arXiv 1706.04599, section 4.2, with the dense model's predictions in place of labels. Both models
-    run once, and the head of the compressed one once more a step for the tokens whose logits are not kept.
+    From what the heads of both read, (tokens, d_h) each. The divergence is convex in s with derivatives E_q[z] - E_p[z]
+    and Var_q[z] under q = softmax(s z), so Newton's method finds it from logits alone. Temperature scaling: Guo et al.,
+    ICML 2017, arXiv 1706.04599, section 4.2, with the dense model's predictions in place of labels. The head of the
+    compressed model runs once, and once more a step for the tokens whose logits are not kept.
     """
-    windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
-    with float32_forward(dense), float32_forward(compressed):
-        batches = [batch.to(dense.device) for batch in windows.split(batch_size)]
-        with forward():
-            states = [
-                [model.get_decoder()(batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches]
-                for model in (dense, compressed)
-            ]
-        ours, theirs = (torch.cat(each).split(CHUNK_TOKENS) for each in states)
-        head: Any = compressed.get_output_embeddings()
-        kept = [head(chunk).float() for chunk in theirs[: MOST_LOGITS // (CHUNK_TOKENS * len(head.weight))]]
+    chunks = theirs.split(CHUNK_TOKENS)
+    kept = [head(chunk).float() for chunk in chunks[: MOST_LOGITS // (CHUNK_TOKENS * len(head.weight))]]
 
-        def logits() -> Iterator[Tensor]:
-            return chain(kept, (head(chunk).float() for chunk in theirs[len(kept) :]))
+    def logits() -> Iterator[Tensor]:
+        return chain(kept, (head(chunk).float() for chunk in chunks[len(kept) :]))
 
-        target = sum(
-            _mean_under(dense.get_output_embeddings()(chunk).float(), z)
-            for chunk, z in zip(ours, logits(), strict=True)
-        )
-        s = 1.0
-        for _ in range(MOST_STEPS):
-            slope, curvature = -target, 0.0
-            for z in logits():
-                q = (s * z).softmax(dim=-1)
-                mean = torch.linalg.vecdot(q, z)
-                slope += float(mean.sum(dtype=torch.float64))
-                curvature += float(torch.linalg.vecdot(q, (z - mean.unsqueeze(-1)).square()).sum(dtype=torch.float64))
-            if curvature <= 0:
-                break
-            before, s = s, min(max(s - slope / curvature, BOUNDS[0], s / 2), BOUNDS[1], 2 * s)
-            if abs(s - before) < TOLERANCE:
-                break
+    target = sum(
+        _mean_under(dense_head(chunk).float(), z) for chunk, z in zip(ours.split(CHUNK_TOKENS), logits(), strict=True)
+    )
+    s = 1.0
+    for _ in range(MOST_STEPS):
+        slope, curvature = -target, 0.0
+        for z in logits():
+            q = (s * z).softmax(dim=-1)
+            mean = torch.linalg.vecdot(q, z)
+            slope += float(mean.sum(dtype=torch.float64))
+            curvature += float(torch.linalg.vecdot(q, (z - mean.unsqueeze(-1)).square()).sum(dtype=torch.float64))
+        if curvature <= 0:
+            break
+        before, s = s, min(max(s - slope / curvature, BOUNDS[0], s / 2), BOUNDS[1], 2 * s)
+        if abs(s - before) < TOLERANCE:
+            break
     return s
 
 
-def sharpen(model: PreTrainedModel, family: Family, s: float) -> None:
-    """Multiply the logits of ``model`` by ``s``: through its final norm, of which it gets its own."""
-    norm: Any = copy.deepcopy(family.final_norm(model))
+@torch.no_grad()
+def sharpened_norm(model: PreTrainedModel, family: Family, s: float) -> dict[str, Tensor]:
+    """The tensors of the final norm, by name, that multiply the logits of ``model`` by ``s``."""
+    norm: Any = family.final_norm(model)
     assert norm is not None
-    with torch.no_grad():
-        norm.weight.copy_(s * (norm.weight.double() + family.norm_offset) - family.norm_offset)
-        if getattr(norm, "bias", None) is not None:
-            norm.bias.copy_(s * norm.bias.double())
-    model.set_submodule(family.final_norm_path, norm)
+    weight = s * (norm.weight.double() + family.norm_offset) - family.norm_offset
+    tensors = {"weight": weight.to(norm.weight.dtype)}
+    if getattr(norm, "bias", None) is not None:
+        tensors["bias"] = (s * norm.bias.double()).to(norm.bias.dtype)
+    return {f"{family.final_norm_path}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _mean_under(dense: Tensor, z: Tensor) -> float:
