@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modegpt.allocation.engines import ENGINES
+from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import World
 from modegpt.config import (
     TARGETS,
@@ -71,6 +74,7 @@ class Compressed:
         details: JSON-able facts of the method's own (e.g. which layers were dropped, slicing fraction).
         warnings: what a reader of the result should know, one line each.
         files: what a checkpoint of the model carries beside it, by file name: a function that writes it to a path.
+        outer: tensors outside the layers that are not the dense model's, by name; ``model`` has them where it has data.
         target: what was asked for in bytes or speed, and what came of it (see ``targets.py``); not the method's to
             fill.
         recovery: what was trained afterwards, and the scores before it (see ``recovery/job.py``); nor is this.
@@ -82,6 +86,7 @@ class Compressed:
     details: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    outer: dict[str, Tensor] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] | None = None
 
@@ -172,6 +177,41 @@ class Method:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a method decides before it goes through the layers, ready for JSON."""
+
+    plan: RankPlan
+    influence: list[float] | None = None
+
+
+Reduced = tuple[LayerShape, dict[str, Tensor], dict[str, Any]]
+"""A layer's new shape, the tensors that changed, named as by ``layer_tensors``, and its report."""
+
+
+class LayerWalk(Protocol):
+    """A compression on its way through the layers, in front of one.
+
+    The rest depends on the ``streams``, the ``generator`` and ``moved``, whether a layer was changed, beside the model.
+    """
+
+    moved: bool
+
+    @property
+    def streams(self) -> dict[str, HiddenStates]:
+        """The hidden states there, by name; behind the last layer those that ``finish`` needs."""
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of all that is random."""
+
+    def layer(self, index: int, layer: nn.Module) -> Reduced:
+        """Reduce the dense ``layer``, the next one, which has its weights. The streams move on."""
+
+    def finish(self, model: PreTrainedModel, reports: list[dict[str, Any]]) -> Compressed:
+        """The result, all layers being done: ``model`` is made of them, but for ``Compressed.outer``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankMethod(Method):
     """A method that reduces modules to integer ranks, which ``compression`` rules.
@@ -238,6 +278,25 @@ class RankMethod(Method):
         if self.engine != "any":  # as every run did before there was a choice
             ranks["engine"] = self.engine
         return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}
+
+
+class LayerByLayer(RankMethod):
+    """A method that goes through the layers once, after what it decides beforehand, and so needs one at a time."""
+
+    streamed: ClassVar[bool] = True
+
+    @property
+    def whole_model(self) -> str | None:
+        """The option of this method, if there is one, that needs the whole model at once."""
+        return None
+
+    def begin(self, task: CompressionTask) -> Begun:
+        """Decide on ranks."""
+        raise NotImplementedError
+
+    def walk(self, task: CompressionTask, begun: Begun, first: int = 0) -> LayerWalk:
+        """Set out from layer ``first``, with hidden states in front of layer 0 to be replaced where it is another."""
+        raise NotImplementedError
 
 
 def make_task(

@@ -39,7 +39,7 @@ def float32_forward(model: nn.Module) -> Iterator[None]:
     ]
     handles = []
     for module in leaves:
-        narrow = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+        narrow: dict[str, Tensor] = {}  # while it runs: until then its weights may be on disk
         handles.append(module.register_forward_pre_hook(partial(_widen, narrow)))
         handles.append(module.register_forward_hook(partial(_narrow, narrow), always_call=True))
     try:
@@ -50,12 +50,14 @@ def float32_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _widen(narrow: dict[str, Tensor], module: nn.Module, _: object) -> None:
-    for name, tensor in narrow.items():
-        getattr(module, name).data = tensor.float()
+    for name, parameter in module.named_parameters(recurse=False):
+        narrow[name] = parameter.data
+        parameter.data = parameter.data.float()
 
 
 def _narrow(narrow: dict[str, Tensor], module: nn.Module, *_: object) -> None:
-    for name, tensor in narrow.items():
+    while narrow:
+        name, tensor = narrow.popitem()
         getattr(module, name).data = tensor
 
 

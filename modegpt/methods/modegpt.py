@@ -25,6 +25,7 @@ from modegpt.allocation.ranks import (
     missed_target,
 )
 from modegpt.calibration.statistics import Statistics
+from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import World
 from modegpt.config import CompressionConfig, DecompositionConfig, build, decisive, spelled, unknown
 from modegpt.decompositions import VARIANTS, experts
@@ -32,7 +33,7 @@ from modegpt.decompositions.cr import QueryKeyShared
 from modegpt.decompositions.modules import ExpertWeights, LowRank, MLPWeights, QueryKeyWeights, Reduction, Variant
 from modegpt.decompositions.svd import MLPSVD, QueryKeySVD
 from modegpt.errors import UserError
-from modegpt.methods.base import Compressed, CompressionTask, RankMethod
+from modegpt.methods.base import Begun, Compressed, CompressionTask, LayerByLayer, RankMethod, Reduced
 from modegpt.models import (
     Family,
     LayerShape,
@@ -112,7 +113,7 @@ def _common_multiple(unit: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class MoDeGPT(RankMethod):
+class MoDeGPT(LayerByLayer):
     """The paper's method, each choice a field; those that rule the ranks are ``RankMethod``'s.
 
     Args:
@@ -126,7 +127,6 @@ class MoDeGPT(RankMethod):
     name: ClassVar[str] = "modegpt"
     reads: ClassVar[frozenset[str]] = RankMethod.reads | {"layer_sparsity"}
     shared: ClassVar[bool] = True
-    streamed: ClassVar[bool] = True
     experts: ClassVar[bool] = True
 
     mlp: Variant | None = field(metadata={"key": "decomposition/mlp"})
@@ -301,10 +301,21 @@ class MoDeGPT(RankMethod):
 
     def compress(self, task: CompressionTask) -> Compressed:
         """Allocate, then reduce every layer on the dense model's statistics."""
+        begun = self.begin(task)
+        return self.compress_to(task, begun.plan, begun.influence)
+
+    def begin(self, task: CompressionTask) -> Begun:
+        """Allocate."""
         names = self.required_statistics(task.family)
         needed = self.allocation.needs_influence
         influence = task.calibration.block_influence(also=names).tolist() if needed else None
-        return self.compress_to(task, self.plan(task, influence), influence)
+        return Begun(self.plan(task, influence), influence)
+
+    def walk(self, task: CompressionTask, begun: Begun, first: int = 0) -> "StatisticsWalk":
+        """Reduce layer after layer on the dense model's statistics."""
+        observed = self.required_statistics(task.family) and first < task.calibration.num_layers
+        streams = {"dense": task.calibration.embed()} if observed else {}
+        return StatisticsWalk(self, task, begun, streams, task.generator())
 
     def compress_to(self, task: CompressionTask, plan: RankPlan, influence: list[float] | None = None) -> Compressed:
         """Reduce every layer to the ranks of ``plan`` on the dense model's statistics."""
@@ -385,6 +396,34 @@ class MoDeGPT(RankMethod):
             except UserError as error:
                 raise UserError(f"layer {index}, {module}: {error}") from error
         return reductions
+
+
+@dataclass
+class StatisticsWalk:
+    """A ``LayerWalk``: each layer is reduced on the statistics that are collected on the way through it."""
+
+    method: MoDeGPT
+    task: CompressionTask
+    begun: Begun
+    streams: dict[str, HiddenStates]
+    generator: torch.Generator
+    moved: bool = False
+
+    def layer(self, index: int, layer: nn.Module) -> Reduced:
+        """Observe ``layer`` and reduce it."""
+        calibration, names = self.task.calibration, self.method.required_statistics(self.task.family)
+        statistics: Statistics = {}
+        if names:
+            with calibration.meter.stage("statistics", counted=True):
+                statistics = calibration.observe(self.streams["dense"], index, names)
+        if index + 1 == calibration.num_layers:
+            self.streams.clear()
+        ranks = self.begun.plan.ranks[index]
+        return self.method.compress_layer(self.task, index, layer, ranks, statistics, self.generator)
+
+    def finish(self, model: PreTrainedModel, reports: list[dict[str, Any]]) -> Compressed:
+        """Check and say what changed."""
+        return self.method.finish(self.task, self.begun.plan, model, reports, self.begun.influence)
 
 
 def assemble_layer(

@@ -1,26 +1,19 @@
-"""MoDeGPT layer by layer from disk to disk: the same arithmetic as in memory, in the same order, so the same bits."""
+"""Layer by layer from disk to disk: the same arithmetic as in memory, in the same order, so the same bits."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from modegpt.calibration.statistics import Statistics
-from modegpt.calibration.stream import HiddenStates
-from modegpt.methods.base import Compressed, CompressionTask
-from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer
 from modegpt.models import empty_compressed, merged_tensors
 from modegpt.models.checkpoints import quiet
 from modegpt.models.integrity import check_tensor_finite
-from modegpt.streaming.hidden import arguments_alone, embedded
+from modegpt.streaming.hidden import DiskStorage
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.shards import SINGLE, Shards, write_index
 from modegpt.streaming.workspace import Position, Workspace
-
-INFLUENCE = frozenset({"layer.influence"})
 
 
 @dataclass
@@ -32,49 +25,59 @@ class StreamedCompression:
         on_disk: hidden states lie in files between layers instead of in memory.
     """
 
-    method: MoDeGPT
+    method: LayerByLayer
     task: CompressionTask
     streamed: StreamedModel
     workspace: Workspace
     on_disk: bool = False
 
+    def __post_init__(self) -> None:
+        calibration = self.task.calibration
+        storage = DiskStorage(
+            self.streamed.model,
+            self.streamed,
+            calibration.meter,
+            directory=self.workspace.passing if self.on_disk else None,
+        )
+        self.task = replace(self.task, calibration=replace(calibration, storage=storage))
+
     def run(self) -> tuple[Compressed, int]:
         """Write every compressed layer to the workspace, going on from where an earlier process got to.
 
-        Returns what ``MoDeGPT.compress`` does, its model without data, and how many layers were found finished.
+        Returns what ``method.compress`` does, its model without data, and how many layers were found finished.
         """
-        method, task, calibration = self.method, self.task, self.task.calibration
-        num_layers, names = calibration.num_layers, method.required_statistics(task.family)
+        task, calibration = self.task, self.task.calibration
+        num_layers = calibration.num_layers
         position = self.workspace.position() or self._begin()
+        assert position.begun is not None
         found = position.next_layer
-        plan, generator = method.plan(task, position.influence), task.generator()
-        position.restore(generator)
-        hidden = self._hidden(position.next_layer) if names and found < num_layers else None
+        walk = self.method.walk(task, position.begun, found)
+        position.restore(walk.generator)
+        walk.moved = position.moved
+        if found:
+            self.workspace.restore(walk.streams, found)
         for index in calibration.progress.track(range(found, num_layers), "compression", unit="layer"):
-            with self._layer(index) as layer:
-                statistics = {} if hidden is None else self._observe(hidden, index, names, stage="statistics")
-                shape, changed, report = method.compress_layer(
-                    task, index, layer, plan.ranks[index], statistics, generator
-                )
-                del statistics
+            with calibration.stored.layer(index) as layer:
+                self.workspace.begin_layer(walk.streams, index)
+                shape, changed, report = walk.layer(index, layer)
                 with calibration.meter.stage("saving"):
                     self._write_layer(index, merged_tensors(task.family, layer, changed))
                     del changed  # or it would live through the next layer
                     position.shapes.append(shape)
                     position.reports.append(report)
-                    position.next_layer = index + 1
-                    position.remember(generator)
-                    self.workspace.save(position, hidden if index + 1 < num_layers else None)
+                    position.next_layer, position.moved = index + 1, walk.moved
+                    position.remember(walk.generator)
+                    self.workspace.save(position, walk.streams)
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
         model = empty_compressed(self.streamed.model, position.shapes)
-        return method.finish(task, plan, model, position.reports, position.influence), found
+        return walk.finish(model, position.reports), found
 
-    def complete(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write all that makes the layers a checkpoint of ``model``.
+    def complete(self, compressed: Compressed, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write all that makes the layers a checkpoint of the ``compressed`` model.
 
         These are the tensors outside the layers, the index, the configuration, the modeling file and the tokenizer.
         """
-        files = self.workspace.directory / "files"
+        model, files = compressed.model, self.workspace.directory / "files"
         shutil.rmtree(files, ignore_errors=True)
         with quiet():
             model.save_pretrained(files, state_dict={})
@@ -83,9 +86,10 @@ class StreamedCompression:
         for path in files.iterdir():
             path.replace(self.workspace.checkpoint / path.name)
         for shard, names in self._outer_shards().items():
-            self.workspace.write(
-                {name: self.streamed.tensor(name) for name in names}, shard=shard, num_shards=self._num_shards
-            )
+            tensors = {name: compressed.outer.get(name, self.streamed.tensor(name)) for name in names}
+            for name in compressed.outer.keys() & tensors.keys():
+                check_tensor_finite(name, tensors[name])
+            self.workspace.write(tensors, shard=shard, num_shards=self._num_shards)
         write_index(self.workspace.checkpoint, model.num_parameters())
         shards, tied = Shards(self.workspace.checkpoint), self.streamed.tied
         expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -94,53 +98,14 @@ class StreamedCompression:
         )
 
     def _begin(self) -> Position:
-        position = Position(influence=self._block_influence() if self.method.allocation.needs_influence else None)
-        if position.influence is not None:
-            for warning in self.method.foresee(self.task, position.influence):
+        position = Position(begun=self.method.begin(self.task))
+        assert position.begun is not None
+        if position.begun.influence is not None:
+            for warning in self.method.foresee(self.task, position.begun.influence):
                 self.task.calibration.progress.say(f"warning: {warning}")
         position.remember(self.task.generator())
-        self.workspace.save(position, None)
+        self.workspace.save(position, {})
         return position
-
-    def _block_influence(self) -> list[float]:
-        """A first walk, without Gram matrices."""
-        calibration = self.task.calibration
-        hidden, influence = self._hidden(0), []
-        for index in calibration.progress.track(range(calibration.num_layers), "block influence", unit="layer"):
-            with self._layer(index):
-                influence.append(float(self._observe(hidden, index, INFLUENCE, stage="influence")["layer.influence"]))
-        return influence
-
-    def _observe(self, hidden: HiddenStates, index: int, names: frozenset[str], *, stage: str) -> Statistics:
-        """Run the loaded layer ``index`` on ``hidden``, which moves on, and return its statistics."""
-        calibration = self.task.calibration
-        self.workspace.begin_layer(hidden, index)
-        with calibration.meter.stage(stage, counted=True):
-            return calibration.observe(hidden, index, names)
-
-    @contextmanager
-    def _layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer ``index``, loaded; only the loading is metered."""
-        with ExitStack() as stack:
-            with self.task.calibration.meter.stage("reading"):
-                layer = stack.enter_context(self.streamed.layer(index))
-            yield layer
-
-    def _hidden(self, layer: int) -> HiddenStates:
-        """The hidden states in front of ``layer``: embedded for the first, from the workspace for another."""
-        calibration = self.task.calibration
-        ids, batch_size = calibration.tokens.ids, calibration.batch_size
-        with calibration.meter.stage("embedding"):
-            if layer == 0:
-                return embedded(
-                    self.streamed,
-                    ids,
-                    batch_size=batch_size,
-                    directory=self.workspace.hidden(0) if self.on_disk else None,
-                )
-            arguments = arguments_alone(self.streamed, ids, batch_size=batch_size)
-            batches = self.workspace.batches(layer, num_batches=-(-len(ids) // batch_size), device=self.streamed.device)
-            return HiddenStates(batches=batches.as_list() if self.on_disk else list(batches), arguments=arguments)
 
     def _write_layer(self, index: int, tensors: dict[str, Tensor]) -> None:
         named = {f"{self.streamed.layers_prefix}{index}.{name}": tensor for name, tensor in tensors.items()}

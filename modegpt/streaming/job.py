@@ -17,8 +17,7 @@ from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.evaluation.spec import EvaluationSpec
 from modegpt.files import json_sha256
-from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer, Method
 from modegpt.models.checkpoints import publish, write_card
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
@@ -59,7 +58,7 @@ class OutOfCore:
 
     def check(self, method: Method | None, task: CompressionTask | None, evaluation: PreparedEvaluation) -> None:
         """Predict the peak of memory, say it, and refuse what does not fit, before any work. Raises UserError."""
-        assert isinstance(method, MoDeGPT) and task is not None
+        assert isinstance(method, LayerByLayer) and task is not None
         # libraries keep memory from their first products on, which the prediction is to count
         measure_ceiling(str(self.streamed.device), self.model.dtype)
         progress = task.calibration.progress
@@ -89,7 +88,7 @@ class OutOfCore:
 
     def compress(self, method: Method, task: CompressionTask, target: Target) -> Compressed:
         """Compress into a workspace beside the target, and go on where an earlier process of the same run stopped."""
-        assert isinstance(method, MoDeGPT) and target.directory is not None
+        assert isinstance(method, LayerByLayer) and target.directory is not None
         progress, settings = task.calibration.progress, self._settings(task, target)
         self.workspace = Workspace(target.directory, json_sha256(settings), settings)
         for other in self.workspace.others():
@@ -104,7 +103,7 @@ class OutOfCore:
         job = StreamedCompression(method, task, self.streamed, self.workspace, on_disk=self.on_disk)
         compressed, found = job.run()
         with task.calibration.meter.stage("saving"):
-            job.complete(compressed.model, target.tokenizer)
+            job.complete(compressed, target.tokenizer)
         compressed.details["out_of_core"] = {
             "hidden_states": self.options.hidden_states,
             "predicted_peak_bytes": self.prediction and self.prediction.record(),
@@ -152,7 +151,11 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
     if method is None or not method.streamed:
         raise UserError(
             f"method={name} needs the whole model in memory; "
-            "out_of_core.enabled=true goes with method=modegpt, random or magnitude"
+            "out_of_core.enabled=true goes with method=modegpt, modegpt_plus, random or magnitude"
+        )
+    if isinstance(method, LayerByLayer) and method.whole_model:
+        raise UserError(
+            f"{method.whole_model} needs the whole model in memory: leave it out with out_of_core.enabled=true"
         )
     if save_model is None:
         raise UserError(

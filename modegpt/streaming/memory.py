@@ -1,8 +1,8 @@
 """What an out-of-core compression will need at most, from shapes alone, and what there is.
 
-The peak is the largest of four moments: embedding, observing a layer, decomposing it, scoring the model. Each is a sum
-of parts. What a statistic and what a decomposition take is for them to say: ``Statistic.num_elements`` and
-``Variant.solver_elements``.
+The peak is the largest of a few moments: embedding, observing a layer, decomposing it, scoring the model, and what plus
+does beside. Each is a sum of parts. What a statistic and what a decomposition take is for them to say:
+``Statistic.num_elements`` and ``Variant.solver_elements``.
 """
 
 import os
@@ -19,11 +19,15 @@ from modegpt.decompositions.modules import Sizes
 from modegpt.errors import UserError
 from modegpt.evaluation.evaluate import PreparedEvaluation
 from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
-from modegpt.methods.base import CompressionTask
+from modegpt.methods.base import CompressionTask, LayerByLayer
 from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.plus.method import MoDeGPTPlus
+from modegpt.methods.plus.sensitivity import compared_positions, measured_windows
+from modegpt.methods.plus.temperature import CHUNK_TOKENS, ENOUGH_TOKENS, MOST_LOGITS
+from modegpt.models import decoder_layers
 from modegpt.streaming.model import StreamedModel
 
-FLOAT64 = 8
+FLOAT32, FLOAT64 = 4, 8
 MARGIN, LIBRARIES = 0.1, 2**27
 """What allocators and libraries hold beside the counted bytes: a share of these, and bytes whatever the size.
 
@@ -58,7 +62,12 @@ class Prediction:
 
 
 def predict(
-    method: MoDeGPT, task: CompressionTask, streamed: StreamedModel, evaluation: PreparedEvaluation, *, on_disk: bool
+    method: LayerByLayer,
+    task: CompressionTask,
+    streamed: StreamedModel,
+    evaluation: PreparedEvaluation,
+    *,
+    on_disk: bool,
 ) -> Prediction:
     """The peak of ``method`` on ``task`` and of the scores around it.
 
@@ -85,9 +94,10 @@ def predict(
     tokens, batch_size = task.calibration.tokens, task.calibration.batch_size
     batch_tokens = min(batch_size, len(tokens.ids)) * tokens.ids.shape[1]
     one_batch = batch_tokens * sizes.d_h * itemsize
-    hidden = 2 * one_batch if on_disk else tokens.num_tokens * sizes.d_h * itemsize + one_batch
-    names = method.required_statistics(task.family)
+    extra = plus_bytes(method, task, sizes, on_disk=on_disk) if isinstance(method, MoDeGPTPlus) else NOTHING
+    names = (method.faithful() if isinstance(method, MoDeGPTPlus) else method).required_statistics(task.family)
     statistics = FLOAT64 * sum(STATISTICS[name].num_elements(sizes) for name in names)
+    hidden = (2 * one_batch if on_disk else tokens.num_tokens * sizes.d_h * itemsize + one_batch) + extra["streams"]
     chunk_rows = min(CHUNK_ROWS[task.calibration.precision], batch_tokens) if names else 0
     chunk = FLOAT64 * chunk_rows * max(sizes.n, sizes.H * sizes.d) * 2
     moments = {
@@ -99,12 +109,18 @@ def predict(
             "hidden states": hidden,
         },
         "decomposing": {
-            "weights": layer,
-            "statistics": statistics,
+            "weights": layer + extra["copies"],
+            "statistics": max(statistics, extra["sums"]),
             "solver": solver_bytes(method, task, sizes),
             "hidden states": hidden,
         },
         "saving": {"weights": 2 * layer, "statistics": statistics, "hidden states": hidden},
+        "selecting": {"weights": layer, "activations": extra["states"], "hidden states": hidden},
+        "comparing": {
+            "weights": (sum(head) + largest) * (1 if itemsize >= FLOAT32 else 2),
+            "logits": extra["logits"],
+            "hidden states": hidden,
+        },
     }
     if evaluation.text is not None:
         scored = max(evaluation.text.batch_tokens, max(evaluation.text.windows))
@@ -120,9 +136,48 @@ def predict(
     return Prediction(host={"process": resident_bytes(), **copies}, device=fullest)
 
 
-def solver_bytes(method: MoDeGPT, task: CompressionTask, sizes: Sizes) -> int:
+NOTHING = dict.fromkeys(("streams", "copies", "sums", "states", "logits"), 0)
+
+
+def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_disk: bool) -> dict[str, int]:
+    """What plus needs beside what the paper's method does, at most.
+
+    streams: the residual stream of the compressed model, what is seen of every batch in one layer, and the changed
+    models of the allocation or those of the temperature. copies: the weights that are aligned and reduced. sums: of the
+    largest solve, plain for both parts of the windows and together. states: of the attention on the windows that the
+    query-key selection looks at. logits: of the predictions that are compared.
+    """
+    ids, batch_size, itemsize = task.calibration.tokens.ids, task.calibration.batch_size, task.model.dtype.itemsize
+    num_samples, length = ids.shape
+    seen = min(batch_size, num_samples) if on_disk else num_samples
+    of_token = (7 * sizes.d_h + 2 * sizes.H * sizes.d) * itemsize
+    num_layers, vocabulary = len(decoder_layers(task.model)), task.model.config.vocab_size
+    measured = measured_windows(ids, num_layers=num_layers, num_shares=len(method.shares))
+    models = 1 if on_disk else 1 + 3 * len(method.shares) * num_layers
+    compared = min(ENOUGH_TOKENS + length, ids.numel())
+    m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1
+    windows = min(2 * method.query_key_windows, num_samples)
+    attended = min(batch_size, windows) * sizes.H * method.queries_per_window * length
+    positions = compared_positions(measured, vocabulary=vocabulary)
+    predictions = measured.numel() if positions is None else len(measured) * len(positions)
+    return {
+        "streams": seen * length * of_token + max(measured.numel() * models, 2 * compared) * sizes.d_h * FLOAT32,
+        "copies": 2 * sum(each.numel() for each in decoder_layers(task.model)[0].parameters()) * itemsize,
+        "sums": 3 * FLOAT64 * m * (m + sizes.d_h),
+        "states": windows * length * (2 * sizes.H + sizes.H_kv) * sizes.d * itemsize + 6 * FLOAT32 * attended,
+        "logits": max(
+            (2 * FLOAT32 + FLOAT64) * predictions * vocabulary,
+            FLOAT32 * (min(MOST_LOGITS, compared * vocabulary) + 4 * CHUNK_TOKENS * vocabulary),
+        ),
+    }
+
+
+def solver_bytes(method: LayerByLayer, task: CompressionTask, sizes: Sizes) -> int:
     """What the greediest of the decompositions holds, at the largest MLP width that may be kept."""
     widest = sizes.n
+    if isinstance(method, MoDeGPTPlus):  # the elimination, or a refit that tries ridges on what is kept
+        return FLOAT64 * max(8 * sizes.n**2 + 2 * sizes.n * sizes.d_h, 7 * widest**2 + 8 * widest * sizes.d_h)
+    assert isinstance(method, MoDeGPT)
     if not method.allocation.needs_influence:
         widest = max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
     variants = [variant for variant in method.variants().values() if variant is not None]

@@ -10,7 +10,7 @@ from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.perplexity import perplexity
 from modegpt.models import decoder_layers
 from modegpt.progress import Progress
-from modegpt.streaming.hidden import embedded
+from modegpt.streaming.hidden import DiskStorage
 from modegpt.streaming.model import StreamedModel
 
 
@@ -33,7 +33,7 @@ def streamed_perplexity(
     assert model is streamed.model
     num_windows, batch_size = token_ids.numel() // window, max(1, batch_tokens // window)
     windows = token_ids[: num_windows * window].view(num_windows, window)
-    hidden = embedded(streamed, windows, batch_size=batch_size, directory=None)
+    hidden = DiskStorage(model, streamed).embed(windows, batch_size=batch_size)
     layers = decoder_layers(model)
     for index in progress.track(range(len(layers)), f"windows of {window}, layer by layer", unit="layer"):
         with streamed.layer(index) as layer:

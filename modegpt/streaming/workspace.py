@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.stream import HiddenStates
 from modegpt.errors import UserError
 from modegpt.files import read_json, write_text
+from modegpt.methods.base import Begun
 from modegpt.models import LayerShape
 from modegpt.streaming.hidden import DiskBatches, write_batch
 from modegpt.streaming.shards import shard_name, write_shard
@@ -26,12 +28,14 @@ KEY_DIGITS = 12
 class Position:
     """How far a compression is: layers before ``next_layer`` are written, the hidden states in front of it are on disk.
 
-    ``generator`` is the state (hex) of the random generator after them; ``influence`` is None where it is not used.
+    ``begun`` is what the method decided before the first; ``generator`` is the state (hex) of the random generator
+    after those layers, and ``moved`` whether the method changed one.
     """
 
     next_layer: int = 0
-    influence: list[float] | None = None
+    begun: Begun | None = None
     generator: str = ""
+    moved: bool = False
     shapes: list[LayerShape] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,37 +89,51 @@ class Workspace:
         shapes = [
             LayerShape(**{**shape, "extra_biases": tuple(shape["extra_biases"])}) for shape in stored.pop("shapes")
         ]
-        return Position(shapes=shapes, **stored)
+        begun = stored.pop("begun")
+        if begun is not None:
+            begun = Begun(plan=RankPlan(**begun["plan"]), influence=begun["influence"])
+        return Position(shapes=shapes, begun=begun, **stored)
+
+    @property
+    def passing(self) -> Path:
+        """Where hidden states lie that no later process needs."""
+        return self.directory / "passing"
 
     def hidden(self, layer: int) -> Path:
         """Where the hidden states in front of ``layer`` lie."""
         return self.directory / "hidden" / f"{layer:05d}"
 
-    def batches(self, layer: int, *, num_batches: int, device: torch.device) -> DiskBatches:
-        """The hidden states in front of ``layer`` that an earlier process left."""
-        return DiskBatches(None, self.hidden(layer), num_batches, device)
+    def restore(self, streams: Mapping[str, HiddenStates], layer: int) -> None:
+        """Put into ``streams``, by name, the hidden states in front of ``layer`` that an earlier process left."""
+        for name, hidden in streams.items():
+            device, num_batches = hidden.batches[0].device, len(hidden.batches)
+            batches = DiskBatches(self.hidden(layer) / name, device, num_batches=num_batches)
+            hidden.batches = batches.as_list() if isinstance(hidden.batches, DiskBatches) else list(batches)
 
-    def begin_layer(self, hidden: HiddenStates, index: int) -> None:
+    def begin_layer(self, streams: Mapping[str, HiddenStates], index: int) -> None:
         """Where batches are on disk, let layer ``index`` write its output apart from its input."""
-        if isinstance(hidden.batches, DiskBatches):
-            for stale in (
-                self.hidden(index - 1),
-                self.hidden(index + 1),
-            ):  # done with, and begun by a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-            hidden.batches = hidden.batches.turned(self.hidden(index + 1)).as_list()
+        for stale in (self.hidden(index - 1), self.hidden(index + 1)):  # done with, and begun by a killed process
+            shutil.rmtree(stale, ignore_errors=True)
+        for name, hidden in streams.items():
+            if isinstance(hidden.batches, DiskBatches):
+                hidden.batches = hidden.batches.turned(self.hidden(index + 1) / name).as_list()
 
-    def save(self, position: Position, hidden: HiddenStates | None) -> None:
-        """Keep ``hidden`` and then ``position``, after which earlier hidden states go."""
-        if hidden is not None and not isinstance(hidden.batches, DiskBatches):
-            target = self.hidden(position.next_layer)
-            target.mkdir(parents=True, exist_ok=True)
-            for index, batch in enumerate(hidden.batches):
-                write_batch(target, index, batch)
+    def save(self, position: Position, hidden: Mapping[str, HiddenStates]) -> None:
+        """Keep ``hidden``, by name, and then ``position``, after which earlier hidden states go."""
+        place = self.hidden(position.next_layer)
+        for name, stream in hidden.items():
+            if not isinstance(stream.batches, DiskBatches):
+                (place / name).mkdir(parents=True, exist_ok=True)
+                for index, batch in enumerate(stream.batches):
+                    write_batch(place / name, index, batch)
         write_text(self.directory / POSITION, json.dumps(asdict(position)))
-        for path in self.directory.glob("hidden/*"):
-            if hidden is None or path != self.hidden(position.next_layer):
+        needed = [place / name for name in hidden]
+        for path in self.directory.glob("hidden/*/*"):
+            if path not in needed:
                 shutil.rmtree(path)
+        for folder in self.directory.glob("hidden/*"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def write(self, tensors: Mapping[str, Tensor], *, shard: int, num_shards: int) -> None:
         """Write one shard of the checkpoint."""

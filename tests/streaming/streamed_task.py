@@ -7,8 +7,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from modegpt.calibration.calibration import Calibration
 from modegpt.data.tokens import CalibrationTokens, draw_windows
-from modegpt.methods.base import Compressed, CompressionTask
-from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
 from modegpt.streaming.model import StreamedModel
@@ -36,12 +35,12 @@ def task_on(model: PreTrainedModel, sparsity: float = 0.3) -> CompressionTask:
 
 
 def compress_out_of_core(
-    method: MoDeGPT, dense: Path, destination: Path, *, on_disk: bool = False
+    method: LayerByLayer, dense: Path, destination: Path, *, on_disk: bool = False
 ) -> tuple[Compressed, Path, int]:
     """Compress the checkpoint in ``dense``; returns the result, its checkpoint, and the layers found finished."""
     streamed = StreamedModel.open(str(dense))
     workspace = Workspace(destination, "0" * 12, {})
     job = StreamedCompression(method, task_on(streamed.model), streamed, workspace, on_disk=on_disk)
     compressed, found = job.run()
-    job.complete(compressed.model, AutoTokenizer.from_pretrained(dense))
+    job.complete(compressed, AutoTokenizer.from_pretrained(dense))
     return compressed, workspace.checkpoint, found

@@ -1,12 +1,13 @@
 """Out of core and in memory give the same checkpoint, to the bit."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modegpt.allocation.policies import Entropic, Policy, Uniform
 from modegpt.decompositions import (
@@ -18,9 +19,12 @@ from modegpt.decompositions import (
     ValueOutputRandom,
     ValueOutputSVD,
 )
+from modegpt.methods.base import LayerByLayer
 from modegpt.methods.modegpt import MODULES, MoDeGPT
+from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.models import block_linear_parameters
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
+from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.shards import Shards
 from tests.models.family_table import CONFIGS, tokens
 from tests.streaming.streamed_task import compress_out_of_core, save_dense, task_on
@@ -45,7 +49,7 @@ def stored(directory: Path) -> dict[str, Tensor]:
     return {name: shards.read(name) for name in shards.files}
 
 
-def check_same(method: MoDeGPT, dense: Path, folder: Path, **options) -> None:
+def check_same(method: LayerByLayer, dense: Path, folder: Path, **options) -> None:
     """Same tensors, reports and side files as the in-memory path saves."""
     model = load_model(str(dense), device="cpu")
     expected = method.compress(task_on(model))
@@ -104,3 +108,41 @@ def test_nothing_is_observed_where_nothing_is_needed(tmp_path: Path) -> None:
         save_dense("llama", tmp_path / "dense"),
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "opt", "qwen3", "gemma3_text", "opt-post-norm-projected"])
+def test_plus_is_the_same_to_the_bit(name: str, on_disk: bool, tmp_path: Path) -> None:
+    check_same(MoDeGPTPlus(), save_dense(name, tmp_path / "dense"), tmp_path, on_disk=on_disk)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation": "entropic", "temperature": False, "bias": "none", "query_key": "paper"},
+        {"allocation": "uniform", "sequential": False, "refit": False, "align": False, "value_output": "values"},
+        {"skip_layers": (1,)},
+    ],
+)
+def test_plus_without_its_ingredients_is_the_same_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    check_same(MoDeGPTPlus(**changes), save_dense("llama", tmp_path / "dense"), tmp_path, on_disk=True)
+
+
+@pytest.mark.parametrize("name", ["llama3-rope-tied", "opt"])
+def test_plus_in_half_precision(name: str, tmp_path: Path) -> None:
+    check_same(MoDeGPTPlus(), save_dense(name, tmp_path / "dense", torch.bfloat16), tmp_path, on_disk=True)
+
+
+def test_plus_reads_every_layer_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the allocation, however many modules and shares it measures, and once to reduce it."""
+    read: list[int] = []
+    layer = StreamedModel.layer
+
+    def noted(self: StreamedModel, index: int) -> AbstractContextManager[nn.Module]:
+        read.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(StreamedModel, "layer", noted)
+    method = MoDeGPTPlus(shares=(0.1, 0.25, 0.5, 0.75))
+    compress_out_of_core(method, save_dense("llama", tmp_path / "dense"), tmp_path / "streamed")
+    assert read == [0, 1, 2] * 2

@@ -6,25 +6,34 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modegpt.allocation.policies import Uniform
+from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import STATISTICS
 from modegpt.cost.metering import peak_memory_bytes
+from modegpt.data.tokens import CalibrationTokens
 from modegpt.decompositions import MLP_VARIANTS, MLPNystrom, QueryKeyCR, ValueOutputSVD
 from modegpt.decompositions.modules import MLPWeights, Sizes, Variant
 from modegpt.errors import UserError
+from modegpt.methods.base import CompressionTask
 from modegpt.methods.modegpt import MoDeGPT
+from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.models import read_value_output
+from modegpt.progress import Progress
 from modegpt.streaming import memory
-from modegpt.streaming.hidden import embedded
-from modegpt.streaming.memory import FLOAT64, Prediction, check_fits, predict, resident_bytes
+from modegpt.streaming.compress import StreamedCompression
+from modegpt.streaming.hidden import DiskStorage
+from modegpt.streaming.memory import FLOAT64, Prediction, check_fits, plus_bytes, predict, resident_bytes
 from modegpt.streaming.model import StreamedModel
+from modegpt.streaming.workspace import Workspace
 from tests.models.family_table import CONFIGS, statistics_of
 from tests.processes import CLEAN, STUCK_SECONDS
 from tests.streaming.streamed_task import save_dense, task_on
 
 CLEAR = Path("/proc/self/clear_refs")
 NOT_SCORED = SimpleNamespace(text=None)
+SIZES = Sizes(d_h=32, n=40, H=4, H_kv=2, d=8)
 linux = pytest.mark.skipif(not CLEAR.exists(), reason="resets the peak of memory through /proc")
 
 
@@ -68,7 +77,7 @@ def test_what_an_mlp_decomposition_holds_is_known(name: str) -> None:
 def test_statistics_have_the_sizes_that_are_counted(name: str, tmp_path: Path) -> None:
     streamed = StreamedModel.open(str(save_dense(name, tmp_path / "dense")))
     task = task_on(streamed.model)
-    hidden = embedded(streamed, task.calibration.tokens.ids, batch_size=3, directory=None)
+    hidden = DiskStorage(streamed.model, streamed).embed(task.calibration.tokens.ids, batch_size=3)
     with streamed.layer(0) as layer:
         names = statistics_of(task.family)
         statistics = task.calibration.observe(hidden, 0, names)
@@ -97,6 +106,46 @@ def test_the_prediction_counts_what_grows(tmp_path: Path) -> None:
         elsewhere.device == {part: size for part, size in host.items() if part != "process"}
         and elsewhere.host_bytes < elsewhere.host["process"] + 2**20
     )
+
+
+def compress_plus(dense: Path, on_disk: bool, results: Queue) -> None:
+    """In a process of its own: the bytes that plus adds at its fullest, and those that were predicted."""
+    streamed = StreamedModel.open(str(dense))
+    ids = torch.randint(0, streamed.model.config.vocab_size, (16, 128), generator=torch.Generator().manual_seed(0))
+    tokens = CalibrationTokens(ids=ids, sha256="", stream_tokens=ids.numel())
+    task = CompressionTask(Calibration(streamed.model, tokens, batch_size=4, progress=Progress(quiet=True)), 0.3)
+    before = resident_bytes()
+    CLEAR.write_text("5")
+    predicted = predict(MoDeGPTPlus(), task, streamed, NOT_SCORED, on_disk=on_disk).host
+    workspace = Workspace(dense / "streamed", "0" * 12, {})
+    StreamedCompression(MoDeGPTPlus(), task, streamed, workspace, on_disk=on_disk).run()
+    added = sum(predicted.values()) - predicted["process"]
+    results.put((peak_memory_bytes()["host"] - before, added, predicted["margin"]))
+
+
+@linux
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_plus_holds_is_known(on_disk: bool, tmp_path: Path) -> None:
+    """At most what is predicted, and at least a third of it but for the margin: 25 MiB of sums, 64 MiB of a solver."""
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=512
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    results = CLEAN.Queue()
+    process = CLEAN.Process(target=compress_plus, args=(tmp_path, on_disk, results))
+    process.start()
+    measured, predicted, margin = results.get(timeout=STUCK_SECONDS)
+    process.join()
+    assert (predicted - margin) / 3 < measured < predicted, (measured / 2**20, predicted / 2**20)
+
+
+def test_disk_holds_what_plus_would(tmp_path: Path) -> None:
+    streamed = StreamedModel.open(str(save_dense("llama", tmp_path / "dense")))
+    task = task_on(streamed.model)
+    memory, disk = (plus_bytes(MoDeGPTPlus(), task, SIZES, on_disk=on_disk) for on_disk in (False, True))
+    assert disk["streams"] < memory["streams"]
+    assert all(disk[name] == memory[name] for name in memory.keys() - {"streams"})
+    assert memory["sums"] == 3 * FLOAT64 * 41 * (41 + 32), "fit, held out and both; a constant beside the channels"
 
 
 def test_an_allocation_by_influence_may_leave_a_layer_whole() -> None:

@@ -14,7 +14,7 @@ from modegpt.models import decoder_layers
 from modegpt.models.checkpoints import load_model
 from modegpt.models.integrity import fingerprint_weights
 from modegpt.progress import Progress
-from modegpt.streaming.hidden import embedded
+from modegpt.streaming.hidden import DiskStorage
 from modegpt.streaming.model import StreamedModel
 from modegpt.streaming.score import streamed_perplexity
 from tests.models.family_table import tokens
@@ -60,10 +60,15 @@ def test_only_what_is_open_is_loaded(tmp_path: Path) -> None:
 def test_batches_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     streamed = StreamedModel.open(str(save_dense("llama", tmp_path / "dense")))
     memory, disk = (
-        embedded(streamed, tokens(8), batch_size=3, directory=place) for place in (None, tmp_path / "hidden")
+        DiskStorage(streamed.model, streamed, directory=place).embed(tokens(8), batch_size=3)
+        for place in (None, tmp_path / "hidden")
     )
     assert len(disk.batches) == 3 and all(map(torch.equal, memory.batches, disk.batches))
     assert disk.arguments[0].keys() == {3, 2}
+    [folder] = (tmp_path / "hidden").iterdir()
+    assert len(list(folder.iterdir())) == 3
+    del disk
+    assert not folder.exists(), "they go with the list"
 
 
 def test_names_of_older_checkpoints_are_understood(tmp_path: Path) -> None:

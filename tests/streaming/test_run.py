@@ -75,7 +75,8 @@ def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, caps
 @pytest.mark.parametrize(
     "changes, cause",
     [
-        ({"method": {"name": "modegpt_plus"}}, "needs the whole model in memory"),
+        ({"method": {"name": "modegpt_plus", "rounds": 1}}, "method.rounds=1 needs the whole model in memory"),
+        ({"method": {"name": "modegpt_plus", "fisher": [0.5]}}, r"method.fisher=\[0.5\] needs the whole model"),
         ({"method": {"name": "slicegpt"}}, "needs the whole model in memory"),
         ({"method": {"name": "dense"}}, "needs the whole model in memory"),
         ({"output": OutputConfig(root=os.devnull + "-none")}, "output.save_model"),

@@ -3,20 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from modegpt.allocation.engines import ENGINES
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.gradients import output_sensitivity
+from modegpt.calibration.stream import HiddenStates
 from modegpt.cost.work import forward_cost
 from modegpt.decompositions.cr import QueryKeyCR
 from modegpt.decompositions.elimination import MLPElimination
 from modegpt.decompositions.nystrom import MLPNystrom
 from modegpt.decompositions.svd import ValueOutputSVD, ValueOutputSVDAttention
 from modegpt.errors import UserError
-from modegpt.methods.base import Compressed, CompressionTask, RankMethod
+from modegpt.methods.base import Begun, Compressed, CompressionTask, LayerByLayer, Reduced
 from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
 from modegpt.methods.plus.again import planned_again
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
@@ -30,7 +35,7 @@ from modegpt.models import Family, LayerShape, build_compressed, decoder_layers
 
 
 @dataclass(frozen=True)
-class MoDeGPTPlus(Switches, RankMethod):
+class MoDeGPTPlus(Switches, LayerByLayer):
     """Sequential, error-correcting MoDeGPT: the ingredients are the fields of ``Switches``, the steps in ``LayerPass``.
 
     Two streams walk the layers: dense X and compressed X~. In each layer the input maps are aligned, the query-key dims
@@ -84,14 +89,21 @@ class MoDeGPTPlus(Switches, RankMethod):
         """Warn of what the allocation makes of the influence."""
         return self.faithful().foresee(task, influence)
 
-    def compress(self, task: CompressionTask) -> Compressed:
-        """Plan ranks, take both streams through the layers, fit the temperature."""
+    @property
+    def whole_model(self) -> str | None:
+        """What looks at all layers at once."""
+        if self.nested:
+            return "method.nested=true"
+        if self.fisher:
+            return f"method.fisher={list(self.fisher)}"
+        return f"method.rounds={self.rounds}" if self.rounds else None
+
+    def begin(self, task: CompressionTask) -> Begun:
+        """Plan ranks."""
         calibration = task.calibration
         influence = calibration.block_influence().tolist() if self.allocation == "entropic" else None
-        costs = self._costs(task) if self.allocation == "loss" and (task.sparsity > 0 or self.nested) else None
+        costs = self._costs(task) if self.allocation == "loss" and task.sparsity > 0 else None
         plan = self.plan(task, costs=costs, influence=influence)
-        if self.nested:
-            return self._nested(task, plan, costs, influence)
         if self.rounds and costs is not None:
             with calibration.meter.stage("allocation", counted=True):
                 plan = planned_again(
@@ -103,40 +115,38 @@ class MoDeGPTPlus(Switches, RankMethod):
                     skip_layers=self.skip_layers,
                     rounds=self.rounds,
                 )
-        walk = SequentialPass.start(
+        return Begun(plan, influence)
+
+    def walk(self, task: CompressionTask, begun: Begun, first: int = 0) -> "PlusWalk":
+        """Take both streams through the layers, and where there is a temperature to fit its own two."""
+        calibration, generator, compared = task.calibration, task.generator(), None
+        if self.temperature and begun.plan.achieved > 0 and task.family.final_norm(task.model) is not None:
+            with calibration.meter.stage("temperature", counted=True):
+                compared = Compared.of(calibration.stored, calibration.tokens.ids, batch_size=calibration.batch_size)
+        done = SequentialPass.start(
             calibration,
             self,
-            generator=task.generator(),
+            generator=generator,
             skip_layers=self.skip_layers,
             token_weights=self._token_weights(task) if self.fisher else None,
-            compared=self._compared(task, plan),
+            compared=compared,
+            finished=first == calibration.num_layers,
         )
-        shapes, tensors, reports = [], [], []
-        for index, layer in enumerate(calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")):
-            with calibration.meter.stage("layers", counted=True) as metered:
-                done = walk.layer(index, layer, plan.ranks[index])
-            shapes.append(done.shape)
-            tensors.append(done.tensors)
-            reports.append(report(index, done.reductions, plan.ranks[index], task))
-            reports[-1]["numerics"] |= {f"{name}_input": facts for name, facts in done.alignment.items()}
-        one_pass = forward_cost(task.model).flops(*calibration.tokens.ids.shape)
-        calibration.meter.forward_passes += metered.of("forward") / one_pass
-        calibration.meter.calibration_tokens = calibration.tokens.num_tokens
-        finished = self._finished(task, plan, shapes, tensors, reports, influence)
-        if walk.compared is not None and walk.moved:
-            with calibration.meter.stage("temperature", counted=True):
-                s = walk.compared.inverse_temperature()
-                finished.model.load_state_dict(sharpened_norm(task.model, task.family, s), strict=False, assign=True)
-            finished.details["inverse_temperature"] = s
-        return finished
+        return PlusWalk(self, task, begun, done)
 
-    def _compared(self, task: CompressionTask, plan: RankPlan) -> Compared | None:
-        """The streams to fit the temperature on; None where there is none to fit."""
-        if not self.temperature or plan.achieved == 0 or task.family.final_norm(task.model) is None:
-            return None
+    def compress(self, task: CompressionTask) -> Compressed:
+        """Plan ranks, take both streams through the layers, fit the temperature."""
+        if self.nested:
+            return self._nested(task)
         calibration = task.calibration
-        with calibration.meter.stage("temperature", counted=True):
-            return Compared.of(calibration.stored, calibration.tokens.ids, batch_size=calibration.batch_size)
+        walk = self.walk(task, self.begin(task))
+        layers = calibration.progress.track(decoder_layers(task.model), "layers", unit="layer")
+        done = [walk.layer(index, layer) for index, layer in enumerate(layers)]
+        shapes, tensors, reports = (list(column) for column in zip(*done, strict=True))
+        calibration.meter.calibration_tokens = calibration.tokens.num_tokens
+        compressed = walk.finish(build_compressed(task.model, shapes, tensors), reports)
+        compressed.model.load_state_dict(compressed.outer, strict=False, assign=True)
+        return compressed
 
     def plan(self, task: CompressionTask, *, costs: Costs | None, influence: list[float] | None = None) -> RankPlan:
         """Ranks that meet the target: by what each costs where that is known, else over layers by ``allocation``."""
@@ -174,10 +184,10 @@ class MoDeGPTPlus(Switches, RankMethod):
                 kept.store(costs)
         return costs
 
-    def _nested(
-        self, task: CompressionTask, plan: RankPlan, costs: Costs | None, influence: list[float] | None
-    ) -> Compressed:
-        """Order every dim on the dense stream, and cut to ``plan``; at sparsity 0 the orders are kept as well."""
+    def _nested(self, task: CompressionTask) -> Compressed:
+        """Order every dim on the dense stream, and cut to the plan; at sparsity 0 the orders are kept as well."""
+        costs = self._costs(task) if self.allocation == "loss" else None
+        plan = self.plan(task, costs=costs)
         modules = self.faithful().statistics_read(task.family)
         calibration, generator = task.calibration, task.generator()
         names, hidden = frozenset().union(*modules.values()), calibration.embed()
@@ -200,14 +210,12 @@ class MoDeGPTPlus(Switches, RankMethod):
                     )
                 nested.append(nest(task.family, layer, calibration.observe(hidden, index, names), states))
         calibration.meter.calibration_tokens = calibration.tokens.num_tokens
-        compressed = self.cut(task, plan, nested, influence)
+        compressed = self.cut(task, plan, nested)
         if plan.target > 0:
             return compressed
         return replace(compressed, files={FILE: partial(write_orders, layers=nested, costs=costs, method=asdict(self))})
 
-    def cut(
-        self, task: CompressionTask, plan: RankPlan, nested: list[NestedLayer], influence: list[float] | None = None
-    ) -> Compressed:
+    def cut(self, task: CompressionTask, plan: RankPlan, nested: list[NestedLayer]) -> Compressed:
         """The model at the ranks of ``plan`` from orders made before; no activations."""
         shapes, tensors, reports = [], [], []
         for index, (layer, orders) in enumerate(zip(decoder_layers(task.model), nested, strict=True)):
@@ -216,22 +224,63 @@ class MoDeGPTPlus(Switches, RankMethod):
             shapes.append(shape)
             tensors.append(changed)
             reports.append(report(index, reductions, plan.ranks[index], task))
-        return self._finished(task, plan, shapes, tensors, reports, influence)
+        return Compressed(build_compressed(task.model, shapes, tensors), reports, details=planned(plan))
 
-    def _finished(
-        self,
-        task: CompressionTask,
-        plan: RankPlan,
-        shapes: list,
-        tensors: list,
-        reports: list,
-        influence: list[float] | None,
-    ) -> Compressed:
-        details = {"planned_sparsity": plan.achieved, "plan_target": plan.target}
-        return Compressed(
-            model=build_compressed(task.model, shapes, tensors),
-            layers=reports,
-            influence=influence,
-            details=details,
-            warnings=[] if influence is None else self.foresee(task, influence),
-        )
+
+def planned(plan: RankPlan) -> dict[str, Any]:
+    """What was planned, for the record."""
+    return {"planned_sparsity": plan.achieved, "plan_target": plan.target}
+
+
+@dataclass
+class PlusWalk:
+    """A ``LayerWalk``: the sequential pass to the ranks of a plan."""
+
+    method: MoDeGPTPlus
+    task: CompressionTask
+    begun: Begun
+    done: SequentialPass
+
+    @property
+    def streams(self) -> dict[str, HiddenStates]:
+        """Those of the pass, and behind the last layer those of the temperature alone."""
+        return self.done.streams
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of the query positions that the query-key selection looks at."""
+        return self.done.generator
+
+    @property
+    def moved(self) -> bool:
+        """Whether a layer was changed."""
+        return self.done.moved
+
+    @moved.setter
+    def moved(self, moved: bool) -> None:
+        self.done.moved = moved
+
+    def layer(self, index: int, layer: nn.Module) -> Reduced:
+        """The next step of the pass."""
+        task, ranks, meter = self.task, self.begun.plan.ranks[index], self.task.calibration.meter
+        with meter.stage("layers", counted=True) as metered:
+            before = metered.of("forward")
+            reduced = self.done.layer(index, layer, ranks)
+        one_pass = forward_cost(task.model).flops(*task.calibration.tokens.ids.shape)
+        meter.forward_passes += (metered.of("forward") - before) / one_pass
+        facts = report(index, reduced.reductions, ranks, task)
+        facts["numerics"] |= {f"{name}_input": numerics for name, numerics in reduced.alignment.items()}
+        return reduced.shape, reduced.tensors, facts
+
+    def finish(self, model: PreTrainedModel, reports: list[dict[str, Any]]) -> Compressed:
+        """Fit the temperature."""
+        task, influence = self.task, self.begun.influence
+        details, outer = planned(self.begun.plan), {}
+        if self.done.compared is not None and self.moved:
+            with task.calibration.meter.stage("temperature", counted=True):
+                s = self.done.compared.inverse_temperature()
+                with task.calibration.stored.outer(head=False) as dense:
+                    outer = sharpened_norm(dense, task.family, s)
+            details["inverse_temperature"] = s
+        warnings = [] if influence is None else self.method.foresee(task, influence)
+        return Compressed(model, reports, influence=influence, details=details, warnings=warnings, outer=outer)

@@ -56,6 +56,7 @@ class SequentialPass:
         token_weights: a ``TokenWeights`` a layer for Fisher-weighted solves, or None.
         compared: the streams that the temperature is fitted on, or None.
         moved: whether a layer before this one was changed, so that X~ differs from X.
+        finished: whether all layers are behind.
     """
 
     calibration: Calibration
@@ -68,6 +69,7 @@ class SequentialPass:
     token_weights: list[TokenWeights] | None = None
     compared: Compared | None = None
     moved: bool = False
+    finished: bool = False
 
     @classmethod
     def start(
@@ -79,6 +81,7 @@ class SequentialPass:
         skip_layers: tuple[int, ...],
         token_weights: list[TokenWeights] | None,
         compared: Compared | None,
+        finished: bool,
     ) -> "SequentialPass":
         """Both streams in front of the first layer."""
         return cls(
@@ -91,13 +94,23 @@ class SequentialPass:
             skip_layers=skip_layers,
             token_weights=token_weights,
             compared=compared,
+            finished=finished,
         )
+
+    @property
+    def streams(self) -> dict[str, HiddenStates]:
+        """All that is needed in front of the next layer, by name; behind the last, what the temperature needs."""
+        streams = {} if self.finished else {"dense": self.dense, "compressed": self.compressed}
+        if self.compared is not None:
+            streams |= {"compared_dense": self.compared.dense, "compared_compressed": self.compared.compressed}
+        return streams
 
     def layer(self, index: int, layer: nn.Module, ranks: Mapping[str, int]) -> "LayerPass":
         """Reduce the dense ``layer`` to ``ranks``; all streams move on. Returns what became of it."""
         work = LayerPass(walk=self, index=index, layer=layer, moved=self.moved and index not in self.skip_layers)
         work.reduce(ranks)
         self.moved = self.moved or bool(work.tensors)
+        self.finished = index + 1 == self.calibration.num_layers
         if self.compared is not None:
             with self.calibration.meter.stage("temperature", counted=True):
                 self.compared.advance(index, layer, work.reduced)
