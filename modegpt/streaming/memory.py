@@ -144,8 +144,8 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
 
     streams: the residual stream of the compressed model, what is seen of every batch in one layer, and the changed
     models of the allocation or those of the temperature. copies: the weights that are aligned and reduced. sums: of the
-    largest solve, plain for both parts of the windows and together. states: of the attention on the windows that the
-    query-key selection looks at. logits: of the predictions that are compared.
+    largest solve, for both parts of the windows and together; those of all experts are made at once. states: of the
+    attention on the windows that the query-key selection looks at. logits: of the predictions that are compared.
     """
     ids, batch_size, itemsize = task.calibration.tokens.ids, task.calibration.batch_size, task.model.dtype.itemsize
     num_samples, length = ids.shape
@@ -156,6 +156,7 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     models = 1 if on_disk else 1 + 3 * len(method.shares) * num_layers
     compared = min(ENOUGH_TOKENS + length, ids.numel())
     m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1
+    experts = 1 if task.family.experts_path is None else task.model.config.num_experts
     windows = min(2 * method.query_key_windows, num_samples)
     attended = min(batch_size, windows) * sizes.H * method.queries_per_window * length
     positions = compared_positions(measured, vocabulary=vocabulary)
@@ -163,7 +164,7 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     return {
         "streams": seen * length * of_token + max(measured.numel() * models, 2 * compared) * sizes.d_h * FLOAT32,
         "copies": 2 * sum(each.numel() for each in decoder_layers(task.model)[0].parameters()) * itemsize,
-        "sums": 3 * FLOAT64 * m * (m + sizes.d_h),
+        "sums": (2 * experts + 1) * FLOAT64 * m * (m + sizes.d_h),
         "states": windows * length * (2 * sizes.H + sizes.H_kv) * sizes.d * itemsize + 6 * FLOAT32 * attended,
         "logits": max(
             (2 * FLOAT32 + FLOAT64) * predictions * vocabulary,

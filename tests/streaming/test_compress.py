@@ -111,7 +111,9 @@ def test_nothing_is_observed_where_nothing_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("name", ["llama3-rope-tied", "opt", "qwen3", "gemma3_text", "opt-post-norm-projected"])
+@pytest.mark.parametrize(
+    "name", ["llama3-rope-tied", "opt", "qwen3", "gemma3_text", "opt-post-norm-projected", "mixtral"]
+)
 def test_plus_is_the_same_to_the_bit(name: str, on_disk: bool, tmp_path: Path) -> None:
     check_same(MoDeGPTPlus(), save_dense(name, tmp_path / "dense"), tmp_path, on_disk=on_disk)
 
