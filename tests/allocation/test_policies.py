@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from modegpt.allocation.policies import (
+    DEFAULT_CAP,
     POLICIES,
     Entropic,
     EntropicCap,
@@ -12,6 +13,7 @@ from modegpt.allocation.policies import (
     Inverse,
     Random,
     Uniform,
+    check_reach,
     entropic,
     entropic_cap,
     epsilon_for_cap,
@@ -234,3 +236,10 @@ def test_influences_too_far_apart_for_epsilon_are_warned_of():
     assert "allocation=uniform" in Entropic().warning(far, 0.3)
     assert Entropic().warning(near, 0.3) is None and Entropic(epsilon=1.0).warning(far, 0.3) is None
     assert Uniform().warning(far, 0.3) is None and Inverse().warning(far, 0.3) is None
+
+
+def test_a_cap_out_of_reach_is_called_a_default_only_where_it_is_one() -> None:
+    for cap in (DEFAULT_CAP - 0.1, DEFAULT_CAP, DEFAULT_CAP + 0.1):
+        with pytest.raises(UserError, match="lets none lose more") as raised:
+            check_reach(0.999, cap)
+        assert ("its default" in str(raised.value)) == (cap == DEFAULT_CAP)

@@ -4,9 +4,11 @@ number is that of the records behind it.
 
 import math
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from analysis import plus, specs
 from analysis.cells import Cell, Column
 from analysis.expected import agrees, experiment, screen
 from analysis.figures import FigureSpec, panels
@@ -89,3 +91,9 @@ def test_every_part_names_its_tables_and_figures_once() -> None:
 
 def test_the_path_of_a_store_is_no_part_of_a_run(runs: list[Run]) -> None:
     assert all(not Path(run.path).is_absolute() for run in runs)
+
+
+@pytest.mark.parametrize("module", [specs, plus])
+def test_shares_are_shown_in_per_cent(module: ModuleType) -> None:
+    columns = [each for each in vars(module).values() if isinstance(each, Column) and "(%)" in each.label]
+    assert columns and {column.scale for column in columns} == {100}

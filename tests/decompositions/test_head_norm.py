@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modegpt.decompositions import QueryKeyCR, QueryKeyRandom
 from modegpt.decompositions.attention import AttentionStates
-from modegpt.decompositions.head_norm import PAIR_RIDGE, _each, fit_head_norm, norm_shares, share_factors
+from modegpt.decompositions.head_norm import PAIR_RIDGE, _each, _fit, fit_head_norm, norm_shares, share_factors
 from modegpt.decompositions.modules import HEAD_NORM_FITS, HeadNorm, Sizes
 from modegpt.errors import UserError
 from tests.decompositions.cases import generator, normal, query_key_case
@@ -68,6 +68,15 @@ def test_a_factor_and_an_offset_are_those_of_least_relative_squares(joint: bool)
         torch.testing.assert_close(fitted.c[heads] / norm.c[0, 0], scale.expand_as(fitted.c[heads]), rtol=1e-8, atol=0)
         torch.testing.assert_close(fitted.eps[g], offset, rtol=1e-8, atol=0)
     torch.testing.assert_close(error, relative_error(x, norm, fitted), rtol=1e-8, atol=0)
+
+
+def test_no_offset_is_negative() -> None:
+    """Tokens whose norm is twice what is kept less a little: the factor alone then."""
+    offset = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
+    features = torch.stack([(1 + 0.5 * offset) / 2, offset])
+    N, towards = (features @ features.T).unsqueeze(0), features.sum(dim=1).unsqueeze(0)
+    fitted = _fit(N, towards, torch.ones(1, dtype=torch.float64), "offset", all_dims=1.0)
+    assert fitted.flatten().tolist() == pytest.approx([float(towards[0, 0] / N[0, 0, 0]), 0.0])
 
 
 def test_a_factor_for_each_pair_is_the_ridge_solution_with_nothing_negative() -> None:

@@ -60,6 +60,7 @@ def test_the_score_of_a_group_is_that_of_all_its_items() -> None:
     silent = _group_score({"one": one, "other": {key: other[key] for key in other if key != "right"}})
     assert silent["stderr"] is silent["right"] is None and silent["value"] == pytest.approx(items.mean())
     assert _group_score({"one": part(1)})["stderr"] is None, "one item has no spread"
+    assert _group_score({"one": part(1, 0)})["stderr"] == 0.5
 
 
 def test_the_mean_is_of_accuracies_and_its_error_that_of_independent_ones() -> None:
