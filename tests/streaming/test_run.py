@@ -72,6 +72,20 @@ def test_a_run_killed_and_started_again_is_the_run_in_memory(results: Path, caps
     assert str(path) == str(run(config, command="modegpt"))
 
 
+def test_plus_is_the_run_in_memory(results: Path) -> None:
+    plus = {"method": {"name": "modegpt_plus"}}
+    disk = OutOfCoreConfig(enabled=True, hidden_states="disk")
+    ours, theirs = (
+        load_record(run(streamed(results, place, **plus, out_of_core=where), command="modegpt"))
+        for place, where in (("streamed", disk), ("memory", OutOfCoreConfig()))
+    )
+    details = ours["compression"]["details"].pop("out_of_core")
+    assert details["measured_peak_bytes"]["host"] <= details["predicted_peak_bytes"]["host"]["total"]
+    assert ours["compression"]["details"]["inverse_temperature"] != 1.0
+    for part in ("identity", "metrics", "compression", "calibration", "model"):
+        assert ours[part] == theirs[part], part
+
+
 @pytest.mark.parametrize(
     "changes, cause",
     [
