@@ -3,8 +3,10 @@ number is that of the records behind it.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -93,7 +95,20 @@ def test_the_path_of_a_store_is_no_part_of_a_run(runs: list[Run]) -> None:
     assert all(not Path(run.path).is_absolute() for run in runs)
 
 
+def columns(value: Any) -> Iterator[Column]:
+    """All that a specification, or a collection of them, holds; those that depend on what was recorded are left out."""
+    if isinstance(value, Column):
+        yield value
+    elif isinstance(value, TableSpec):
+        yield from columns(value.columns)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from columns(each)
+
+
 @pytest.mark.parametrize("module", [specs, plus])
-def test_shares_are_shown_in_per_cent(module: ModuleType) -> None:
-    columns = [each for each in vars(module).values() if isinstance(each, Column) and "(%)" in each.label]
-    assert columns and {column.scale for column in columns} == {100}
+def test_quantities_are_shown_in_the_unit_that_they_are_said_to_have(module: ModuleType) -> None:
+    shown = [each for value in vars(module).values() for each in columns(value)]
+    assert {column.scale for column in shown if "(%)" in column.label} == {100}
+    assert {column.scale for column in shown if "(GiB)" in column.label} <= {2**-30}
+    assert {column.scale for column in shown if "(GFLOP" in column.label} <= {1e-9}

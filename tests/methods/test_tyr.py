@@ -56,6 +56,8 @@ def test_offspring_are_different_keep_the_budget_and_stay_near() -> None:
                 assert (rank - START[0][name]) % shift == 0 and abs(rank - START[0][name]) <= LEVELS * shift
     moved = [sum(a[name] != b[name] for a, b in zip(mutant, START, strict=True) for name in a) for mutant in mutants]
     assert min(moved) == 2 and 4 < max(moved) <= 8, "one to four shifts"
+    many = Tyr(offspring=600).mutants(START, START, BUDGETS, step / 4, generator())
+    assert max(sum(a[name] != b[name] for a, b in zip(each, START, strict=True) for name in a) for each in many) <= 8
 
 
 def test_modules_that_are_not_free_stay() -> None:

@@ -14,6 +14,14 @@ def heights(axis: Axes) -> list[float]:
     return [bar.get_height() for container in axis.containers for bar in getattr(container, "patches", [])]
 
 
+def test_what_was_not_scored_has_no_panel() -> None:
+    record = sample_record()
+    for metrics in (record["metrics"]["dense"], record["metrics"]["compressed"]):
+        metrics["zeroshot"] = {}
+    [perplexity] = scores_figure(record).axes
+    assert "Perplexity" in perplexity.get_ylabel()
+
+
 def test_scores() -> None:
     figure = scores_figure(sample_record())
     perplexity, accuracy = figure.axes

@@ -30,6 +30,14 @@ def test_dense_against_compressed() -> None:
     assert "LIMITED" not in text
 
 
+def test_what_training_started_from_is_shown() -> None:
+    record = sample_record()
+    before = sample_record(sparsity=0.5)["metrics"]["compressed"]
+    record["compression"]["recovery"] = {"name": "lora", "targets": "all", "num_steps": 7, "before": before}
+    text = " ".join(summary(record).split())
+    assert "lora on all, 7 steps from ppl_tiny_256 6.50, ppl_tiny_128 7.15, " in text.replace("(", "").replace(")", "")
+
+
 def test_warnings_stand_below_the_title() -> None:
     record = sample_record()
     record["compression"]["warnings"] = ["the target is missed", "the influences spread"]
