@@ -93,7 +93,7 @@ def across(tables: Sequence[Table], quantity: str, title: str, note: str) -> Tab
     by_label = [{row.labels: (row.cells[index], row.marks[index]) for row in rows} for _, rows, index, _ in blocks]
     numbers = [[found.get(each, (Cell(), "")) for found in by_label] for each in labels]
     windows = "; ".join(heading for heading, *_ in blocks if ", " in heading)
-    general = [text for text in tables[0].notes if text in (SPREAD, BEST)]
+    general = [text for text in (SPREAD, BEST) if any(text in table.notes for table in tables)]
     return Table(
         name=tables[0].name,
         title=title,

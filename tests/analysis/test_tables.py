@@ -11,7 +11,7 @@ from analysis.expected import screen
 from analysis.formats import latex, markdown, tidy_csv
 from analysis.runs import load_runs
 from analysis.specs import TABLES
-from analysis.tables import Table, build
+from analysis.tables import BEST, SPREAD, Table, across, build
 
 SPECS = {spec.name: spec for spec in TABLES}
 
@@ -115,6 +115,15 @@ def test_tasks_means_and_retention(store, tmp_path: Path) -> None:
     weight = 1 + store.method_position("shortgpt")
     assert first.cells[0].mean == pytest.approx(100 * (0.96 - 0.05 * 0.25 * weight))
     assert first.cells[-1].mean == pytest.approx(100 * (0.86 - 0.05 * 0.25 * weight) / 0.86)
+
+
+def test_what_holds_for_one_of_several_tables_is_said_of_what_they_make(store, tmp_path: Path) -> None:
+    store.write(tmp_path, "real_models")
+    store.write(tmp_path, "methods")
+    store.write(tmp_path, "methods_seeds")
+    released, own = table(tmp_path, "real_models_perplexity"), table(tmp_path, "methods_perplexity")
+    assert SPREAD not in released.notes and SPREAD in own.notes
+    assert across([released, own], "30 %", "title", "note").notes[-2:] == (SPREAD, BEST)
 
 
 def test_one_module_at_a_time(store, tmp_path: Path) -> None:
