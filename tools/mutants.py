@@ -1,6 +1,6 @@
 """Mutation testing: a seeded sample of small wrong changes to the sources, each of which some test should see.
 
-``python -m tools.mutants --count 210 --seed 4`` takes up where it stopped and writes ``tests/mutants.md``. The changes
+``python -m tools.mutants --count 210 --seed 5`` takes up where it stopped and writes ``tests/mutants.md``. The changes
 are Cosmic Ray's, and keyword arguments left out; its own runner starts an interpreter a change and cannot draw a
 sample, so this one forks: each change is made in a copy of the checkout and tried in a child that has PyTorch and
 Transformers imported already. The first run without a change learns which tests execute which line and how long each
@@ -444,6 +444,8 @@ def wrapped(text: str, *, hang: str = "") -> list[str]:
 
 ALIKE = ("the same", "only")
 """How the reasons of survivors begin that no test should kill."""
+SINCE = "tested since"
+"""How they begin where a test was written for it, or one was found that does not run the line itself."""
 
 
 def report(mutants: list[Mutant], seed: int, state: Path) -> str:
@@ -457,7 +459,7 @@ def report(mutants: list[Mutant], seed: int, state: Path) -> str:
     survivors = [entry for entry in outcomes if entry["outcome"] == "survived"]
     left = Counter(package_of(entry["path"]) for entry in survivors)
     killed = len(outcomes) - len(survivors)
-    alike = sum(entry["why"].startswith(ALIKE) for entry in survivors)
+    alike, since = (sum(entry["why"].startswith(how) for entry in survivors) for how in (ALIKE, SINCE))
     lines = [
         "# Small wrong changes, and whether the tests see them",
         "",
@@ -465,7 +467,7 @@ def report(mutants: list[Mutant], seed: int, state: Path) -> str:
             f"`make mutants` drew {len(mutants)} changes with seed {seed} and tried {len(outcomes)} of them so far, "
             f"each by the tests that run its line: {killed} were killed ({killed / max(len(outcomes), 1):.0%}). "
             f"Of the others {alike} are the same program, or differ only in looks or cost; of all that a test could "
-            f"see, {killed / max(len(outcomes) - alike, 1):.0%} were killed."
+            f"see, {killed / max(len(outcomes) - alike, 1):.0%} were killed. Of the rest {since} have their test since."
         ),
         "",
         "| package | changes | killed |",
@@ -488,7 +490,7 @@ def main() -> None:
     """Try a sample and report it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=210, help="how many changes")
-    parser.add_argument("--seed", type=int, default=4, help="of the sample")
+    parser.add_argument("--seed", type=int, default=5, help="of the sample")
     parser.add_argument(
         "--in", dest="packages", nargs="*", default=["modegpt/", "analysis/"], help="paths that start so"
     )

@@ -126,3 +126,5 @@ def test_a_place_that_cannot_be_written_is_one_line(store, tmp_path: Path, capsy
         assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "results"]
+    assert main(["--results", str(tmp_path / "results"), "--output", str(tmp_path / "new")]) == 0
+    assert str(tmp_path / "new" / "report.html") in capsys.readouterr().out

@@ -126,3 +126,7 @@ def test_passes_are_counted():
 
 def test_saved_and_generating(tmp_path):
     check_saved_and_generating(SlimGPT(), "llama", 0.4, tmp_path)
+
+
+def test_by_default_batches_are_a_share_of_the_channels() -> None:
+    assert SlimGPT().batch * 11008 == 1024, "of the authors' largest layer"

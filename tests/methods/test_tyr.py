@@ -139,6 +139,10 @@ def test_options_are_checked(options: dict, message: str) -> None:
     Tyr(windows=(4,), survivors=())
 
 
+def test_by_default_a_stage_looks_at_more_and_keeps_fewer() -> None:
+    assert (Tyr().windows, Tyr().survivors) == ((4, 16, 32), (4, 2)), "recorded runs have these"
+
+
 def test_an_engine_of_one_width_is_refused() -> None:
     with pytest.raises(UserError, match="gives all layers one width"):
         replace(SMALL, engine="stock").check(task_of(dense_model("llama"), 0.3))
