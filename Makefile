@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 	@$(PY) -m mypy
 
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
 # The tests that take minutes and gigabytes: a 1.3B-shaped model compressed out of core, sweeps killed at random.
 test-slow: $(INSTALLED)

@@ -144,10 +144,15 @@ def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
     sweep.check_complete(3, before)
 
 
+LAUNCHERS = {
+    "workstation": ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2"),
+    "node": ("hydra/launcher=node", "hydra.sweeper.max_batch_size=2"),
+}
+
+
 def test_killing_a_worker(tmp_path: Path, repository: Path) -> None:
     """With all that it started, while its sibling is at work and others wait."""
-    node = ("hydra/launcher=node", "hydra.sweeper.max_batch_size=2")
-    sweep = Launcher(tmp_path, repository, *node, "compression.sparsity=0.1,0.2,0.3")
+    sweep = Launcher(tmp_path, repository, *LAUNCHERS["node"], "compression.sparsity=0.1,0.2,0.3")
     process = sweep.launch()
     logs = f".sweeps/*/*/{LOG}"
     wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(logs)), process)
