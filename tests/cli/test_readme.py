@@ -74,12 +74,22 @@ def test_command(job: Callable, line: str) -> None:
     assert code == 0 and len(calls) == (not {"--help", "--cfg"} & set(arguments))
 
 
-@pytest.mark.parametrize("setting", settings())
-def test_setting(job: Callable, setting: str) -> None:
-    arguments = shlex.split(setting)
-    if arguments[0].startswith("method."):
-        arguments.insert(0, "method=modegpt_plus")
-    code, calls = job(*arguments)
+def together(found: Iterable[str]) -> list[str]:
+    """Commands that make all of these settings, in each at most one of a group or section: few are quicker."""
+    commands: list[dict[str, str]] = []
+    for setting in found:
+        section = re.split(r"[./=]", setting.lstrip("'+"), maxsplit=1)[0]
+        whole = f"method=modegpt_plus {setting}" if section == "method" and "method=" not in setting else setting
+        free = next((command for command in commands if section not in command), None)
+        if free is None or " " in setting:
+            commands.append(free := {})
+        free[section] = whole
+    return [" ".join(command.values()) for command in commands]
+
+
+@pytest.mark.parametrize("line", together(settings()))
+def test_settings(job: Callable, line: str) -> None:
+    code, calls = job(*shlex.split(line))
     assert code == 0 and len(calls) == 1
 
 
