@@ -90,9 +90,9 @@ def reduce_experts(
     """
     experts, kept, lost, whole = [], [], torch.zeros(()), torch.zeros(())
     numerics = token_report(token_counts(statistics), weights.inner_size)
-    for index, (expert, filled) in enumerate(of_each(weights, statistics)):
+    for index, (expert, gram) in enumerate(of_each(weights, statistics)):
         C = statistics["experts.C"][index].double()
-        done = reduce(expert, {"mlp.C": filled}, rank, generator)
+        done = reduce(expert, {"mlp.C": gram}, rank, generator)
         assert done.kept is not None, "variants of experts choose channels"
         lost = lost + energy(C, mlp_residual(expert.W_D, done.kept, done.weights.W_D))
         whole = whole + energy(C, expert.W_D.double())

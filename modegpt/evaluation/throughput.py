@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from modegpt.cost.work import forward_cost
+from modegpt.errors import UserError
 from modegpt.evaluation.spec import ThroughputSpec, Workload
 from modegpt.models import block_linear_parameters, cache_bytes_per_token, layer_shapes
 
@@ -165,7 +166,10 @@ def measured_speedup(
     rounds: list[list[float]] = []
     while len(rounds) < repeats or sum(map(sum, rounds)) < seconds:
         rounds.append([_seconds(step, dense.device)[of_processor] for step in steps])
-    return median(slow / fast for slow, fast in rounds)
+    speedup = _median_ratio(rounds)
+    if speedup is None:
+        raise UserError(f"{workload} is too little work to be timed here: a clock did not move in one round of it")
+    return speedup
 
 
 def beside_dense(
@@ -215,21 +219,27 @@ def describe_model(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, 
     }
 
 
+def _median_ratio(rounds: Sequence[Sequence[float]]) -> float | None:
+    """Of the seconds (dense, own) of each round; None where a coarse clock did not move in one."""
+    return median(dense / own for dense, own in rounds) if all(own for _, own in rounds) else None
+
+
 def _entry(
     workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int
 ) -> dict[str, Any]:
     wall, cpu = ([sample[each] / num_steps for sample in samples[label]] for each in (0, 1))
-    ratios = [dense[0] / own[0] for dense, own in zip(samples[DENSE], samples[label], strict=True)]
-    measured = all(cpu)  # a coarse clock of the processor's time may not have moved in a short step
-    cpu_ratios = [dense[1] / own[1] for dense, own in zip(samples[DENSE], samples[label], strict=True) if measured]
+    speedup, cpu_speedup = (
+        _median_ratio([(dense[each], own[each]) for dense, own in zip(samples[DENSE], samples[label], strict=True)])
+        for each in (0, 1)
+    )
     return {
         **vars(workload),
         "model": label,
         "seconds": median(wall),
         "tokens_per_second": workload.num_tokens / median(wall),
         "cpu_seconds": median(cpu),
-        "speedup": median(ratios),
-        "cpu_speedup": median(cpu_ratios) if measured else None,
+        "speedup": speedup,
+        "cpu_speedup": cpu_speedup,
         "samples_seconds": wall,
         "samples_cpu_seconds": cpu,
     }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modegpt.decompositions import experts
 from modegpt.decompositions.linalg import relative
-from modegpt.decompositions.modules import ExpertWeights, LowRank, Statistics
+from modegpt.decompositions.modules import LowRank, Statistics
 from modegpt.methods.base import Compressed, CompressionTask
 from modegpt.models import Family, LayerShape, build_compressed, decoder_layers, dense_shape, read_mlps
 from modegpt.models.families import linear_at
@@ -53,9 +53,9 @@ def input_grams(family: Family, layer: nn.Module, statistics: Statistics) -> Map
     Of an expert that saw fewer tokens than it has inputs the Gram is filled up: with a multiple of the identity, or as
     for its reduction (see ``decompositions/experts.py``) that of its down projection.
     """
-    weights = read_mlps(family, layer)
-    if not isinstance(weights, ExpertWeights):
+    if family.experts_path is None:
         return statistics
+    weights = read_mlps(family, layer)
     grams = {name: statistics[name] for name in INPUT_GRAMS & statistics.keys()}
     for index, (count, (_, C)) in enumerate(
         zip(experts.token_counts(statistics), experts.of_each(weights, statistics), strict=True)

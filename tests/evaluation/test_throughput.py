@@ -1,5 +1,6 @@
 """What a benchmark counts is right by hand, and its scripts run and record."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,14 @@ def test_a_clock_that_does_not_move_gives_no_ratio(monkeypatch: pytest.MonkeyPat
         say=lambda _: None,
     )
     assert found["cpu_seconds"] == 0 and found["cpu_speedup"] is None and found["speedup"] == 1
+
+
+def test_a_speed_is_not_made_of_a_clock_that_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.cycle([(1.0, 1.0), (1.0, 0.0)])
+    monkeypatch.setattr(throughput, "_seconds", lambda step, _: next(seconds))
+    model = dense_model("llama")
+    with pytest.raises(UserError, match="is too little work to be timed here"):
+        throughput.measured_speedup(model, model, Workload("prefill", 1, 4), repeats=2, seconds=1, decode_tokens=1)
 
 
 def test_a_record_holds_both_models_and_the_machine() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from modegpt.cli.sweep import LOG
 from modegpt.records.store import PARTIAL, RecordStore
+from tests.cli.test_sweep import NODE
 
 pytestmark = [
     pytest.mark.slow,
@@ -144,15 +145,9 @@ def test_killing_the_main_process(tmp_path: Path, repository: Path) -> None:
     sweep.check_complete(2, before)
 
 
-LAUNCHERS = {
-    "workstation": ("hydra/launcher=workstation", "hydra.launcher.n_jobs=2"),
-    "node": ("hydra/launcher=node", "hydra.sweeper.max_batch_size=2"),
-}
-
-
 def test_killing_a_worker(tmp_path: Path, repository: Path) -> None:
     """With all that it started, while its sibling is at work and others wait."""
-    sweep = Launcher(tmp_path, repository, *LAUNCHERS["node"], "compression.sparsity=0.1,0.2,0.3")
+    sweep = Launcher(tmp_path, repository, *NODE, "compression.sparsity=0.1,0.2,0.3")
     process = sweep.launch()
     logs = f".sweeps/*/*/{LOG}"
     wait_for(lambda: any(WORKING in log.read_text() for log in sweep.store.root.glob(logs)), process)

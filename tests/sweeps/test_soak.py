@@ -17,7 +17,8 @@ import pytest
 
 from modegpt.models.checkpoints import saved_by
 from modegpt.models.integrity import check_files
-from tests.sweeps.test_kill import LAUNCHERS, TIMEOUT_SECONDS, Launcher, descendants, workers
+from tests.cli.test_sweep import LAUNCHERS
+from tests.sweeps.test_kill import TIMEOUT_SECONDS, Launcher, descendants, workers
 
 pytestmark = [
     pytest.mark.large,
@@ -71,7 +72,7 @@ def kill_at_random(sweep: Launcher, generator: random.Random, seconds: float) ->
     return True
 
 
-@pytest.mark.parametrize("launcher", [(), *LAUNCHERS.values()], ids=["basic", *LAUNCHERS])
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_what_survives_is_what_an_undisturbed_sweep_records(
     launcher: tuple[str, ...], tmp_path: Path, repository: Path
 ) -> None:
@@ -83,7 +84,7 @@ def test_what_survives_is_what_an_undisturbed_sweep_records(
 
     sweep = Launcher(tmp_path / "killed", repository, *launcher, *JOBS)
     kills = finished = 0
-    while kills < NUM_KILLS / (1 + len(LAUNCHERS)):
+    while kills < NUM_KILLS / len(LAUNCHERS):
         kills += kill_at_random(sweep, generator, seconds)
         found = results_of(sweep)
         assert found.items() <= expected.items()
