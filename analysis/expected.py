@@ -91,7 +91,7 @@ def allows(wanted: Any, value: Any) -> bool:
 @cache
 def experiment(name: str) -> Experiment:
     """Read ``experiments/<name>.yaml``."""
-    content: Any = OmegaConf.load(DIRECTORY / f"{name}.yaml")
+    content: Any = _composed(DIRECTORY / f"{name}.yaml")
     choices: dict[str, list] = {}
     for override in OverridesParser.create().parse_overrides(
         [f"{key}={value}" for key, value in content.hydra.sweeper.params.items()]
@@ -108,6 +108,13 @@ def experiment(name: str) -> Experiment:
         settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations),
         limits=_limits(content),
     )
+
+
+def _composed(file: Path) -> Any:
+    """The file upon the protocol that it names among its defaults."""
+    content = OmegaConf.load(file)
+    protocols = [each.protocol for each in content.get("defaults", []) if "protocol" in each]
+    return OmegaConf.merge(*(OmegaConf.load(DIRECTORY / "protocol" / f"{each}.yaml") for each in protocols), content)
 
 
 def _limits(config: Any) -> tuple[int | None, int | None]:

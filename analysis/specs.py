@@ -23,9 +23,9 @@ WHOLE = Column("Removed, whole model (%)", "whole_model_sparsity", scale=100, di
 METHODS = {"method": "Method"}
 METHODS_AND_RATES = {"compression.sparsity": "Rate", "method": "Method"}
 MODULES = {
-    "mlp": ("variants_mlp",),
-    "query_key": ("variants_query_key", "variants_query_key_opt"),
-    "value_output": ("variants_value_output",),
+    "mlp": ("variants_mlp", "real_models_mlp"),
+    "query_key": ("variants_query_key", "variants_query_key_opt", "real_models_query_key"),
+    "value_output": ("variants_value_output", "real_models_value_output"),
 }
 NAMES = {"mlp": "MLP", "query_key": "query-key", "value_output": "value-output"}
 TAKING_TURNS = "Batch x tokens; medians over rounds in which dense and compressed take turns in one process."
@@ -206,7 +206,7 @@ ABLATION_TABLES = (
     TableSpec(
         "module_wise_perplexity",
         "One module type at a time: perplexity",
-        ("module_wise",),
+        ("module_wise", "real_models_modules"),
         {"module": "Module"},
         at_rates(PERPLEXITY, key="module_rate"),
         note="Columns: share of that module's own weights removed.",
@@ -214,7 +214,7 @@ ABLATION_TABLES = (
     TableSpec(
         "module_wise_per_parameter",
         "One module type at a time: nats lost per removed per cent of the block-linear weights",
-        ("module_wise",),
+        ("module_wise", "real_models_modules"),
         {"module": "Module"},
         at_rates(Column("Loss", "log_increase_per_percent", "lower", digits=4), key="module_rate"),
         note="Increase of the mean negative log-likelihood (nats a token) divided by the per cent of all block-linear "
@@ -271,14 +271,14 @@ ABLATION_TABLES = (
     TableSpec(
         "calibration_size",
         "Calibration windows: perplexity at 30 %",
-        ("calibration_size",),
+        ("calibration_size", "real_models_size"),
         {"calibration.num_samples": "Windows"},
         (PERPLEXITY,),
     ),
     TableSpec(
         "calibration_choice_perplexity",
         "Calibration text: perplexity",
-        ("calibration_choice",),
+        ("calibration_choice", "real_models_text"),
         {"calibration.text": "Calibration text"},
         at_rates(PERPLEXITY, (0.2, 0.3, 0.4)),
         per_text=False,
@@ -286,7 +286,7 @@ ABLATION_TABLES = (
     TableSpec(
         "calibration_choice_zeroshot",
         "Calibration text: zero-shot mean (%)",
-        ("calibration_choice",),
+        ("calibration_choice", "real_models_text"),
         {"calibration.text": "Calibration text"},
         at_rates(ZERO_SHOT, (0.2, 0.3, 0.4)),
         per_text=False,
@@ -335,7 +335,7 @@ ABLATION_TABLES = (
     TableSpec(
         "recovery",
         "LoRA recovery, before and after",
-        ("recovery",),
+        ("recovery", "real_models_recovery"),
         {"compression.sparsity": "Rate", "method": "Method", "recovery.targets": "Adapted"},
         (
             Column("Perplexity before", "perplexity_before"),
@@ -465,7 +465,7 @@ ABLATION_FIGURES = (
     FigureSpec(
         "module_wise",
         "One module type at a time",
-        ("module_wise",),
+        ("module_wise", "real_models_modules"),
         "module",
         PERPLEXITY,
         point="module_rate",
@@ -498,7 +498,7 @@ ABLATION_FIGURES = (
     FigureSpec(
         "calibration_size",
         "Size of the calibration set, 30 % removed",
-        ("calibration_size",),
+        ("calibration_size", "real_models_size"),
         "method",
         PERPLEXITY,
         point="calibration.num_samples",

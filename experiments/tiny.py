@@ -99,9 +99,7 @@ ELSEWHERE = (
     "engines_real",
     "plus_released",
     "plus_released_uniform",
-    "real_models",
-    "real_models_uniform",
-    "real_models_zeroshot",
+    *(path.stem for path in sorted(Path(__file__).parent.glob("real_models*.yaml"))),
 )
 """Experiments on a model that has to be fetched first: their headers say how."""
 OTHER_TEXTS = [
