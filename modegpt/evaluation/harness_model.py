@@ -1,27 +1,66 @@
 """A transformers model as lm-evaluation-harness sees it: same numbers as its own wrapper, less work, nothing hidden."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.errors import UserError
 from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.likelihood import input_device, token_log_likelihoods
+from modegpt.models.families import FAMILIES, family_name
 
 Encoded = tuple[list[int], list[int]]  # context tokens, continuation tokens
+Tokens = tuple[int, ...]
+Sharing = dict[Tokens, list[tuple[int, list[int]]]]  # input -> (index of a request, tokens to predict), of its requests
+
+
+@dataclass(frozen=True)
+class Row:
+    """Inputs that have their first ``start`` tokens in common, as one sequence: these once, then the rest of each.
+
+    All that is predicted is predicted from the rest.
+    """
+
+    start: int
+    inputs: list[Tokens]
+
+    def __len__(self) -> int:
+        """How many tokens it has."""
+        return self.start + sum(len(tokens) - self.start for tokens in self.inputs)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in order."""
+        return [*self.inputs[0][: self.start], *(token for tokens in self.inputs for token in tokens[self.start :])]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where each token stands in its input."""
+        return [
+            *range(self.start),
+            *(position for tokens in self.inputs for position in range(self.start, len(tokens))),
+        ]
+
+    @property
+    def owners(self) -> list[int]:
+        """The input that each token is of, from 1; 0 for those of all."""
+        lengths = [len(tokens) - self.start for tokens in self.inputs]
+        return [0] * self.start + [owner for owner, length in enumerate(lengths, 1) for _ in range(length)]
 
 
 class HarnessModel(HFLM):
     """The harness's Hugging Face model with its own scoring of continuations.
 
     Compared with the wrapper it derives from: strings are tokenised once each, in one call, and the result is kept for
-    the next model with the same tokenizer; requests with equal inputs share one forward pass; logits are made for
-    the continuation only, reduced in float32 and summed in float64 whatever the model's dtype; requests cut to the
-    context are counted; NaN is an error.
+    the next model with the same tokenizer; requests with equal inputs share one forward pass, and those with a common
+    context one pass over it; logits are made for continuations only, reduced in float32 and summed in float64
+    whatever the model's dtype; requests cut to the model's context are counted; NaN is an error.
 
     Attributes:
         num_truncated: task name -> requests longer than the context, cut from the left (as the harness does).
@@ -50,6 +89,7 @@ class HarnessModel(HFLM):
         self.bar = bar
         self.begun = begun
         self.num_calls = 0
+        self.longest_beside = _longest_beside(model)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation after its context, and whether it is the greedy one."""
@@ -145,23 +185,21 @@ class HarnessModel(HFLM):
         scores 0.
         """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        sharing: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input -> (request, tokens to predict)
+        sharing: Sharing = {}
         for index, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-(self.max_length + 1) :]
             if continuation:
                 sharing.setdefault(tuple(tokens[:-1]), []).append((index, continuation[-self.max_length :]))
-        self.bar.total = (self.bar.total or 0) + sum(map(len, sharing))
-        inputs = sorted(sharing, key=len, reverse=True)  # like lengths together: little padding
+        rows = self._rows(sharing)
+        self.bar.total = (self.bar.total or 0) + sum(map(len, rows))
         self.num_calls += 1
-        part = f"answers {self.num_calls}"
+        part = f"rows {self.num_calls}"
         answers: list[tuple[float, bool]] = self.begun.parts.get(part, [])
         position = 0
-        for start in range(0, len(inputs), self.batch_size):
-            batch = inputs[start : start + self.batch_size]
-            groups = [sharing[tokens] for tokens in batch]
-            indices = [index for group in groups for index, _ in group]
+        for batch in self._batches(rows):
+            indices = [index for row in batch for tokens in row.inputs for index, _ in sharing[tokens]]
             if position == len(answers):
-                answers += self._score_batch(batch, groups)
+                answers += self._score_batch(batch, sharing)
                 self.begun.note(part, answers)
             for index in indices:
                 results[index] = (answers[position][0], bool(answers[position][1]))
@@ -169,40 +207,77 @@ class HarnessModel(HFLM):
             self.bar.update(sum(map(len, batch)))
         return results
 
-    def _score_batch(
-        self,
-        inputs: list[tuple[int, ...]],
-        groups: list[list[tuple[int, list[int]]]],
-    ) -> list[tuple[float, bool]]:
-        """Score a batch.
+    def _rows(self, sharing: Sharing) -> list[Row]:
+        """All inputs, those with a context in common side by side; first such rows, then single inputs.
 
-        Args:
-            inputs: token ids, the longest first.
-            groups: for each input, (index of the request, continuation) of the requests that share it.
-
-        Returns log-likelihood and whether the continuation is the greedy one, by request in the order of ``groups``.
+        The longest come first: like lengths together, little padding.
         """
-        width = len(inputs[0])
+        inputs_of: dict[Tokens, list[Tokens]] = {}
+        for tokens, group in sharing.items():
+            start = len(tokens) - max(len(continuation) for _, continuation in group)
+            inputs_of.setdefault(tokens[:start], []).append(tokens)
+        rows = []
+        for context, inputs in inputs_of.items():
+            row = Row(len(context), [])
+            for tokens in inputs:
+                if row.inputs and not self._fits(row, tokens):
+                    rows.append(row)
+                    row = Row(len(context), [])
+                row.inputs.append(tokens)
+            rows.append(row)
+        return sorted(rows, key=lambda row: (len(row.inputs) > 1, len(row)), reverse=True)
+
+    def _fits(self, row: Row, tokens: Tokens) -> bool:
+        """Whether one more input of its context may stand in ``row``, which gets no longer than the model's context."""
+        return (
+            row.start > 0
+            and len(row.inputs) < self.batch_size
+            and len(row) + len(tokens) - row.start <= self.max_length
+            and max(map(len, (*row.inputs, tokens))) <= self.longest_beside
+        )
+
+    def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Rows of up to ``batch_size`` inputs together, in order; single inputs are among themselves."""
+        batch: list[Row] = []
+        for row in rows:
+            full = sum(len(each.inputs) for each in [*batch, row]) > self.batch_size
+            if batch and (full or (len(row.inputs) == 1 < len(batch[0].inputs))):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _score_batch(self, rows: list[Row], sharing: Sharing) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation and whether it is the greedy one, in the order of rows and ``sharing``.
+
+        The longest row comes first.
+        """
+        width = len(rows[0])
         # causal attention: what pads the right end changes nothing before it
-        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in inputs], device=self.device)
-        longest = [max(len(continuation) for _, continuation in group) for group in groups]
+        padded = self._padded([row.tokens for row in rows], width)
         # the first position that a target is predicted from: no logits are made before it
-        first = min(len(tokens) - count for tokens, count in zip(inputs, longest, strict=True))
+        first = min(row.start for row in rows)
         # (batch, width - first, vocabulary)
-        logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=width - first).logits
-        rows: list[int] = []
+        logits = self.model(
+            input_ids=padded, use_cache=False, logits_to_keep=width - first, **self._apart(rows, width)
+        ).logits
+        places: list[int] = []
         columns: list[int] = []
         targets: list[int] = []
         lengths: list[int] = []
-        for row, (tokens, group) in enumerate(zip(inputs, groups, strict=True)):
-            for _, continuation in group:
-                rows += [row] * len(continuation)
-                columns += range(len(tokens) - len(continuation) - first, len(tokens) - first)
-                targets += continuation
-                lengths.append(len(continuation))
+        for place, row in enumerate(rows):
+            end = row.start - first
+            for tokens in row.inputs:
+                end += len(tokens) - row.start
+                for _, continuation in sharing[tokens]:
+                    places += [place] * len(continuation)
+                    columns += range(end - len(continuation), end)
+                    targets += continuation
+                    lengths.append(len(continuation))
         target_ids = torch.tensor(targets, device=logits.device)
         # (num_targets, vocabulary)
-        picked = logits[torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)]
+        picked = logits[torch.tensor(places, device=logits.device), torch.tensor(columns, device=logits.device)]
         scores = token_log_likelihoods(picked, target_ids, what="zero-shot tasks").double().cpu()
         misses = (picked.argmax(-1) != target_ids).double().cpu()
         owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # which request a target belongs to
@@ -210,3 +285,31 @@ class HarnessModel(HFLM):
             torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, owner, each) for each in (scores, misses)
         )
         return [(total, missed == 0) for total, missed in zip(totals.tolist(), num_misses.tolist(), strict=True)]
+
+    def _apart(self, rows: list[Row], width: int) -> dict[str, Tensor]:
+        """A mask that keeps the inputs of a row apart, and the positions of their tokens; nothing for single inputs."""
+        if all(len(row.inputs) == 1 for row in rows):
+            return {}
+        owner = self._padded([row.owners for row in rows], width).unsqueeze(1)  # (batch, 1, width)
+        seen = (owner == 0) | (owner == owner.mT)  # (batch, width, width): by the row's token, of the column's
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+        mask.masked_fill_(~seen.tril(), torch.finfo(mask.dtype).min)
+        return {
+            "attention_mask": mask.unsqueeze(1),
+            "position_ids": self._padded([row.positions for row in rows], width),
+        }
+
+    def _padded(self, lists: list[list[int]], width: int) -> Tensor:
+        """``lists`` as one tensor, with zeros at the right end of what is shorter than ``width``."""
+        return torch.tensor([[*each, *[0] * (width - len(each))] for each in lists], device=self.device)
+
+
+def _longest_beside(model: PreTrainedModel) -> float:
+    """The longest input that may stand beside others in a row: 0 where it is not known that ``model`` can do this.
+
+    A mask of all layers knows no sliding window.
+    """
+    config = model.config
+    if family_name(config) not in FAMILIES or config._attn_implementation not in ("sdpa", "eager"):
+        return 0
+    return getattr(config, "sliding_window", None) or float("inf")
