@@ -13,7 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from omegaconf import OmegaConf
 
+from analysis.ingredients import taken_out
 from analysis.runs import Refusal, Run, hashable, setting
+from modegpt.cli.schema import INGREDIENTS
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments"
 NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments")
@@ -23,13 +25,15 @@ NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+ex
 class Experiment:
     """One file of ``experiments/``: its folder in the store and every combination of its settings, the model apart.
 
-    ``limits``: how many tokens of the text and items of each task it scores; None for all.
+    ``limits``: how many tokens of the text and items of each task it scores; None for all. ``former``: settings whose
+    runs belong to it and cannot be made any more.
     """
 
     name: str
     folder: str
     settings: tuple[Mapping[str, Any], ...]
     limits: tuple[int | None, int | None]
+    former: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def swept(self) -> set[str]:
@@ -38,7 +42,7 @@ class Experiment:
 
     def runs(self, runs: Iterable[Run]) -> list[Run]:
         """The members of ``runs`` that belong to this experiment."""
-        promised = {tuple(each.values()) for each in self.settings}
+        promised = {tuple(each.values()) for each in (*self.settings, *self.former)}
         return [run for run in runs if run.facts["experiment"] == self.folder and self._of(run) in promised]
 
     def missing(self, runs: Iterable[Run]) -> list[Mapping[str, Any]]:
@@ -101,12 +105,13 @@ def experiment(name: str) -> Experiment:
             values = override.sweep_iterator(Transformer.identity) if several else [override.value()]
             choices[key] = list(map(hashable, values))
     choices.setdefault("seed", [0])  # conf/config.yaml's
-    combinations = itertools.product(*choices.values())
+    former = choices | {INGREDIENTS: list(taken_out())} if INGREDIENTS in choices else {}
     return Experiment(
         name=name,
         folder=content.output.experiment,
-        settings=tuple(dict(zip(choices, each, strict=True)) for each in combinations),
+        settings=_product(choices),
         limits=_limits(content),
+        former=_product(former) if former else (),
     )
 
 
@@ -115,6 +120,10 @@ def _composed(file: Path) -> Any:
     content = OmegaConf.load(file)
     protocols = [each.protocol for each in content.get("defaults", []) if "protocol" in each]
     return OmegaConf.merge(*(OmegaConf.load(DIRECTORY / "protocol" / f"{each}.yaml") for each in protocols), content)
+
+
+def _product(choices: Mapping[str, list]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(dict(zip(choices, each, strict=True)) for each in itertools.product(*choices.values()))
 
 
 def _limits(config: Any) -> tuple[int | None, int | None]:

@@ -12,8 +12,8 @@ from analysis.cells import Column
 from analysis.expected import experiment
 from analysis.figures import FigureSpec
 from analysis.tables import RATE, TableSpec
+from modegpt.cli.schema import INGREDIENTS
 
-INGREDIENTS = "experiments/ingredients"
 EXCESS = Column("Excess", "nats_lost", digits=4, floor=1e-4)
 ENTROPIC = {"method": "modegpt", "allocation": "entropic"}
 UNIFORM = {"method": "modegpt", "allocation": "uniform"}
@@ -73,10 +73,10 @@ AGAINST_BOTH = (
 
 
 def listed(*prefixes: str) -> frozenset[str]:
-    """The combinations of the ablation whose names begin so."""
-    return frozenset(
-        name for each in experiment("plus_ablation").settings if (name := each[INGREDIENTS]).startswith(prefixes)
-    )
+    """The combinations of the ablation whose names begin so, those that were taken out since among them."""
+    ablation = experiment("plus_ablation")
+    names = {each[INGREDIENTS] for each in (*ablation.settings, *ablation.former)}
+    return frozenset(name for name in names if name.startswith(prefixes))
 
 
 def ablated(reference: str, compared: str, label: str) -> tuple[Column, ...]:

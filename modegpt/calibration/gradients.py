@@ -1,6 +1,6 @@
 """Gradients of the calibration loss, in micro-batches, with their passes counted, for the methods that need them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -63,36 +63,3 @@ def weight_gradients(calibration: Calibration, weights: list[nn.Parameter], *, b
     with differentiable(calibration.model, weights):
         in_micro_batches(calibration, "gradients", batch_size, step)
     return totals
-
-
-def output_sensitivity(calibration: Calibration, modules: Sequence[nn.Module], *, batch_size: int) -> list[Tensor]:
-    """``||dL/dy_t||^2`` of what each of ``modules`` gives each token t, for the summed negative log-likelihood L of its
-    window.
-
-    Returns one tensor (num_samples, sequence_length), float32, a module: the trace of the empirical Fisher information
-    of y_t.
-    """
-    seen: dict[int, Tensor] = {}
-    squares: list[list[Tensor]] = [[] for _ in modules]
-
-    def tap(index: int) -> Callable[..., Tensor]:
-        def keep(_: nn.Module, __: object, y: Tensor) -> Tensor:
-            seen[index] = y if y.requires_grad else y.detach().requires_grad_()
-            return seen[index]
-
-        return keep
-
-    def step(batch: Tensor) -> None:
-        loss = summed_loss(calibration.model, batch)
-        gradients = torch.autograd.grad(loss, [seen[index] for index in range(len(modules))])
-        for kept, gradient in zip(squares, gradients, strict=True):
-            kept.append(gradient.float().square().sum(dim=-1).view_as(batch))
-
-    handles = [module.register_forward_hook(tap(index)) for index, module in enumerate(modules)]
-    try:
-        with differentiable(calibration.model, ()):
-            in_micro_batches(calibration, "token weights", batch_size, step)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(kept) for kept in squares]

@@ -52,10 +52,6 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.G + other.G, self.X + other.X, self.energy + other.energy, self.num_rows + other.num_rows)
 
-    def scaled(self, factor: float) -> "Moments":
-        """The moments with every row counting ``factor`` times."""
-        return replace(self, G=factor * self.G, X=factor * self.X, energy=factor * self.energy)
-
     def mapped(self, P: Tensor) -> "Moments":
         """The moments of the features ``z P``, P (m, k)."""
         return replace(self, G=P.mT @ (self.G @ P), X=P.mT @ self.X)

@@ -76,10 +76,6 @@ def keep_query_key(
     """
     num_groups, num_heads = len(weights.W_K), len(weights.W_Q)
     query_kept = kept.repeat_interleave(num_heads // num_groups, dim=0)
-
-    def columns(W: Tensor, index: Tensor) -> Tensor:
-        return W.gather(-1, index.unsqueeze(1).expand(-1, W.shape[1], -1))
-
     rope_index = None
     if weights.rope:
         pairs = kept[:, : kept.shape[1] // 2]
@@ -87,8 +83,8 @@ def keep_query_key(
     norms, numerics = keep_head_norms(weights, kept[:, : kept.shape[1] // 2], statistics, fit=head_norm)
     reduced = replace(
         weights,
-        W_Q=columns(weights.W_Q, query_kept),
-        W_K=columns(weights.W_K, kept),
+        W_Q=take_columns(weights.W_Q, query_kept),
+        W_K=take_columns(weights.W_K, kept),
         b_Q=None if weights.b_Q is None else weights.b_Q.gather(-1, query_kept),
         b_K=None if weights.b_K is None else weights.b_K.gather(-1, kept),
         rope_index=rope_index,
@@ -140,10 +136,15 @@ def keep_value_output(weights: ValueOutputWeights, kept: Tensor, *, W_O: Tensor 
 
     W_O (H_kv, g, k, d_h), where given, replaces the slice of the old one.
     """
-    W_V = weights.W_V.gather(-1, kept.unsqueeze(1).expand(-1, weights.W_V.shape[1], -1))
+    W_V = take_columns(weights.W_V, kept)
     if W_O is None:
         W_O = take_rows(group_heads(weights.W_O, len(weights.W_V)), kept)
     return build_value_output(weights, W_V, W_O)
+
+
+def take_columns(W: Tensor, kept: Tensor) -> Tensor:
+    """(H, m, d) to (H, m, k), the columns ``kept`` (H, k) of each head."""
+    return W.gather(2, kept.unsqueeze(1).expand(-1, W.shape[1], -1))
 
 
 def take_rows(W_O: Tensor, kept: Tensor) -> Tensor:

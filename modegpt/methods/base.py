@@ -111,6 +111,8 @@ class Method:
     """It can compress mixtures of experts."""
     revision: ClassVar[int] = 1
     """Raised when a mended method removes something else than before: its runs are then others than the old ones."""
+    retired: ClassVar[Mapping[str, Any]] = {}
+    """Options that were taken out, at the value that is left of them: identities name them as they always did."""
 
     @classmethod
     def configured(
@@ -150,7 +152,7 @@ class Method:
         """What of a run's configuration decides what the method does at ``sparsity`` with ``seed``, ready for JSON."""
         revision = {"revision": self.revision} if self.revision > 1 else {}
         return {
-            "method": decisive({self.name: type(self)}, self) | revision,
+            "method": decisive({self.name: type(self)}, self) | dict(self.retired) | revision,
             "seed": seed,
             "compression": {"sparsity": sparsity},
         }

@@ -21,6 +21,11 @@ BAD = {
     "unknown top-level key": (["modle=x"], "did you mean model?"),
     "unknown key of a variant": (["decomposition.mlp.rigde=1"], "choose from name, ridge"),
     "forced key": (["++compression.ratio=1"], "compression.ratio is not known; choose from budget,"),
+    "key that was taken out": (
+        ["method=modegpt_plus", "method.centred=true"],
+        "error: method.centred was taken out in November 2026: ",
+        "(docs/plus.md)",
+    ),
     "added key": (["+nonsense=1"], "nonsense is not known; choose from"),
     "unknown option": (
         ["decomposition/mlp=nystrm"],

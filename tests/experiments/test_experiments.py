@@ -9,11 +9,12 @@ import pytest
 
 import modegpt.cli.main as cli
 from analysis.expected import DIRECTORY, experiment
-from analysis.ingredients import combination, combinations, title
+from analysis.ingredients import combination, combinations, taken_out, title
 from analysis.runs import annotated, hashable, setting
 from modegpt.cli.schema import config_directory, ingredients
 from modegpt.config import RunConfig, build
 from modegpt.decompositions import MLP_VARIANTS, QUERY_KEY_VARIANTS, VALUE_OUTPUT_VARIANTS
+from modegpt.errors import UserError
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.switches import CHOICES, Switches
 from modegpt.methods.registry import METHODS, make_method
@@ -124,8 +125,8 @@ def test_every_ingredient_is_ablated() -> None:
         for key in switches
         if switches[key] != everything[key]
     }
-    assert alone == turned | {"fisher"}, "off by default: it needs a gradient"
-    assert missing == turned | {"fisher", "rounds", "nested"}, "off by default, but what they do is measured"
+    assert alone == turned
+    assert missing == turned | {"rounds", "nested"}, "off by default, but what they do is measured"
     assert set(combinations()) == {
         settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings
     }
@@ -139,12 +140,38 @@ def test_every_ingredient_is_ablated() -> None:
 
 def test_a_switch_that_a_record_does_not_know_was_off() -> None:
     recorded = combinations()["only_mlp"] | {}
-    del recorded["centred"]
+    del recorded["temperature"]
     assert combination(recorded) == "only_mlp"
-    recorded = combinations()["only_query_key_centred"] | {}
+    recorded = taken_out()["only_query_key_centred"] | {}
     del recorded["centred"]
     assert combination(recorded) == "only_query_key_checked"
     assert combination({"name": "modegpt"}) is None and combination(combinations()["all"] | {"cap": 0.123}) is None
+
+
+FORMER_DEFAULTS = {"centred": True, "query_key": "rescaled", "fisher": []}
+
+
+@pytest.mark.parametrize("name", combinations())
+def test_a_record_of_former_defaults_keeps_its_place(name: str) -> None:
+    """Those on top of the paper's method had both off; in the others, what is set apart from them stays."""
+    of_paper = name == "paper" or name.startswith("only_")
+    off = {"centred": False, "fisher": []} | ({} if of_paper else FORMER_DEFAULTS)
+    switches = ingredients()[name]["switches"]
+    if "query_key" in switches:
+        off |= {"centred": False, "query_key": switches["query_key"]}
+    assert combination(combinations()[name] | off) == name
+
+
+def test_what_was_taken_out_is_known_from_records_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ablation = experiment("plus_ablation")
+    assert {each["experiments/ingredients"] for each in ablation.former} == set(taken_out())
+    assert not set(taken_out()) & set(combinations())
+    for name, switches in taken_out().items():
+        assert combination(switches) == name and title(name)
+        with pytest.raises(UserError, match=r"^method\.(centred|fisher|bias=added|query_key=rescaled) was taken out"):
+            build({"modegpt_plus": MoDeGPTPlus}, switches, "method")
+    assert combination(taken_out()["only_fisher_half"] | {"fisher": [0.6]}) is None
+    assert combination(combinations()["all"] | {"centred": True}) == "without_rescaling"
 
 
 def test_nothing_is_forgotten() -> None:

@@ -33,14 +33,27 @@ RECORDED = [
 ]
 
 
+TAKEN_OUT = [
+    [key for key, off in (("centred", False), ("fisher", [])) if each["config"]["method"].get(key, off) != off]
+    for each in RECORDED
+]
+"""What of each is no more, so that it cannot be run again."""
+
+
 def rebuilt(recorded: dict[str, Any]) -> RunConfig:
-    """The configuration as today's, what its version did not know yet set to what that version did."""
+    """The configuration as today's, what its version did not know yet set to what that version did.
+
+    And without what was taken out since, where nothing is left to turn on.
+    """
     method, compression = dict(recorded["method"]), dict(recorded["compression"])
     cls = METHODS.get(method["name"])
     if cls is not None:
         for key, option in options_of(cls).items():
             if key not in method:
                 method[key] = option.metadata["before"]
+        for key, value in {**cls.retired, "fisher": []}.items():
+            if cls.retired and method.get(key) == value:
+                del method[key]
         if "rank_multiple" not in cls.reads:
             compression["rank_multiple"] = {}  # was 1 for every method
     compression["module_sparsity"] = ModuleSparsity(**compression["module_sparsity"])
@@ -63,8 +76,19 @@ def paper() -> RunConfig:
 @pytest.mark.parametrize("number", range(len(RECORDED)))
 def test_records_keep_their_identity(number: int) -> None:
     recorded = RECORDED[number]
+    if gone := [f"method.{option}" for option in TAKEN_OUT[number]]:
+        with pytest.raises(UserError, match=f"^({'|'.join(gone)}) was taken out in November 2026: .*docs/plus.md"):
+            decides(rebuilt(recorded["config"]))
+        return
     ours = decides(rebuilt(recorded["config"]))
     assert json.dumps(ours, sort_keys=True) == json.dumps(recorded["decides"], sort_keys=True), "to the byte"
+
+
+def test_what_is_left_of_the_former_switches_keeps_its_identity() -> None:
+    """Of plus as it is by default now, and of what stands alone on top of the paper's method."""
+    plus = [index for index, each in enumerate(RECORDED) if each["config"]["method"]["name"] == "modegpt_plus"]
+    left = [RECORDED[index]["config"]["method"] for index in plus if not TAKEN_OUT[index]]
+    assert {(each["query_key"], each["mlp"]) for each in left} == {("checked", "elimination"), ("paper", "leverage")}
 
 
 def test_every_method_is_among_them() -> None:

@@ -14,7 +14,7 @@ from modegpt.decompositions import MLPElimination, ValueOutputSVD
 from modegpt.decompositions.attention import output_sensitivity
 from modegpt.errors import UserError
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.nested import FILE, cut, nest
+from modegpt.methods.plus.nested import FILE, cut, nest, read_orders, write_orders
 from modegpt.methods.plus.query_key import SampledStates, sample
 from modegpt.methods.plus.streams import Split
 from modegpt.models import FAMILIES, decoder_layers, read_mlp, read_query_key, read_value_output
@@ -83,8 +83,8 @@ def relative_block_errors(states: SampledStates, *, pairs: bool, kept: torch.Ten
     last: ``1_R^T M 1_R`` of the removed R, M summed over all states that were sampled.
     """
     M = sum(output_sensitivity(part, pairs=pairs) for part in (*states.fit, *states.held))
-    size = M.shape[-1] // (2 if pairs else 1)
-    M = M.unflatten(0, (len(states.C_K), -1)).sum(dim=1)[:, :size, :size]
+    size = M.shape[-1]
+    M = M.unflatten(0, (len(states.C_K), -1)).sum(dim=1)
     lost = everything = 0.0
     for of_head, dims in zip(M, kept, strict=True):
         gone = torch.ones(size, dtype=torch.bool)
@@ -136,6 +136,19 @@ def test_each_cut_is_the_optimum_for_its_dims_and_lower_ones_lie_within(name: st
 def test_mixtures_have_no_orders() -> None:
     assert MoDeGPTPlus(**NESTED).applicable(FAMILIES["mixtral"]).startswith("method.nested=true does not know")
     assert MoDeGPTPlus(**NESTED).applicable(FAMILIES["llama"]) is None
+
+
+def test_a_checkpoint_of_an_older_version_is_cut_as_ever(tmp_path: Path) -> None:
+    """It names options that were taken out since; none of them decides a cut."""
+    whole = MoDeGPTPlus(**NESTED).compress(task_of(dense_model("llama"), 0.0))
+    save_checkpoint(whole.model, tokenizer(), tmp_path / "whole", {}, files=whole.files)
+    assert main([str(tmp_path / "whole"), "0.3", str(tmp_path / "cut")]) == 0
+    layers, costs, options = read_orders(tmp_path / "whole" / FILE)
+    older = options | {"query_key": "rescaled", "centred": True, "fisher": [], "bias": "added"}
+    write_orders(tmp_path / "whole" / FILE, layers=layers, costs=costs, method=older)
+    assert main([str(tmp_path / "whole"), "0.3", str(tmp_path / "again")]) == 0
+    cut_then, cut_now = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "cut"))
+    assert cut_then == cut_now
 
 
 @pytest.mark.parametrize("changes", [{"sequential": True}, {"allocation": "entropic"}])

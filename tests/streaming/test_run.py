@@ -90,7 +90,6 @@ def test_plus_is_the_run_in_memory(results: Path) -> None:
     "changes, cause",
     [
         ({"method": {"name": "modegpt_plus", "rounds": 1}}, "method.rounds=1 needs the whole model in memory"),
-        ({"method": {"name": "modegpt_plus", "fisher": [0.5]}}, r"method.fisher=\[0.5\] needs the whole model"),
         ({"method": {"name": "slicegpt"}}, "needs the whole model in memory"),
         ({"method": {"name": "dense"}}, "needs the whole model in memory"),
         ({"output": OutputConfig(root=os.devnull + "-none")}, "output.save_model"),

@@ -15,6 +15,9 @@ from modegpt.models import block_linear_parameters
 from modegpt.models.checkpoints import check_destination, load_model, load_tokenizer, save_checkpoint
 from modegpt.progress import Progress
 
+NO_MATTER = {"query_key", "centred", "bias", "fisher"}
+"""Options that decide no cut, and of which older checkpoints hold some that are no more."""
+
 
 def cut_checkpoint(checkpoint: Path, sparsity: float, destination: Path) -> float:
     """Write the model of ``checkpoint`` at ``sparsity`` to ``destination``; returns the share of block-linear weights
@@ -32,7 +35,9 @@ def cut_checkpoint(checkpoint: Path, sparsity: float, destination: Path) -> floa
     layers, costs, options = read_orders(checkpoint / FILE)
     options = {"temperature": False} | options  # older checkpoints do not name it
     fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name not in NO_MATTER
     }
     method = MoDeGPTPlus(**fields)
     no_tokens = CalibrationTokens(ids=torch.empty(0, 0, dtype=torch.long), sha256="", stream_tokens=0)

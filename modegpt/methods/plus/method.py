@@ -13,7 +13,6 @@ from modegpt.allocation.engines import ENGINES
 from modegpt.allocation.exchange import exchange
 from modegpt.allocation.policies import Entropic, Uniform
 from modegpt.allocation.ranks import RankPlan
-from modegpt.calibration.gradients import output_sensitivity
 from modegpt.calibration.stream import HiddenStates
 from modegpt.cost.work import forward_cost
 from modegpt.decompositions.cr import QueryKeyCR
@@ -27,7 +26,7 @@ from modegpt.methods.plus.again import planned_again
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
 from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
-from modegpt.methods.plus.sequential import SequentialPass, TokenWeights
+from modegpt.methods.plus.sequential import SequentialPass
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import Compared, sharpened_norm
@@ -62,6 +61,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
 
     name: ClassVar[str] = "modegpt_plus"
     experts: ClassVar[bool] = True
+    retired: ClassVar[dict[str, Any]] = {"centred": False}
 
     def applicable(self, family: Family) -> str | None:
         """Orders of experts' channels are not kept."""
@@ -94,8 +94,6 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         """What looks at all layers at once."""
         if self.nested:
             return "method.nested=true"
-        if self.fisher:
-            return f"method.fisher={list(self.fisher)}"
         return f"method.rounds={self.rounds}" if self.rounds else None
 
     def begin(self, task: CompressionTask) -> Begun:
@@ -128,7 +126,6 @@ class MoDeGPTPlus(Switches, LayerByLayer):
             self,
             generator=generator,
             skip_layers=self.skip_layers,
-            token_weights=self._token_weights(task) if self.fisher else None,
             compared=compared,
             finished=first == calibration.num_layers,
         )
@@ -158,15 +155,6 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
         """Those of the paper's method."""
         return self.faithful().likely_shapes(task)
-
-    def _token_weights(self, task: CompressionTask) -> list[TokenWeights]:
-        """The weight of every token for each layer and module with an output solve. One backward pass."""
-        calibration, family, layers = task.calibration, task.family, decoder_layers(task.model)
-        last = [linear for layer in layers for linear in (family.output(layer), family.mlp_ends(layer)[1])]
-        weights = iter(output_sensitivity(calibration, last, batch_size=calibration.batch_size))
-        return [
-            {module: next(weights).split(calibration.batch_size) for module in ("value_output", "mlp")} for _ in layers
-        ]
 
     def _costs(self, task: CompressionTask) -> Costs:
         calibration, modules = task.calibration, self.faithful().statistics_read(task.family)

@@ -78,9 +78,8 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
         rope = read_query_key(family, layer).rope
         parts = (*states.fit, *states.held)
         sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=rope) for part in parts))
-        size = sensitivity.shape[-1] // (2 if rope else 1)
-        by_key_head = group_heads(sensitivity, len(states.C_K)).sum(dim=1)[:, :size, :size]
-        orders, errors = zip(*(elimination_order(M, size) for M in by_key_head), strict=True)
+        by_key_head = group_heads(sensitivity, len(states.C_K)).sum(dim=1)
+        orders, errors = zip(*(elimination_order(M, len(M)) for M in by_key_head), strict=True)
         blocks = torch.stack(orders).flip(1)
         lost = torch.stack(errors).sum(dim=0).clamp(min=0).cummax(0).values
         block_errors = (lost / lost[-1].clamp(min=1e-300)).flip(0).float()

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
-from modegpt.decompositions.attention import AttentionStates, block_map, eliminate_blocks, output_sensitivity
+from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
+from modegpt.decompositions.elimination import surviving
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.decompositions.modules import HEAD_NORM_FIT, QueryKeyWeights, Statistics
-from modegpt.decompositions.selection import group_heads, keep_query_key, largest, sum_pairs
+from modegpt.decompositions.selection import (
+    choose_query_key,
+    group_heads,
+    keep_query_key,
+    sum_pairs,
+    take_columns,
+)
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.methods.plus.streams import Split, Tap, observe
 from modegpt.models import Family, read_value_output
@@ -27,27 +34,15 @@ class SampledStates:
 
     Args:
         C_Q, C_K: Gram matrices (H, d, d) and (H_kv, d, d).
-        k_sum: sum of the keys, (H_kv, d).
-        num_tokens: how many tokens these are summed over.
         norms: the statistics that head norms are fitted on, where the family has these.
         fit, held: attention states of some queries, to select on and to check with.
     """
 
     C_Q: Tensor
     C_K: Tensor
-    k_sum: Tensor
-    num_tokens: int
     fit: list[AttentionStates]
     held: list[AttentionStates]
     norms: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def centred_C_K(self) -> Tensor:
-        """The Gram of the keys about their mean.
-
-        Softmax cannot see the mean: it adds the same number to every logit of a query.
-        """
-        return self.C_K - self.k_sum.unsqueeze(-1) * self.k_sum.unsqueeze(-2) / self.num_tokens
 
 
 def sample(
@@ -79,7 +74,7 @@ def sample(
     metric = psd_cholesky(W_O @ W_O.mT).root()
     sums: dict[str, Tensor] = {}
     states: tuple[list[AttentionStates], list[AttentionStates]] = ([], [])
-    left, num_tokens = [num_windows] * 2, 0
+    left = [num_windows] * 2
     for seen in itertools.islice(observe(layer, index, stream, taps, stop=True), split.batches_with(num_windows)):
         q, k, v = (seen.seen[name].unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
         shares = (
@@ -87,11 +82,9 @@ def sample(
         )
         q = rotate(normalised_heads(family, layer, family.query_norm_path, q), rotary)
         k = rotate(normalised_heads(family, layer, family.key_norm_path, k), rotary)
-        num_tokens += q.shape[:2].numel()
         of_batch = {
             "C_Q": _gram(q, precision),
             "C_K": _gram(k, precision),
-            "k_sum": k.sum(dim=(0, 1), dtype=torch.float64),
             **{name: _gram(states, torch.float64) for name, states in shares.items()},
         }
         sums = {name: value + sums[name] if sums else value for name, value in of_batch.items()}
@@ -112,7 +105,7 @@ def sample(
                     AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias, **own_shares)
                 )
     norms = {f"query_key.{name}": sums.pop(name) for name in ("N_Q", "N_K") if name in sums}
-    return SampledStates(**sums, num_tokens=num_tokens, fit=states[False], held=states[True], norms=norms)
+    return SampledStates(**sums, fit=states[False], held=states[True], norms=norms)
 
 
 def _gram(states: Tensor, precision: torch.dtype) -> Tensor:
@@ -140,7 +133,7 @@ def _attention_bias(mask: Tensor | None, x: Tensor, positions: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to reduce the query-key product: kept blocks (H_kv, .) of a basis, T_Q (H, d, r), T_K (H_kv, d, r) on the
+    """One way to reduce the query-key product: kept dims (H_kv, r) of a basis, T_Q (H, d, r), T_K (H_kv, d, r) on the
     states.
     """
 
@@ -148,6 +141,12 @@ class Candidate:
     kept: Tensor
     T_Q: Tensor
     T_K: Tensor
+
+    @classmethod
+    def of(cls, name: str, kept: Tensor, basis: tuple[Tensor, Tensor]) -> "Candidate":
+        """From the dims ``kept`` of ``basis`` (H, d, d) and (H_kv, d, d)."""
+        of_heads = kept.repeat_interleave(len(basis[0]) // len(basis[1]), dim=0)
+        return cls(name, kept, take_columns(basis[0], of_heads), take_columns(basis[1], kept))
 
 
 @dataclass(frozen=True)
@@ -166,81 +165,40 @@ class QueryKeyChoice:
     relative_error: float
 
 
-def candidates(
-    weights: QueryKeyWeights,
-    states: SampledStates,
-    rank: int,
-    *,
-    ridges: tuple[float, ...],
-    improved: bool,
-    centred: bool,
-) -> list[Candidate]:
-    """The paper's selection, and with ``improved`` those by logit and by output error, the latter also with rescaled
-    queries.
+def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, improved: bool) -> list[Candidate]:
+    """The paper's selection, and with ``improved`` those by logit error and by the output's first-order error.
 
     Without RoPE, where any basis of a head will do, the improved candidates work in the singular basis of the logits.
-    ``centred``: their logit errors are those about the mean over keys, which softmax cannot see.
     """
     C_Q, C_K = states.C_Q, states.C_K
-    pairs, d, num_groups = weights.rope, weights.inner_size, len(C_K)
-    num_kept = rank // 2 if pairs else rank
-    scores = cr_scores(*(C.diagonal(dim1=-2, dim2=-1) for C in (C_Q, C_K)))
-    kept = largest(sum_pairs(scores) if pairs else scores, num_kept)
-    identity = torch.eye(d, dtype=torch.float64, device=C_K.device)
+    pairs, num_groups = weights.rope, len(C_K)
+    identity = torch.eye(weights.inner_size, dtype=torch.float64, device=C_K.device)
     basis = (identity.expand_as(C_Q), identity.expand_as(C_K))
-    plain = (torch.arange(d, device=C_K.device) < (d // 2 if pairs else d)).double().expand(len(C_Q) // num_groups, d)
-    found = [_candidate("paper", [(kept_head, plain) for kept_head in kept], basis, pairs)]
+    scores = cr_scores(*(C.diagonal(dim1=-2, dim2=-1) for C in (C_Q, C_K)))
+    kept = choose_query_key(sum_pairs(scores) if pairs else scores, rank, rope=pairs)
+    found = [Candidate.of("paper", kept, basis)]
     if not improved:
         return found
-    if centred:
-        C_K = states.centred_C_K
+    parts = states.fit
     if not pairs:
         basis = _singular_basis(C_Q, C_K)
         C_Q, C_K = (T.mT @ C @ T for T, C in zip(basis, (C_Q, C_K), strict=True))
+        parts = [part.mapped(*(T.to(part.q.dtype) for T in basis)) for part in parts]
     logits = group_heads(C_Q, num_groups).sum(dim=1) * C_K
     if pairs:
         logits = cast(Tensor, sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2)))
-    found.append(
-        _candidate(
-            "logits",
-            [eliminate_blocks(M.unsqueeze(0), num_kept, pairs=False, ridge=None)[0] for M in logits],
-            basis,
-            pairs,
-            plain,
-        )
-    )
-    T_Q, T_K = (T.to(states.fit[0].q.dtype) for T in basis)
-    parts = [part if pairs else part.mapped(T_Q, T_K) for part in states.fit]
     sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=pairs) for part in parts))
-    turned = pairs and weights.norm_Q is None  # behind a norm with a weight for each dim, pairs cannot be turned
-    for ridge in (None, *ridges):
-        choices = [
-            _eliminated(M, num_kept, pairs=pairs, turned=turned, ridge=ridge)
-            for M in group_heads(sensitivity, num_groups)
-        ]
-        found.append(
-            _candidate("output" if ridge is None else f"output, rescaled at ridge {ridge:g}", choices, basis, pairs)
-        )
+    outputs = group_heads(sensitivity, num_groups).sum(dim=1)
+    for name, lost in (("logits", logits), ("output", outputs)):
+        found.append(Candidate.of(name, torch.stack([_spared(M, rank, pairs=pairs) for M in lost]), basis))
     return found
 
 
-def _eliminated(M: Tensor, num_kept: int, *, pairs: bool, turned: bool, ridge: float | None) -> tuple[Tensor, Tensor]:
-    """``eliminate_blocks``; pairs that are not ``turned`` keep their real features alone."""
-    if turned or not pairs:
-        return eliminate_blocks(M, num_kept, pairs=pairs, ridge=ridge)
-    num_blocks = M.shape[-1] // 2
-    kept, real = eliminate_blocks(M[:, :num_blocks, :num_blocks], num_kept, pairs=False, ridge=ridge)
-    return kept, torch.cat([real, torch.zeros_like(real)], dim=1)
-
-
-def _candidate(
-    name: str, choices: list, basis: tuple[Tensor, Tensor], pairs: bool, plain: Tensor | None = None
-) -> Candidate:
-    """From the kept blocks and query coefficients of each key head, in ``basis``."""
-    choices = [choice if plain is None else (choice, plain) for choice in choices]
-    maps = [block_map(kept, coefficients, basis[1].shape[-1], pairs=pairs) for kept, coefficients in choices]
-    T_Q, T_K = torch.cat([T for T, _ in maps]), torch.stack([T for _, T in maps])
-    return Candidate(name, torch.stack([kept for kept, _ in choices]), basis[0] @ T_Q, basis[1] @ T_K)
+def _spared(M: Tensor, rank: int, *, pairs: bool) -> Tensor:
+    """Dims (rank,) of one head that backward elimination on ``M`` (b, b) of its blocks leaves."""
+    removed, _ = elimination_order(M, len(M) - (rank // 2 if pairs else rank))
+    kept = surviving(removed, len(M))
+    return torch.cat([kept, kept + len(M)]) if pairs else kept
 
 
 def _singular_basis(C_Q: Tensor, C_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,43 +238,35 @@ def choose(weights: QueryKeyWeights, found: list[Candidate], states: SampledStat
         for candidate, error in zip(found, errors, strict=True)
     }
     chosen = float(errors.min(dim=0).values.sum()) / energy if energy else 0.0
-    reduced = _mapped(weights, T_Q, T_K, kept, states.norms)
+    if weights.rope:
+        reduced, _ = keep_query_key(weights, kept, states.norms, head_norm=HEAD_NORM_FIT)
+    else:
+        reduced = _mapped(weights, T_Q, T_K)
     return QueryKeyChoice(reduced, [found[c].name for c in best.tolist()], relative, chosen)
 
 
 def _norm_factors(weights: QueryKeyWeights, kept: Tensor, norms: Statistics) -> tuple[Tensor, Tensor] | None:
-    """What estimates the norms of heads that keep the pairs ``kept`` (H_kv, k), as factors of their shares."""
-    fitted, _ = keep_head_norms(weights, kept, norms, fit=HEAD_NORM_FIT)
+    """What estimates the norms of heads that keep the dims ``kept`` (H_kv, r), as factors of their shares."""
+    pairs = kept[:, : kept.shape[1] // 2]
+    fitted, _ = keep_head_norms(weights, pairs, norms, fit=HEAD_NORM_FIT)
     if weights.norm_Q is None or weights.norm_K is None:
         return None
-    of_queries = kept.repeat_interleave(len(weights.W_Q) // len(weights.W_K), dim=0)
+    of_queries = pairs.repeat_interleave(len(weights.W_Q) // len(weights.W_K), dim=0)
     return (
         share_factors(weights.norm_Q, fitted["norm_Q"], of_queries),
-        share_factors(weights.norm_K, fitted["norm_K"], kept),
+        share_factors(weights.norm_K, fitted["norm_K"], pairs),
     )
 
 
-def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor, kept: Tensor, norms: Statistics) -> QueryKeyWeights:
-    if weights.norm_Q is not None:
-        dims = torch.cat([kept, kept + weights.inner_size // 2], dim=1)
-        reduced, _ = keep_query_key(weights, dims, norms, head_norm=HEAD_NORM_FIT)
-        assert reduced.norm_Q is not None
-        # the queries' coefficients come behind their norm
-        scaled = torch.einsum("hd,hdr->hr", weights.norm_Q.w.double(), T_Q)
-        return replace(reduced, norm_Q=replace(reduced.norm_Q, w=scaled))
-
+def _mapped(weights: QueryKeyWeights, T_Q: Tensor, T_K: Tensor) -> QueryKeyWeights:
     def times(tensor: Tensor, T: Tensor) -> Tensor:
         rows = tensor.double() if tensor.ndim == 3 else tensor.double().unsqueeze(1)
         return (rows @ T).reshape(*tensor.shape[:-1], -1).to(tensor.dtype)
 
-    index = None
-    if weights.rope:
-        index = kept if weights.rope_index is None else weights.rope_index.gather(-1, kept)
     return replace(
         weights,
         W_Q=times(weights.W_Q, T_Q),
         W_K=times(weights.W_K, T_K),
         b_Q=None if weights.b_Q is None else times(weights.b_Q, T_Q),
         b_K=None if weights.b_K is None else times(weights.b_K, T_K),
-        rope_index=index,
     )

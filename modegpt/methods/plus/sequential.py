@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from modegpt.decompositions.svd import balance, product_svd
 from modegpt.methods.modegpt import assemble_layer
 from modegpt.methods.plus.query_key import candidates, choose, sample
 from modegpt.methods.plus.streams import ARGUMENTS, Observation, Split, Tap, observe
-from modegpt.methods.plus.sums import Parts, Solution, Sums, best
+from modegpt.methods.plus.sums import Parts, Solution, Sums
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import Compared
 from modegpt.models import (
@@ -37,12 +36,6 @@ from modegpt.models import (
     read_value_output,
 )
 
-RESCALING_RIDGES = (1e-2, 1e-1)
-"""Ridges towards unscaled queries that compete on the held-out windows."""
-
-TokenWeights = dict[str, tuple[Tensor, ...]]
-"""By module with an output solve, what a change of each token's output does to the loss, (batch, sequence) a batch."""
-
 
 @dataclass
 class SequentialPass:
@@ -53,7 +46,6 @@ class SequentialPass:
         split: which calibration tokens are held out.
         generator: of the query positions that the query-key selection looks at.
         skip_layers: layers that are left as they are; they correct nothing either.
-        token_weights: a ``TokenWeights`` a layer for Fisher-weighted solves, or None.
         compared: the streams that the temperature is fitted on, or None.
         moved: whether a layer before this one was changed, so that X~ differs from X.
         finished: whether all layers are behind.
@@ -66,7 +58,6 @@ class SequentialPass:
     split: Split
     generator: torch.Generator
     skip_layers: tuple[int, ...] = ()
-    token_weights: list[TokenWeights] | None = None
     compared: Compared | None = None
     moved: bool = False
     finished: bool = False
@@ -79,7 +70,6 @@ class SequentialPass:
         *,
         generator: torch.Generator,
         skip_layers: tuple[int, ...],
-        token_weights: list[TokenWeights] | None,
         compared: Compared | None,
         finished: bool,
     ) -> "SequentialPass":
@@ -92,7 +82,6 @@ class SequentialPass:
             split=Split.of(calibration.tokens.ids, batch_size=calibration.batch_size),
             generator=generator,
             skip_layers=skip_layers,
-            token_weights=token_weights,
             compared=compared,
             finished=finished,
         )
@@ -340,8 +329,8 @@ class LayerPass:
         given = None if attention is None else (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
             sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
-        identity = torch.eye(size, dtype=torch.float64, device=sums.plain[False].G.device)
-        refit = held_out_refit(sums.plain[False], sums.plain[True], (identity, identity))
+        identity = torch.eye(size, dtype=torch.float64, device=sums.parts[False].G.device)
+        refit = held_out_refit(sums.parts[False], sums.parts[True], (identity, identity))
         self.alignment[name] = refit.report()
         for path in paths:
             linear: Any = layer.get_submodule(path)
@@ -366,11 +355,7 @@ class LayerPass:
             precision=self.walk.calibration.precision,
             generator=self.walk.generator,
         )
-        ridges = RESCALING_RIDGES if options.query_key == "rescaled" else ()
-        found = candidates(
-            weights, states, rank, ridges=ridges, improved=options.query_key != "paper", centred=options.centred
-        )
-        choice = choose(weights, found, states)
+        choice = choose(weights, candidates(weights, states, rank, improved=options.query_key == "checked"), states)
         counts = {name: choice.names.count(name) for name in dict.fromkeys(choice.names)}
         self.reductions["query_key"] = Reduction(
             choice.weights,
@@ -385,13 +370,13 @@ class LayerPass:
         weights = read_value_output(self.family, self.layer)
         num_heads, num_groups, d = len(weights.W_O), len(weights.W_V), weights.inner_size
         folded = fold_value_bias(weights)
-        constant = self._constant(weights.b_O if weights.b_V is None else folded)
+        constant = self._constant(folded)
         b_V = None if weights.b_V is None else weights.b_V.repeat_interleave(num_heads // num_groups, dim=0).flatten()
         layer = self._result()[2] if self.options.sequential else self.layer
         taps: dict[str, Tap] = {"states": (self.family.output(layer), "input")}
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
-        sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1], "value_output")
+        sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1])
         G, read = None, self.stored.batches()
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
@@ -401,16 +386,15 @@ class LayerPass:
             if "values" in taps:
                 of_batch = self._value_gram(seen.seen["values"], weights)
                 G = of_batch if G is None else G + of_batch
-        solve = partial(self._solve_value_output, weights=weights, rank=rank, constant=constant, G=G)
-        solution = best(sums, self.options.gammas, solve)
+        solution = self._solve_value_output(sums, weights, rank, constant=constant, G=G)
         (P, P_all, factor), W = solution.kept, solution.refit.W
         W_V, B = balance(weights.W_V.double() @ P, W[: num_heads * rank].unflatten(0, (num_groups, -1, rank)))
-        b_O = self._with_constant(folded, W, constant, weights.W_O.dtype)
+        b_O = self._with_constant(folded, W, constant)
         reduced = ValueOutputWeights(
             W_V=W_V.to(weights.W_V.dtype), W_O=B.flatten(0, 1).to(weights.W_O.dtype), b_V=None, b_O=b_O
         )
         self.reductions["value_output"] = Reduction(
-            reduced, relative_error=self._error((sums, solution)), numerics=factor.numerics | solution.numerics
+            reduced, relative_error=self._error((sums, solution)), numerics=factor.numerics | solution.refit.report()
         )
         whole_map = (P_all @ W)[: num_heads * d].to(weights.W_O.dtype)
         outputs = self.stored.batches()
@@ -426,7 +410,7 @@ class LayerPass:
         return torch.einsum("bthi,bthj->hij", v, v).double()
 
     def _solve_value_output(
-        self, parts: Parts, *, weights: ValueOutputWeights, rank: int, constant: int, G: Tensor | None
+        self, sums: Sums, weights: ValueOutputWeights, rank: int, *, constant: int, G: Tensor | None
     ) -> Solution:
         """Subspace P of each key head's values, and W_O for it.
 
@@ -435,7 +419,7 @@ class LayerPass:
         num_heads, num_groups, d = len(weights.W_O), len(weights.W_V), weights.inner_size
         W_O = weights.W_O.double()
         if G is None:
-            C = (parts[False] + parts[True]).G[: num_heads * d, : num_heads * d]
+            C = sums.whole.G[: num_heads * d, : num_heads * d]
             blocks = C.reshape(num_heads, d, num_heads, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             G = group_heads(blocks, num_groups).sum(dim=1)
         P, B, _, factor = product_svd(G, group_heads(W_O, num_groups), rank)
@@ -449,7 +433,7 @@ class LayerPass:
             return moments.mapped(P_all)
 
         local = self.options.value_output == "attention"
-        return Solution(kept, reduce, self._solve(parts, W_dense, start, reduce, local=local))
+        return Solution(kept, reduce, self._solve(sums.parts, W_dense, start, reduce, local=local))
 
     # 6.: MLP
 
@@ -458,21 +442,20 @@ class LayerPass:
         weights, layer = read_mlp(self.family, self.layer), self.layer
         constant = self._constant(weights.b_D)
         taps: dict[str, Tap] = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
-        sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1], "mlp")
+        sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1])
         given = (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
             t = self._mlp_target(seen, targets, attention)
             t = t if weights.b_D is None else t - weights.b_D
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
-        solve = partial(self._solve_mlp, weights=weights, rank=rank, constant=constant)
-        solution = best(sums, self.options.gammas, solve)
+        solution = self._solve_mlp(sums.parts, weights, rank, constant=constant)
         kept, W = solution.kept, solution.refit.W
-        b_D = self._with_constant(weights.b_D, W, constant, weights.W_D.dtype)
+        b_D = self._with_constant(weights.b_D, W, constant)
         self.reductions["mlp"] = Reduction(
             keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D),
             relative_error=self._error((sums, solution)),
             kept=kept,
-            numerics=solution.numerics,
+            numerics=solution.refit.report(),
         )
 
     def _mlp_target(self, seen: Observation, targets: Targets, attention: Sequence[Tensor]) -> Tensor:
@@ -488,7 +471,7 @@ class LayerPass:
         """
         experts: Any = self.family.experts(self.layer)
         weights = cast(ExpertWeights, read_mlps(self.family, self.layer)).experts
-        of_each = [self._sums(len(each.W_D), each.W_D.shape[1], "mlp") for each in weights]
+        of_each = [self._sums(len(each.W_D), each.W_D.shape[1]) for each in weights]
         taps: dict[str, Tap] = {side: (experts, side) for side in ARGUMENTS}
         given = (self.family.attention(self.layer), attention)
         for seen in observe(self.layer, self.index, self.stream, taps, stop=True, attention=given):
@@ -503,31 +486,28 @@ class LayerPass:
             lacking = lacking / shares.sum(dim=-1, keepdim=True)
             for index, token, share, h, added in routed:
                 of_each[index].update(seen.batch, h, added + share * lacking[token], tokens=token)
-        solved = [
-            best(sums, self.options.gammas, partial(self._solve_expert, weights=each, rank=rank))
-            for sums, each in zip(of_each, weights, strict=True)
-        ]
+        solved = [self._solve_expert(sums, each, rank) for sums, each in zip(of_each, weights, strict=True)]
         reduced = [
             keep_mlp(each, solution.kept, W_D=solution.refit.W) for each, solution in zip(weights, solved, strict=True)
         ]
-        counts = [sum(part.num_rows for part in sums.plain.values()) for sums in of_each]
+        counts = [sum(part.num_rows for part in sums.parts.values()) for sums in of_each]
         self.reductions["mlp"] = Reduction(
             ExpertWeights(tuple(reduced)),
             relative_error=self._error(*zip(of_each, solved, strict=True)),
             kept=torch.stack([solution.kept for solution in solved]),
             numerics=token_report(counts, len(weights[0].W_D))
-            | {f"expert {index}": solution.numerics for index, solution in enumerate(solved)},
+            | {f"expert {index}": solution.refit.report() for index, solution in enumerate(solved)},
         )
 
-    def _solve_expert(self, parts: Parts, *, weights: MLPWeights, rank: int) -> Solution:
+    def _solve_expert(self, sums: Sums, weights: MLPWeights, rank: int) -> Solution:
         """``_solve_mlp`` with what the Gram of an expert is filled up with, aimed at its own dense map."""
-        whole = parts[False] + parts[True]
+        whole = sums.whole
         added = expert_gram(whole.G, weights, whole.num_rows) - whole.G
         filling = replace(whole, G=added, num_rows=0).aimed(weights.W_D.double())
-        filled = {False: parts[False] + filling, True: parts[True]}
-        return self._solve_mlp(filled, weights=weights, rank=rank, constant=0)
+        filled = {False: sums.parts[False] + filling, True: sums.parts[True]}
+        return self._solve_mlp(filled, weights, rank, constant=0)
 
-    def _solve_mlp(self, parts: Parts, *, weights: MLPWeights, rank: int, constant: int) -> Solution:
+    def _solve_mlp(self, parts: Parts, weights: MLPWeights, rank: int, *, constant: int) -> Solution:
         """Channels to keep, and W_D for them."""
         n, d_h = weights.W_D.shape
         C = (parts[False] + parts[True]).G[:n, :n]
@@ -548,24 +528,19 @@ class LayerPass:
 
     def _constant(self, bias: Tensor | None) -> int:
         """1 where the regression has a constant feature, because there is a bias to put its coefficient in."""
-        return int(self.options.bias == "added" or (self.options.bias == "own" and bias is not None))
+        return int(self.options.bias == "own" and bias is not None)
 
     @staticmethod
-    def _with_constant(bias: Tensor | None, W: Tensor, constant: int, dtype: torch.dtype) -> Tensor | None:
-        if not constant:
-            return bias
-        return (W[-1] if bias is None else W[-1] + bias.double()).to(dtype)
+    def _with_constant(bias: Tensor | None, W: Tensor, constant: int) -> Tensor | None:
+        return bias if bias is None or not constant else (W[-1] + bias.double()).to(bias.dtype)
 
-    def _sums(self, num_features: int, num_targets: int, module: str | None = None) -> Sums:
-        """For the output solve of ``module``, weighted by the loss where that is asked for, or another regression."""
-        weights = self.walk.token_weights
+    def _sums(self, num_features: int, num_targets: int) -> Sums:
         return Sums.zeros(
             self.walk.split,
             num_features,
             num_targets,
             device=next(self.layer.parameters()).device,
             precision=self.walk.calibration.precision,
-            fisher=None if module is None or weights is None else weights[self.index][module],
         )
 
     @staticmethod
@@ -573,7 +548,7 @@ class LayerPass:
         """Of all solutions together, relative to their targets' energy, over all tokens alike."""
         lost, energy = 0.0, torch.zeros(())
         for sums, solution in solved:
-            whole = sums.plain[False] + sums.plain[True]
+            whole = sums.whole
             lost += solution.reduce(whole).error(solution.refit.W)
             energy = energy + whole.energy
         return relative(torch.tensor(lost), energy)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from modegpt.config import unknown
 from modegpt.errors import UserError
 
 CHOICES = {
     "mlp": ("leverage", "elimination"),
-    "query_key": ("paper", "checked", "rescaled"),
+    "query_key": ("paper", "checked"),
     "value_output": ("values", "attention"),
-    "bias": ("none", "own", "added"),
+    "bias": ("none", "own"),
     "allocation": ("uniform", "entropic", "loss"),
 }
 
@@ -26,22 +27,15 @@ class Switches:
         align: solve the input matrices for what the dense ones make of the dense stream, from the compressed stream.
         mlp: channels by ridge leverage (paper) or by backward elimination of what the output loses least by.
         query_key: the paper's score; ``checked``: its selection, that by logit error with pair interactions and that by
-            the attention output's first-order error compete on held-out windows for each key head; ``rescaled``: with
-            kept queries turned and scaled as well.
-        centred: the logit errors that the improved selections look at are those about the mean over keys, which softmax
-            cannot see.
+            the attention output's first-order error compete on held-out windows for each key head.
         value_output: the subspace by the Gram of the values (paper) or of the attention's output.
-        bias: a constant feature in each output solve: never, where the family has a bias for it, or with a bias added
-            (d_h weights a module).
+        bias: a constant feature in each output solve: never, or where the family has a bias for it.
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured
             divergence.
         shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
         cap: largest share any module loses (``allocation=loss``).
         rounds: how often the budget is shared out again by what modules cost in the model as planned; a plan is kept
             where it diverges less on other calibration windows (``allocation=loss``).
-        fisher: shares, between 0 and 1, of the Fisher-weighted moments in the value-output and MLP solves; of several
-            the best on held-out windows for each module. Empty: none. The weights take one backward pass, the only
-            gradient here.
         temperature: the compressed model's logits multiplied by the number at which its predictions diverge least from
             the dense model's.
         nested: every module's dims ordered once on the dense stream, whatever the rate, and cut to it; needs
@@ -55,15 +49,13 @@ class Switches:
     beta: float = 1.0
     align: bool = True
     mlp: str = "elimination"
-    query_key: str = "rescaled"
-    centred: bool = True
+    query_key: str = "checked"
     value_output: str = "attention"
     bias: str = "own"
     allocation: str = "loss"
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
     rounds: int = field(default=0, metadata={"before": 0})
-    fisher: tuple[float, ...] = field(default=(), metadata={"before": ()})
     temperature: bool = field(default=True, metadata={"before": False})
     nested: bool = False
     queries_per_window: int = 32
@@ -72,7 +64,7 @@ class Switches:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"method.{name}={getattr(self, name)} is not known; choose from {', '.join(choices)}")
+                raise unknown(f"method.{name}", getattr(self, name), choices)
         if not 0 <= self.beta <= 1:
             raise UserError(
                 f"method.beta={self.beta} is outside [0, 1]: it is the share of the error made so far that is corrected"
@@ -82,10 +74,6 @@ class Switches:
         if not self.shares or any(not 0 < share < 1 for share in self.shares):
             raise UserError(
                 f"method.shares={list(self.shares)} must be numbers between 0 and 1: shares of a module's dims"
-            )
-        if any(not 0 <= gamma <= 1 for gamma in self.fisher):
-            raise UserError(
-                f"method.fisher={list(self.fisher)} must be numbers from 0 to 1: shares of the Fisher-weighted moments"
             )
         if self.rounds < 0 or (self.rounds and (self.allocation != "loss" or self.nested)):
             raise UserError(
@@ -104,15 +92,8 @@ class Switches:
                     f"method.{name}=true needs method.sequential=true: "
                     "without it both streams are the same and there is nothing to correct"
                 )
-        if self.nested and self.fisher:
-            raise UserError("method.fisher has no effect with method.nested=true; leave it out")
         if self.nested and (self.sequential or self.temperature or self.allocation == "entropic"):
             raise UserError(
                 "method.nested=true needs method.sequential=false (with refit=false, align=false), "
                 "method.temperature=false and method.allocation=loss or uniform: its orders serve every rate"
             )
-
-    @property
-    def gammas(self) -> tuple[float, ...]:
-        """Shares of the Fisher-weighted moments to try; 0 alone where there is none."""
-        return tuple(self.fisher) or (0.0,)
