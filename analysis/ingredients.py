@@ -34,7 +34,7 @@ def _of(kind: str) -> dict[str, dict[str, Any]]:
 def combination(method: Mapping[str, Any]) -> str | None:
     """Which of the combinations a run's method is; a switch that its record does not know (yet, or any more) was off.
 
-    Recorded with the defaults of then, it is the one that has those of today.
+    Recorded with the defaults of then, it is the one that has those of today, of ``measured`` too.
     """
     if method.get("name") != "modegpt_plus":
         return None
@@ -42,7 +42,8 @@ def combination(method: Mapping[str, Any]) -> str | None:
     known = {name: OFF | switches for name, switches in combinations().items()} | taken_out()
     if complete | FORMERLY == complete and complete not in known.values():
         complete |= {"centred": False, "query_key": Switches.query_key}
-    return next((name for name, switches in known.items() if switches == complete), None)
+    candidates = [complete] if "measured" in method else [complete | {"measured": Switches.measured}, complete]
+    return next((name for each in candidates for name, switches in known.items() if switches == each), None)
 
 
 @cache

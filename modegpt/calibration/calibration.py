@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -86,13 +86,19 @@ class Calibration:
         )
 
     def statistics(
-        self, names: frozenset[str], *, stage: str = "statistics", loop: str = "statistics"
+        self,
+        names: frozenset[str],
+        *,
+        stage: str = "statistics",
+        loop: str = "statistics",
+        beside: Callable[[HiddenStates, int], Statistics] | None = None,
     ) -> Iterator[Statistics]:
         """Yield each layer's statistics in order, while it has its weights; the last one's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
-        caller does with them layer by layer, as progress shows it.
+        caller does with them layer by layer, as progress shows it. ``beside`` adds what it makes of the stream in
+        front of each layer that runs.
         """
         layers = decoder_layers(self.model)
         batches = self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches")
@@ -111,7 +117,8 @@ class Calibration:
                         for skipped in range(position, index):
                             advance(hidden, skipped, layers[skipped])
                         self.meter.forward_passes += (index - position) / self.num_layers
-                        observed = self.observe(hidden, index, missing, world=self.world)
+                        others = {} if beside is None else beside(hidden, index)
+                        observed = others | self.observe(hidden, index, missing, world=self.world)
                         if self.cache is not None:
                             self.cache.store(index, observed)
                         statistics |= observed

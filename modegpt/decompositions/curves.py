@@ -7,6 +7,7 @@ curve, in which the dims of every lower rank are among those of a higher one.
 import torch
 from torch import Tensor
 
+from modegpt.decompositions.attention import elimination_order
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.elimination import eliminate
 from modegpt.decompositions.selection import group_heads, sum_pairs
@@ -51,3 +52,14 @@ def query_key_curve(C_Q: Tensor, C_K: Tensor, *, rope: bool) -> tuple[Tensor, Te
     product = product.gather(1, order.unsqueeze(-1).expand_as(product)).gather(2, order.unsqueeze(1).expand_as(product))
     lost = product.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).sum(dim=0)
     return torch.cat([lost.new_zeros(1), lost.clamp(min=0)]), order
+
+
+def attention_curve(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error (b + 1,) of the attention output, to first order, with 0 ... b blocks removed from every key head.
+
+    Float64. M (H_kv, b, b) of ``key_head_sensitivity``; blocks are rotary pairs, or dims. They go by backward
+    elimination in each head, in the order (H_kv, b) that is returned too.
+    """
+    orders, lost = zip(*(elimination_order(of_head, len(of_head)) for of_head in M), strict=True)
+    total = torch.stack(lost).sum(dim=0).clamp(min=0).cummax(0).values
+    return torch.cat([total.new_zeros(1), total]), torch.stack(orders)

@@ -17,15 +17,20 @@ from transformers import PreTrainedModel
 from modegpt.allocation.policies import Uniform
 from modegpt.calibration.stream import Storage
 from modegpt.decompositions import MLPElimination, QueryKeyCR
+from modegpt.decompositions.attention import elimination_order
+from modegpt.decompositions.curves import value_output_curve
 from modegpt.decompositions.experts import REQUIRED, reduce_experts
 from modegpt.methods.divergence import Predictions, acting_as, float32_forward, kl_divergence
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus import sensitivity
+from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.sensitivity import (
+    OUTPUT_SENSITIVITY,
     SMALLEST,
     Costs,
     _curve_windows,
     compared_positions,
+    curve_statistics,
     measured_windows,
     perturbed_passes,
     rank_costs,
@@ -284,6 +289,53 @@ def test_what_stands_in_loses_what_the_curve_says_and_keeps_the_biases(name: str
         kept = ~gone.flatten()
         torch.testing.assert_close(W[:, kept], of_keys.W_K.transpose(0, 1).flatten(1).double()[:, kept])
         torch.testing.assert_close(b, bias_of(linear).expand_as(b) * kept)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("opt", {}), ("llama-multihead-biased", {}), ("llama", {})])
+def test_modules_are_measured_as_the_pass_cuts_them(name: str, changes: dict) -> None:
+    """Value heads solved together, the least squares of what they keep; queries and keys by the attention's output."""
+    model = dense_model(name, **changes)
+    task, layer = task_of(model, 0.3, num_samples=24), decoder_layers(model)[1]
+    method = MoDeGPTPlus()
+    before, read = (each.curves_read(task.family) for each in (replace(method, measured="paper"), method))
+    assert {module: read[module] - before[module] for module in read} == {
+        "mlp": frozenset(),
+        "query_key": {OUTPUT_SENSITIVITY},
+        "value_output": {"value_output.S"},
+    }
+    statistics = list(curve_statistics(task.calibration, read))[1]
+    weights, S = read_value_output(task.family, layer), statistics["value_output.S"]
+    A, (num_groups, d) = statistics["value_output.A"], (len(weights.W_V), weights.inner_size)
+    blocks = S.unflatten(0, (len(A), d)).unflatten(2, (len(A), d))
+    torch.testing.assert_close(torch.stack([blocks[h, :, h] for h in range(len(A))]), A)
+    _, P, _ = value_output_curve(A.reshape(num_groups, -1, d, d).sum(dim=1), weights.W_O)
+    W_O = weights.W_O.flatten(0, 1).double()
+    for removed in (1, 5):
+        lost = []
+        for given in (statistics, {"value_output.A": A}):
+            [(_, forward)] = value_output_prospect(task.family, layer, given).map(removed)
+            W, b = matrix_of(forward, len(S))
+            E = W_O - W
+            lost.append(float((E * (S @ E)).sum()))
+            if weights.b_V is not None:
+                values = weights.b_V.repeat_interleave(len(A) // num_groups, dim=0).flatten().double()
+                whole = bias_of(task.family.output(layer)) + values @ W_O
+                torch.testing.assert_close(values @ W + b, whole)
+            if given is statistics:
+                kept = torch.block_diag(*P[..., : d - removed].repeat_interleave(len(A) // num_groups, dim=0))
+                assert (kept.mT @ S @ E).abs().max() < 1e-5 * (kept.mT @ S @ W_O).abs().max()
+        assert lost[0] < 0.999 * lost[1]
+    M, prospect = statistics[OUTPUT_SENSITIVITY], query_key_prospect(task.family, layer, statistics)
+    keys = read_query_key(task.family, layer)
+    for removed in (2, 6):
+        [(_, forward)] = prospect.map(removed)
+        W, _ = matrix_of(forward, model.config.hidden_size)
+        gone, total = (W == 0).all(dim=0).reshape(num_groups, d)[:, : M.shape[-1]], 0.0
+        for of_head, missing in zip(M, gone, strict=True):
+            order, _ = elimination_order(of_head, removed // keys.rank_unit)
+            assert set(order.tolist()) == set(missing.nonzero().flatten().tolist())
+            total += float(of_head[missing][:, missing].sum())
+        assert prospect.curve[removed] == pytest.approx(total, rel=1e-6)
 
 
 def matrix_of(forward: Callable[[Tensor], Tensor], num_inputs: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
 from modegpt.methods.plus.again import planned_again
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
-from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
+from modegpt.methods.plus.sensitivity import OUTPUT_SENSITIVITY, Costs, KeptCosts, perturbed_passes, rank_costs
 from modegpt.methods.plus.sequential import SequentialPass
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
@@ -106,7 +106,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
             with calibration.meter.stage("allocation", counted=True):
                 plan = planned_again(
                     calibration,
-                    self.faithful().statistics_read(task.family),
+                    self.curves_read(task.family),
                     plan,
                     lambda costs: self.plan(task, costs=costs),
                     num_shares=len(self.shares),
@@ -156,8 +156,18 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         """Those of the paper's method."""
         return self.faithful().likely_shapes(task)
 
+    def curves_read(self, family: Family) -> dict[str, frozenset[str]]:
+        """Of each module that may be reduced, the statistics that its error at every rank comes from."""
+        read = self.faithful().statistics_read(family)
+        if self.measured == "pass":
+            if self.query_key == "checked" and "query_key" in read:
+                read["query_key"] |= {OUTPUT_SENSITIVITY}
+            if self.value_output == "attention" and "value_output" in read:
+                read["value_output"] |= {"value_output.S"}
+        return read
+
     def _costs(self, task: CompressionTask) -> Costs:
-        calibration, modules = task.calibration, self.faithful().statistics_read(task.family)
+        calibration, modules = task.calibration, self.curves_read(task.family)
         kept = (
             None if calibration.cache is None else KeptCosts(calibration.cache, modules, self.shares, self.skip_layers)
         )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modegpt.calibration.statistics import Statistics
-from modegpt.decompositions.attention import elimination_order, output_sensitivity
-from modegpt.decompositions.curves import mlp_curve
+from modegpt.decompositions.curves import attention_curve, mlp_curve
 from modegpt.decompositions.linalg import psd_cholesky, relative
 from modegpt.decompositions.modules import HEAD_NORM_FIT, Reduction
 from modegpt.decompositions.selection import build_value_output, group_heads, keep_mlp, keep_query_key
@@ -76,12 +75,8 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
     norms: dict[str, Tensor] = {}
     if states is not None:
         rope = read_query_key(family, layer).rope
-        parts = (*states.fit, *states.held)
-        sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=rope) for part in parts))
-        by_key_head = group_heads(sensitivity, len(states.C_K)).sum(dim=1)
-        orders, errors = zip(*(elimination_order(M, len(M)) for M in by_key_head), strict=True)
-        blocks = torch.stack(orders).flip(1)
-        lost = torch.stack(errors).sum(dim=0).clamp(min=0).cummax(0).values
+        lost, order = attention_curve(states.sensitivity(pairs=rope))
+        lost, blocks = lost[1:], order.flip(1)
         block_errors = (lost / lost[-1].clamp(min=1e-300)).flip(0).float()
         norms = {name.removeprefix("query_key."): N.float() for name, N in states.norms.items()}
     return NestedLayer(channels, root, blocks, block_errors, value_root, vectors.float(), **norms)

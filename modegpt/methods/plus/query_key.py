@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
-from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
+from modegpt.decompositions.attention import AttentionStates, elimination_order, key_head_sensitivity
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.elimination import surviving
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
@@ -23,6 +23,7 @@ from modegpt.decompositions.selection import (
     take_columns,
 )
 from modegpt.decompositions.svd import QueryKeySVD
+from modegpt.methods.divergence import even_positions
 from modegpt.methods.plus.streams import Split, Tap, observe
 from modegpt.models import Family, read_value_output
 from modegpt.models.weights import key_norm, normalised_heads, query_norm
@@ -44,6 +45,10 @@ class SampledStates:
     held: list[AttentionStates]
     norms: dict[str, Tensor] = field(default_factory=dict)
 
+    def sensitivity(self, *, pairs: bool) -> Tensor:
+        """M (H_kv, b, b) of all sampled queries."""
+        return key_head_sensitivity((*self.fit, *self.held), len(self.C_K), pairs=pairs)
+
 
 def sample(
     family: Family,
@@ -55,12 +60,13 @@ def sample(
     num_windows: int,
     queries_per_window: int,
     precision: torch.dtype,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> SampledStates:
     """Run the projections of ``layer`` (number ``index``) on the first batches of ``stream``.
 
     These have ``num_windows`` windows to fit on. All of their tokens enter the Grams; attention states are those of
-    ``queries_per_window`` positions of at most ``num_windows`` windows of either part.
+    ``queries_per_window`` positions of at most ``num_windows`` windows of either part, evenly spaced without a
+    ``generator``.
     """
     attention: Any = family.attention(layer)
     rotary = next(iter(stream.arguments[index].values())).get("position_embeddings") if family.rotates(layer) else None
@@ -114,8 +120,10 @@ def _gram(states: Tensor, precision: torch.dtype) -> Tensor:
     return (rows.mT @ rows).double()
 
 
-def _positions(length: int, num_queries: int, generator: torch.Generator) -> Tensor:
+def _positions(length: int, num_queries: int, generator: torch.Generator | None) -> Tensor:
     """Sampled query positions; the first token attends to itself alone and shows nothing."""
+    if generator is None:
+        return even_positions(length, min(num_queries, length - 1), first=1)
     order = torch.randperm(length - 1, generator=generator)[:num_queries] + 1
     return order.sort().values
 
@@ -187,8 +195,7 @@ def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, im
     logits = group_heads(C_Q, num_groups).sum(dim=1) * C_K
     if pairs:
         logits = cast(Tensor, sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2)))
-    sensitivity = cast(Tensor, sum(output_sensitivity(part, pairs=pairs) for part in parts))
-    outputs = group_heads(sensitivity, num_groups).sum(dim=1)
+    outputs = key_head_sensitivity(parts, num_groups, pairs=pairs)
     for name, lost in (("logits", logits), ("output", outputs)):
         found.append(Candidate.of(name, torch.stack([_spared(M, rank, pairs=pairs) for M in lost]), basis))
     return found

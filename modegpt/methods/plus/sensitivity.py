@@ -10,11 +10,14 @@ from torch import Tensor
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
+from modegpt.calibration.stream import HiddenStates
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
 from modegpt.methods.divergence import Departures, even_positions
+from modegpt.methods.plus.query_key import sample
+from modegpt.methods.plus.streams import Split
 from modegpt.methods.prospects import PROSPECTS
-from modegpt.models import decoder_layers, read_mlps
+from modegpt.models import decoder_layers, read_mlps, read_query_key
 
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
@@ -26,6 +29,12 @@ over all, but not on fewer than so many."""
 MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
 """So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer
 positions than that."""
+
+OUTPUT_SENSITIVITY = "query_key.M"
+"""What queries and keys are cut by where the pass does not cut them by the paper's score; no statistic of tokens."""
+
+QUERIES_PER_WINDOW = 32
+"""Positions whose attention that is taken of."""
 
 TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
@@ -73,9 +82,34 @@ def rank_costs(
 
 
 def curve_statistics(calibration: Calibration, modules: Mapping[str, frozenset[str]]) -> Iterator[Statistics]:
-    """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows."""
+    """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows.
+
+    Among them may be ``OUTPUT_SENSITIVITY``.
+    """
     some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
-    return some.statistics(frozenset().union(*modules.values()), loop="measured loss")
+    names: frozenset[str] = frozenset().union(*modules.values())
+    split = Split.of(some.tokens.ids, batch_size=some.batch_size)
+
+    def sensitivity(hidden: HiddenStates, index: int) -> Statistics:
+        layer = decoder_layers(some.model)[index]
+        states = sample(
+            some.family,
+            layer,
+            index,
+            hidden,
+            split,
+            num_windows=len(some.tokens.ids),
+            queries_per_window=QUERIES_PER_WINDOW,
+            precision=some.precision,
+            generator=None,
+        )
+        return {OUTPUT_SENSITIVITY: states.sensitivity(pairs=read_query_key(some.family, layer).rope)}
+
+    return some.statistics(
+        names - {OUTPUT_SENSITIVITY},
+        loop="measured loss",
+        beside=sensitivity if OUTPUT_SENSITIVITY in names else None,
+    )
 
 
 def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
