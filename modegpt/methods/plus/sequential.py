@@ -577,7 +577,8 @@ class LayerPass:
         """
         refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
         if local and len(start) < len(W_dense):
-            refit = held_out_refit(*(reduce(parts[held].aimed(W_dense)) for held in (False, True)), (start, start))
+            aimed = (reduce(parts[held].aimed(W_dense)) for held in (False, True))
+            refit = held_out_refit(next(aimed), next(aimed), (start, start))
         if not self.options.refit:
             return refit
         return held_out_refit(reduce(parts[False]), reduce(parts[True]), (refit.fitted, refit.W))
