@@ -20,7 +20,7 @@ from modegpt.errors import UserError
 from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, prepare_evaluation
 from modegpt.files import json_sha256
-from modegpt.methods.base import CompressionTask, Method, make_task
+from modegpt.methods.base import CompressionTask, Method, make_task, whole_model
 from modegpt.methods.registry import decides, make_method, settled
 from modegpt.methods.targets import aimed
 from modegpt.models.checkpoints import EMBEDDED, check_destination, load_tokenizer, present
@@ -91,10 +91,11 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     store = RecordStore(config.output.root)
     store.check_writable()
     wanted = str(present(config.model.device))
+    alone = "out_of_core.enabled=true" if config.out_of_core.enabled else whole_model(method)
     world = join_world(
         wanted,
-        what=f"method={config.method['name']}",
-        shared=method is not None and method.shared and not config.out_of_core.enabled,
+        what=alone or f"method={config.method['name']}",
+        shared=method is not None and method.shared and alone is None,
     )
     device = world.device(wanted)
     progress, meter = Progress(config.quiet or not world.leads, course=Course(stages(config, method))), CostMeter()

@@ -16,6 +16,18 @@ def allowed_ranks(module: ModuleBudget, cap: float) -> list[int]:
     return ranks
 
 
+def most_removed(layers: Sequence[Mapping[str, ModuleBudget]], start: RankPlan, *, cap: float) -> float:
+    """Share of all parameters that ``exchange`` can remove at most: free modules at their least allowed rank, the
+    others at those of ``start``.
+    """
+    removed = sum(
+        module.removed(allowed_ranks(module, cap)[-1] if is_free(module) else kept[name])
+        for kept, layer in zip(start.ranks, layers, strict=True)
+        for name, module in layer.items()
+    )
+    return removed / sum(module.parameters for layer in layers for module in layer.values())
+
+
 def hull(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the lower convex hull of points (x, y) with increasing x."""
     kept: list[int] = []

@@ -1,5 +1,8 @@
 """Block influence: how much a layer turns the residual stream."""
 
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -17,7 +20,8 @@ class BlockInfluence:
     """
 
     def __init__(self) -> None:
-        self.total = 0.0
+        self.totals: list[float] = []
+        """The sum of cosines of each batch."""
         self.num_tokens = 0
 
     def update(self, x_in: Tensor, x_out: Tensor) -> None:
@@ -29,14 +33,14 @@ class BlockInfluence:
         cosines = torch.cat(
             [torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300) for a, b in pairs]
         )
-        self.total += float(cosines.sum())
+        self.totals.append(float(cosines.sum()))
         self.num_tokens += cosines.numel()
 
     def value(self) -> float:
         """The influence in [0, 2]. Raises UserError when no token was seen or an activation was NaN or inf."""
         if not self.num_tokens:
             raise UserError("block influence: no calibration tokens were seen")
-        influence = 1.0 - self.total / self.num_tokens
+        influence = 1.0 - reduce(add, self.totals) / self.num_tokens
         if influence != influence:
             raise UserError("block influence: the residual stream holds NaN or inf")
         return influence

@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +11,11 @@ from modegpt.allocation.influence import BlockInfluence
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.statistics import LayerObserver, Statistics
 from modegpt.calibration.stream import HiddenStates, Storage, advance, embed
-from modegpt.calibration.world import World
+from modegpt.calibration.world import ALONE, World
 from modegpt.cost.metering import CostMeter
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.models import decoder_layers, dense_shape, family_of
 from modegpt.progress import Progress
-
-ALONE = World()
-"""One process has all the windows."""
 
 
 @dataclass
@@ -70,8 +67,12 @@ class Calibration:
         return [of_layer.value() for of_layer in influence]
 
     def embed(self) -> HiddenStates:
-        """The calibration batches in front of layer 0."""
-        return self.stored.embed(self.tokens.ids, batch_size=self.batch_size)
+        """This process's calibration batches in front of layer 0: as many as the others have, see ``World.share``."""
+        return self.stored.embed(torch.cat(self._share(even=True)), batch_size=self.batch_size)
+
+    def _share(self, *, even: bool = False) -> list[Tensor]:
+        """The batches of tokens of this process."""
+        return self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches", even=even)
 
     def block_influence(self, also: frozenset[str] = frozenset()) -> Tensor:
         """Block influence of every layer, (L,) float64.
@@ -92,22 +93,23 @@ class Calibration:
         stage: str = "statistics",
         loop: str = "statistics",
         beside: Callable[[HiddenStates, int], Statistics] | None = None,
+        only: Container[int] | None = None,
     ) -> Iterator[Statistics]:
         """Yield each layer's statistics in order, while it has its weights; the last one's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
         caller does with them layer by layer, as progress shows it. ``beside`` adds what it makes of the stream in
-        front of each layer that runs.
+        front of each layer that runs. ``only``: layers that have any; None: all.
         """
         layers = decoder_layers(self.model)
-        batches = self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches")
+        batches = self._share()
         hidden: HiddenStates | None = None
         position = 0
         for index in self.progress.track(range(self.num_layers), loop, unit="layer"):
             with self.meter.stage(stage, counted=True):
                 statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
-                missing = names - statistics.keys()
+                missing = names - statistics.keys() if only is None or index in only else frozenset()
                 if missing and hidden is None:
                     hidden = self.stored.embed(torch.cat(batches), batch_size=self.batch_size)
             with self.stored.layer(index):
@@ -144,5 +146,5 @@ class Calibration:
         with observer.watching(next(iter(hidden.arguments[index].values()))):
             advance(hidden, index, layer, observe=observer.residual)
         self.meter.forward_passes += 1 / self.num_layers
-        observer.pool(world)
+        observer.pool(world, num_batches=-(-len(self.tokens.ids) // self.batch_size))
         return observer.result()

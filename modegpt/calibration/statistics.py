@@ -285,19 +285,19 @@ class LayerObserver:
         if "layer.influence" in self.names:
             self.influence.update(x_in, x_out)
 
-    def pool(self, world: World) -> None:
-        """Make the sums those over the tokens of all processes."""
-        counts = torch.tensor(
-            [self.num_tokens, self.influence.num_tokens, self.influence.total],
-            dtype=torch.float64,
-            device=next(self.layer.parameters()).device,
+    def pool(self, world: World, *, num_batches: int) -> None:
+        """Make the sums those over the tokens of all processes, which have ``num_batches`` batches."""
+        if world.size == 1:
+            return
+        counts = torch.zeros(2 + num_batches, dtype=torch.float64)
+        counts[:2] = torch.tensor([self.num_tokens, self.influence.num_tokens])
+        counts[2:][world.rank :: world.size][: len(self.influence.totals)] = torch.tensor(
+            self.influence.totals, dtype=torch.float64
         )
+        counts = counts.to(next(self.layer.parameters()).device)
         world.pool([*(moment.sums for _, moment in sorted(self.moments.items())), counts])
-        self.num_tokens, self.influence.num_tokens, self.influence.total = (
-            int(counts[0]),
-            int(counts[1]),
-            float(counts[2]),
-        )
+        self.num_tokens, self.influence.num_tokens = map(int, counts[:2])
+        self.influence.totals = counts[2:].tolist()
 
     def result(self) -> Statistics:
         """The collected statistics, on the layer's device."""

@@ -103,7 +103,7 @@ def embed(
         return record
 
     with layers_replaced(layers, recorder):
-        for batch in tokens.split(batch_size):
+        for batch in tokens.split(batch_size) if len(tokens) else ():
             model.base_model(batch.to(model.device), use_cache=False)
     return HiddenStates(batches=batches, arguments=arguments)
 

@@ -5,14 +5,10 @@ pair ``(i, j) = (i, i + d/2)`` under RoPE, one dim otherwise. A block's share of
 """
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
-
-from modegpt.decompositions.selection import group_heads
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,6 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
         D = D.transpose(0, 1).flatten(1).double()
         M[head].addmm_(D, D.mT)
     return M
-
-
-def key_head_sensitivity(parts: Iterable[AttentionStates], num_key_heads: int, *, pairs: bool) -> Tensor:
-    """M (H_kv, b, b): ``output_sensitivity`` over ``parts``, summed over the query heads of each key head."""
-    M = cast(Tensor, sum(output_sensitivity(part, pairs=pairs) for part in parts))
-    return group_heads(M, num_key_heads).sum(dim=1)
 
 
 def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:

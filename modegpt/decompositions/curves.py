@@ -57,7 +57,7 @@ def query_key_curve(C_Q: Tensor, C_K: Tensor, *, rope: bool) -> tuple[Tensor, Te
 def attention_curve(M: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error (b + 1,) of the attention output, to first order, with 0 ... b blocks removed from every key head.
 
-    Float64. M (H_kv, b, b) of ``key_head_sensitivity``; blocks are rotary pairs, or dims. They go by backward
+    Float64. M (H_kv, b, b) of ``SampledStates.sensitivity``; blocks are rotary pairs, or dims. They go by backward
     elimination in each head, in the order (H_kv, b) that is returned too.
     """
     orders, lost = zip(*(elimination_order(of_head, len(of_head)) for of_head in M), strict=True)

@@ -34,22 +34,26 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
     singular C has. About n^3 + 2 n^2 m + 2 (n^3 - rank^3) FLOPs, float64.
     """
     K, scale, _ = equilibrate(C)
+    del C  # which may be nobody else's
     K.diagonal().add_(ridge)
     P = psd_cholesky(K).inverse()
+    del K
     scaled = scale.unsqueeze(1) * W.double()
     E = scaled @ scaled.mT
+    del scaled
 
-    num_removed = len(K) - rank
-    removed = torch.empty(num_removed, dtype=torch.long, device=K.device)
-    costs = torch.empty(num_removed, dtype=K.dtype, device=K.device)
-    channels = torch.arange(len(K), device=K.device)
+    num_removed = len(P) - rank
+    removed, costs = torch.empty(num_removed, dtype=torch.long, device=P.device), P.new_empty(num_removed)
+    channels = torch.arange(len(P), device=P.device)
     for start in range(0, num_removed, block):
         width = min(block, num_removed - start)
         steps, costs[start : start + width], alive, p, uw = _panel(P, E, width)
         removed[start : start + width] = channels[steps]
         p, uw, channels = p[:, alive], uw[:, :, alive], channels[alive]
-        P = P[alive][:, alive].addmm_(p.mT, p, alpha=-1)
-        E = E[alive][:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
+        P = P[alive]  # in two steps, so that two matrices of a kind are there at a time and not three
+        P = P[:, alive].addmm_(p.mT, p, alpha=-1)
+        E = E[alive]
+        E = E[:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
     return removed, costs
 
 
@@ -116,8 +120,8 @@ class MLPElimination(MLPVariant):
         return reduce_to_channels(weights, statistics["mlp.C"], surviving(removed, weights.inner_size))
 
     def solver_elements(self, sizes: Sizes, rank: int) -> int:
-        """P and E, what they were made of and what replaces them after a panel."""
-        return 8 * sizes.n**2 + 2 * sizes.n * sizes.d_h
+        """P and E, and what replaces one of them after a panel; before, what P is made of."""
+        return 4 * sizes.n**2 + 2 * sizes.n * sizes.d_h
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,19 @@ def upper_blocks(C: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + block, size)) for start in range(0, size, block)]
 
 
-def add_gram(C: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
-    """Add ``x^T x`` of rows x (..., rows, n) to C (..., n, n), in place.
+def add_gram(
+    C: Tensor,
+    x: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    *,
+    add: Callable[[Tensor, Tensor], object] = Tensor.add_,
+) -> None:
+    """Add ``x^T x`` of rows x (..., rows, n) to C (..., n, n), in place, by ``add``.
 
     Only ``upper_blocks`` are summed; ``mirror_blocks`` fills in the rest.
     """
     for start, stop in upper_blocks(C):
-        C[..., start:stop, start:] += product(x[..., start:stop].mT, x[..., start:])
+        add(C[..., start:stop, start:], product(x[..., start:stop].mT, x[..., start:]))
 
 
 def mirror_blocks(C: Tensor) -> Tensor:
@@ -60,7 +66,11 @@ class PSDFactor:
 
     def inverse(self) -> Tensor:
         """``C^-1`` (..., n, n). n^3 2/3 FLOPs."""
-        return torch.cholesky_inverse(self.lower) / (self.scale.unsqueeze(-1) * self.scale.unsqueeze(-2))
+        inverse = torch.cholesky_inverse(self.lower)
+        for start in range(0, inverse.shape[-1], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            inverse[..., rows, :] /= self.scale[..., rows].unsqueeze(-1) * self.scale.unsqueeze(-2)
+        return inverse
 
     def inverse_diagonal(self) -> Tensor:
         """``diag(C^-1)`` (..., n)."""
@@ -110,6 +120,7 @@ def psd_cholesky(C: Tensor) -> PSDFactor:
     diagonal. n^3/3 FLOPs a matrix.
     """
     K, scale, dead = equilibrate(C)
+    del C  # which may be nobody else's
     flat = K.reshape(-1, *K.shape[-2:])
     lower: Tensor | None = None
     pending = torch.arange(len(flat), device=flat.device)

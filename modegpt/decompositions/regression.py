@@ -37,16 +37,18 @@ class Moments:
 
         return cls(G=empty(num_features, num_features), X=empty(num_features, num_targets), energy=empty(), num_rows=0)
 
-    def updated(self, z: Tensor, t: Tensor, *, precision: torch.dtype) -> "Moments":
-        """With the rows z (rows, m) and t (rows, p) added, in place.
+    def updated(
+        self, z: Tensor, t: Tensor, *, precision: torch.dtype, add: Callable[[Tensor, Tensor], object] = Tensor.add_
+    ) -> "Moments":
+        """With the rows z (rows, m) and t (rows, p) added, in place, by ``add``.
 
         rows m (m + 2 p) FLOPs in ``precision``, and those of the diagonal blocks.
         """
         z, t = z.to(precision), t.to(precision)
-        add_gram(self.G, z)
+        add_gram(self.G, z, add=add)
         mirror_blocks(self.G)
-        self.X.add_(z.mT @ t)
-        self.energy.add_(t.double().square().sum())
+        add(self.X, z.mT @ t)
+        add(self.energy, t.double().square().sum())
         return replace(self, num_rows=self.num_rows + len(z))
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -79,10 +81,13 @@ def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tens
     _, scale, _ = equilibrate(moments.G)
     missing = moments.X - moments.G @ W_0
 
-    def solve(ridge: float) -> tuple[Tensor, dict[str, Any]]:
+    def ridged(ridge: float) -> Tensor:
         G = moments.G.clone()
         G.diagonal().add_(ridge * scale**2)
-        factor = psd_cholesky(G)
+        return G
+
+    def solve(ridge: float) -> tuple[Tensor, dict[str, Any]]:
+        factor = psd_cholesky(ridged(ridge))
         return W_0 + factor.solve(missing), factor.numerics
 
     return solve

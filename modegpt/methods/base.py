@@ -301,6 +301,11 @@ class LayerByLayer(RankMethod):
         raise NotImplementedError
 
 
+def whole_model(method: Method | None) -> str | None:
+    """The option of ``method``, if there is one, that needs the whole model at once, in one process."""
+    return method.whole_model if isinstance(method, LayerByLayer) else None
+
+
 def make_task(
     method: Method,
     model: PreTrainedModel,

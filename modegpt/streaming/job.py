@@ -17,7 +17,7 @@ from modegpt.evaluation.begun import Begun
 from modegpt.evaluation.evaluate import PreparedEvaluation, evaluate
 from modegpt.evaluation.spec import EvaluationSpec
 from modegpt.files import json_sha256
-from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer, Method
+from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer, Method, whole_model
 from modegpt.models.checkpoints import publish, write_card
 from modegpt.progress import Progress
 from modegpt.streaming.compress import StreamedCompression
@@ -153,10 +153,8 @@ def check_streams(method: Method | None, *, name: str, save_model: str | None, e
             f"method={name} needs the whole model in memory; "
             "out_of_core.enabled=true goes with method=modegpt, modegpt_plus, random or magnitude"
         )
-    if isinstance(method, LayerByLayer) and method.whole_model:
-        raise UserError(
-            f"{method.whole_model} needs the whole model in memory: leave it out with out_of_core.enabled=true"
-        )
+    if whole := whole_model(method):
+        raise UserError(f"{whole} needs the whole model in memory: leave it out with out_of_core.enabled=true")
     if save_model is None:
         raise UserError(
             "out of core the compressed model exists only on disk: say where with output.save_model=DIRECTORY (or auto)"

@@ -144,8 +144,9 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
 
     streams: the residual stream of the compressed model, what is seen of every batch in one layer, and the changed
     models of the allocation or those of the temperature. copies: the weights that are aligned and reduced. sums: of the
-    largest solve, for both parts of the windows and together; those of all experts are made at once. states: of the
-    attention on the windows that the query-key selection looks at. logits: of the predictions that are compared.
+    largest solve, for both parts of the windows; those of all experts are made at once, and one of them at a time is
+    filled up. states: of the attention on the windows that the query-key selection looks at. logits: of the predictions
+    that are compared.
     """
     ids, batch_size, itemsize = task.calibration.tokens.ids, task.calibration.batch_size, task.model.dtype.itemsize
     num_samples, length = ids.shape
@@ -164,7 +165,7 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     return {
         "streams": seen * length * of_token + max(measured.numel() * models, 2 * compared) * sizes.d_h * FLOAT32,
         "copies": 2 * sum(each.numel() for each in decoder_layers(task.model)[0].parameters()) * itemsize,
-        "sums": (2 * experts + 1) * FLOAT64 * m * (m + sizes.d_h),
+        "sums": (2 * experts + (3 if experts > 1 else 0)) * FLOAT64 * m * (m + sizes.d_h),
         "states": windows * length * (2 * sizes.H + sizes.H_kv) * sizes.d * itemsize + 6 * FLOAT32 * attended,
         "logits": max(
             (2 * FLOAT32 + FLOAT64) * predictions * vocabulary,
@@ -176,8 +177,11 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
 def solver_bytes(method: LayerByLayer, task: CompressionTask, sizes: Sizes) -> int:
     """What the greediest of the decompositions holds, at the largest MLP width that may be kept."""
     widest = sizes.n
-    if isinstance(method, MoDeGPTPlus):  # the elimination, or a refit that tries ridges on what is kept
-        return FLOAT64 * max(8 * sizes.n**2 + 2 * sizes.n * sizes.d_h, 7 * widest**2 + 8 * widest * sizes.d_h)
+    if isinstance(method, MoDeGPTPlus):
+        # more than the elimination: a refit of all features, its sums a part and together, and two or three matrices of
+        # a factorisation
+        m = max(widest, sizes.H * sizes.d) + 1
+        return FLOAT64 * (6 * m**2 + 8 * m * sizes.d_h)
     assert isinstance(method, MoDeGPT)
     if not method.allocation.needs_influence:
         widest = max(ranks["mlp"] for ranks in method.plan(task, None).ranks)

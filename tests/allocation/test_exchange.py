@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from modegpt.allocation.exchange import allowed_ranks, exchange, hull
+from modegpt.allocation.exchange import allowed_ranks, exchange, hull, most_removed
 from modegpt.allocation.ranks import ModuleBudget, RankPlan, integer_ranks, removed_parameters
 
 MLP, QK = (
@@ -45,6 +45,14 @@ def test_budget_is_exact_and_cost_near_the_best(sparsity: float) -> None:
     # single units cannot split the last step of the hull; the quadratic's cost of one unit bounds the difference
     assert total_cost(plan.ranks) <= min(reachable) + 25
     assert total_cost(plan.ranks) <= total_cost(start.ranks) + 1e-9
+
+
+@pytest.mark.parametrize("cap", [0.3, 0.5])
+def test_the_most_that_can_be_removed_is_known(cap: float) -> None:
+    layers = [*LAYERS, {"mlp": ModuleBudget(8, 1, 3, frozen=True), "query_key": ModuleBudget(6, 2, 4, sparsity=0.4)}]
+    start = integer_ranks([0.6] * 3, layers)
+    most = most_removed(layers, start, cap=cap)
+    assert exchange([*COSTS, {}], layers, start, cap=cap).achieved == most < start.target
 
 
 def test_frozen_and_overridden_modules_keep_their_ranks() -> None:

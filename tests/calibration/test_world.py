@@ -23,20 +23,11 @@ from modegpt.methods.base import CompressionTask
 from modegpt.methods.modegpt import MoDeGPT
 from tests.methods.task_of import task_of
 from tests.models.family_table import dense_model, statistics_of
-from tests.processes import CLEAN, STUCK_SECONDS, ended_well
+from tests.processes import STUCK_SECONDS, joined, together
 
 NAMES = frozenset({"mlp.C", "mlp.mean", "query_key.C_Q", "value_output.G", "layer.influence"})
 PATIENT = f"read_timeout={STUCK_SECONDS},join_timeout={STUCK_SECONDS},keep_alive_max_attempt={STUCK_SECONDS}"
 """A busy machine may take longer than torchrun's own clocks allow."""
-
-
-def joined(rank: int, size: int, port: int) -> World:
-    """A process as torchrun starts it, among the others."""
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(size)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    return join_world("cpu")
 
 
 def work(rank: int, port: int, folder: Path) -> None:
@@ -58,8 +49,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 
 def test_pooled_statistics_are_those_of_one_process(tmp_path: Path) -> None:
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ended_well([CLEAN.Process(target=work, args=(rank, store.port, tmp_path)) for rank in range(2)])
+    together(2, work, tmp_path)
     calibration = task_of(dense_model("llama"), 0.0).calibration
     alone = list(calibration.statistics(NAMES))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -70,6 +60,7 @@ def test_pooled_statistics_are_those_of_one_process(tmp_path: Path) -> None:
         for name in NAMES:
             assert torch.equal(one[name], other[name])
             assert float((one[name] - whole[name]).norm()) <= 1e-12 * float(whole[name].norm())
+        assert torch.equal(one["layer.influence"], whole["layer.influence"]), "summed in the order of one process"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -114,12 +105,31 @@ def divide(rank: int, port: int, folder: Path) -> None:
             found[name] = (list(reduced), compressed.model.state_dict(), compressed.layers)
             reduced.clear()
         patch.undo()
+    found["summed"] = summed(world, 9)
     try:
         world.divided([partial(fail, number) for number in range(5)], "cpu")
     except UserError as error:
         found["failed"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
     world.leave()
+
+
+def summed(world: World, num_batches: int) -> list[Tensor]:
+    """Of numbers, rows and matrices of several batches: their sums, and all of them in order."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((), (2,), (7, 3))]
+        for _ in range(num_batches)
+    ]
+    totals = [torch.zeros_like(tensor) for tensor in batches[0]]
+    mine = world.share(batches, "batches", even=True)
+    for place, batch in enumerate(mine):
+        counts = world.rank + place * world.size < num_batches
+        for total, tensor in zip(totals, batch, strict=True):
+            world.add(total, tensor if counts else torch.zeros_like(tensor))
+    world.pool(totals)
+    numbers = world.in_order([number for number, *_ in world.share(batches, "batches")], "cpu")
+    return [*totals, torch.stack(list(numbers))]
 
 
 def paper() -> MoDeGPT:
@@ -133,12 +143,13 @@ def fail(number: int) -> int:
 
 
 def test_layers_are_divided_among_processes_to_the_same_bits(tmp_path: Path) -> None:
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ended_well([CLEAN.Process(target=divide, args=(rank, store.port, tmp_path)) for rank in range(3)])
+    together(3, divide, tmp_path)
     processes = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
     assert [found["divided"][0] for found in processes] == [[0, 3], [1], [2]]
     assert all(found[name][0] == [0, 1, 2, 3] for found in processes for name in ("repeated", "drawn"))
     assert {found["failed"] for found in processes} == {"job 1 failed"}, "every process says so"
+    for found in processes:
+        assert all(map(torch.equal, found["summed"], summed(World(), 9))), "in the order of one process"
     _, weights, layers = processes[0]["repeated"]
     for found in processes:
         for name in ("divided", "repeated"):

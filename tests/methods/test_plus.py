@@ -20,6 +20,7 @@ from modegpt.methods.plus.sensitivity import SMALLEST, expected
 from modegpt.methods.plus.streams import Split
 from modegpt.models import block_linear_parameters, decoder_layers, family_of, layer_shapes, read_query_key
 from modegpt.models.modeling_modegpt import Experts
+from modegpt.progress import Progress
 from tests.methods.protocol_checks import (
     achieved_sparsity,
     check_compression,
@@ -349,6 +350,22 @@ def test_ranks_follow_the_measured_costs_but_for_what_the_options_fix() -> None:
     assert all(ranks["query_key"] == 4 and ranks["mlp"] % 8 == 0 for ranks in own.ranks)
     uniform = MoDeGPTPlus(allocation="uniform").plan(task, costs=None)
     assert len({tuple(ranks.values()) for ranks in uniform.ranks}) <= 2, "each layer alike"
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_a_target_that_no_allocation_meets_is_said_before_the_start(
+    sparsity: float, capsys: pytest.CaptureFixture
+) -> None:
+    task = task_of(dense_model("llama"), sparsity)
+    task.calibration.progress = Progress(quiet=False)
+    capped = MoDeGPTPlus(cap=0.5)
+    capped.check(task)
+    said = "".join(capsys.readouterr())
+    achieved = f"{capped.compress(task).details['planned_sparsity']:.2%} of the block-linear weights removed"
+    warning = f"warning: with method.cap=0.5, the target is missed: {achieved}, {100 * sparsity:g} % asked"
+    assert (warning in said) == (sparsity > 0.5)
+    MoDeGPTPlus(cap=0.5, allocation="uniform").check(task)
+    assert "cap" not in "".join(capsys.readouterr())
 
 
 def test_heads_with_norms_lose_pairs_and_their_norms_are_fitted_on_the_compressed_stream() -> None:

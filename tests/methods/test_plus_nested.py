@@ -2,6 +2,7 @@
 closed-form optimum for its dims.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,9 @@ def test_a_checkpoint_of_an_older_version_is_cut_as_ever(tmp_path: Path) -> None
     assert main([str(tmp_path / "whole"), "0.3", str(tmp_path / "cut")]) == 0
     layers, costs, options = read_orders(tmp_path / "whole" / FILE)
     older = options | {"query_key": "rescaled", "centred": True, "fisher": [], "bias": "added"}
-    write_orders(tmp_path / "whole" / FILE, layers=layers, costs=costs, method=older)
-    assert main([str(tmp_path / "whole"), "0.3", str(tmp_path / "again")]) == 0
+    files = {FILE: partial(write_orders, layers=layers, costs=costs, method=older)}
+    save_checkpoint(whole.model, tokenizer(), tmp_path / "older", {}, files=files)
+    assert main([str(tmp_path / "older"), "0.3", str(tmp_path / "again")]) == 0
     cut_then, cut_now = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "cut"))
     assert cut_then == cut_now
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modegpt.allocation.engines import ENGINES
-from modegpt.allocation.exchange import exchange
+from modegpt.allocation.exchange import exchange, most_removed
 from modegpt.allocation.policies import Entropic, Uniform
-from modegpt.allocation.ranks import RankPlan
+from modegpt.allocation.ranks import RankPlan, missed_target
 from modegpt.calibration.stream import HiddenStates
 from modegpt.cost.work import forward_cost
 from modegpt.decompositions.cr import QueryKeyCR
@@ -60,6 +60,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     """
 
     name: ClassVar[str] = "modegpt_plus"
+    shared: ClassVar[bool] = True
     experts: ClassVar[bool] = True
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
@@ -84,6 +85,10 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         if ENGINES[self.engine].one_width and self.allocation == "loss":
             raise UserError(f"engine={self.engine} gives all layers one width: it needs method.allocation=uniform")
         self.faithful().check(task)
+        if self.allocation == "loss":
+            most = most_removed(self.faithful().budgets(task), self.faithful().even_plan(task), cap=self.cap)
+            if most < task.sparsity and (missed := missed_target(most, task.sparsity)):
+                task.calibration.progress.say(f"warning: with method.cap={self.cap:g}, {missed}")
 
     def foresee(self, task: CompressionTask, influence: Sequence[float]) -> list[str]:
         """Warn of what the allocation makes of the influence."""
@@ -120,7 +125,12 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         calibration, generator, compared = task.calibration, task.generator(), None
         if self.temperature and begun.plan.achieved > 0 and task.family.final_norm(task.model) is not None:
             with calibration.meter.stage("temperature", counted=True):
-                compared = Compared.of(calibration.stored, calibration.tokens.ids, batch_size=calibration.batch_size)
+                compared = Compared.of(
+                    calibration.stored,
+                    calibration.tokens.ids,
+                    batch_size=calibration.batch_size,
+                    world=calibration.world,
+                )
         done = SequentialPass.start(
             calibration,
             self,

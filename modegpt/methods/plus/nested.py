@@ -75,7 +75,7 @@ def nest(family: Family, layer: nn.Module, statistics: Statistics, states: Sampl
     norms: dict[str, Tensor] = {}
     if states is not None:
         rope = read_query_key(family, layer).rope
-        lost, order = attention_curve(states.sensitivity(pairs=rope))
+        lost, order = attention_curve(states.sensitivity((*states.fit, *states.held), pairs=rope))
         lost, blocks = lost[1:], order.flip(1)
         block_errors = (lost / lost[-1].clamp(min=1e-300)).flip(0).float()
         norms = {name.removeprefix("query_key."): N.float() for name, N in states.norms.items()}

@@ -1,6 +1,7 @@
 """Query-key selection for the compressed stream: several candidates, the best on held-out windows for each key head."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from modegpt.calibration.statistics import rotate
 from modegpt.calibration.stream import HiddenStates
-from modegpt.decompositions.attention import AttentionStates, elimination_order, key_head_sensitivity
+from modegpt.calibration.world import ALONE, World
+from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
 from modegpt.decompositions.elimination import surviving
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
@@ -36,7 +38,8 @@ class SampledStates:
     Args:
         C_Q, C_K: Gram matrices (H, d, d) and (H_kv, d, d).
         norms: the statistics that head norms are fitted on, where the family has these.
-        fit, held: attention states of some queries, to select on and to check with.
+        fit, held: attention states of some queries, to select on and to check with, of this process's batches.
+        world: the processes that share them.
     """
 
     C_Q: Tensor
@@ -44,10 +47,12 @@ class SampledStates:
     fit: list[AttentionStates]
     held: list[AttentionStates]
     norms: dict[str, Tensor] = field(default_factory=dict)
+    world: World = ALONE
 
-    def sensitivity(self, *, pairs: bool) -> Tensor:
-        """M (H_kv, b, b) of all sampled queries."""
-        return key_head_sensitivity((*self.fit, *self.held), len(self.C_K), pairs=pairs)
+    def sensitivity(self, parts: Iterable[AttentionStates], *, pairs: bool) -> Tensor:
+        """M (H_kv, b, b): ``output_sensitivity`` over ``parts`` of all processes, summed over the heads of a group."""
+        of_each = self.world.in_order((output_sensitivity(part, pairs=pairs) for part in parts), self.C_K.device)
+        return group_heads(cast(Tensor, sum(of_each)), len(self.C_K)).sum(dim=1)
 
 
 def sample(
@@ -80,8 +85,13 @@ def sample(
     metric = psd_cholesky(W_O @ W_O.mT).root()
     sums: dict[str, Tensor] = {}
     states: tuple[list[AttentionStates], list[AttentionStates]] = ([], [])
-    left = [num_windows] * 2
-    for seen in itertools.islice(observe(layer, index, stream, taps, stop=True), split.batches_with(num_windows)):
+    first, world, nothing = split.first(num_windows), split.world, (torch.empty(0, dtype=torch.long),) * 2
+    # for the batches of all processes, so that all go on drawing the same
+    drawn = [_positions(split.held[0].shape[1], queries_per_window, generator) for _ in first]
+    turns = list(zip(first, drawn, strict=True))[world.rank :: world.size]
+    for seen in itertools.islice(observe(layer, index, stream, taps, stop=True), -(-len(first) // world.size)):
+        counts = seen.batch < len(turns)
+        windows_of, positions = turns[seen.batch] if counts else (nothing, drawn[0])
         q, k, v = (seen.seen[name].unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
         shares = (
             {} if norm_Q is None or norm_K is None else {"N_Q": norm_shares(q, norm_Q), "N_K": norm_shares(k, norm_K)}
@@ -93,25 +103,25 @@ def sample(
             "C_K": _gram(k, precision),
             **{name: _gram(states, torch.float64) for name, states in shares.items()},
         }
-        sums = {name: value + sums[name] if sums else value for name, value in of_batch.items()}
+        for name, value in of_batch.items():
+            total = sums.setdefault(name, torch.zeros_like(value))
+            world.add(total, value if counts else torch.zeros_like(value))
         v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2) @ metric.to(v.dtype)
-        positions = _positions(q.shape[1], queries_per_window, generator)
         bias = _attention_bias(stream.layer_arguments(index, seen.x).get("attention_mask"), seen.x, positions)
-        for held in (False, True):
-            windows = split.windows(seen.batch, held=held)[: left[held]].to(q.device)
-            if len(windows):
-                left[held] -= len(windows)
+        for part, windows in zip(states, (windows.to(q.device) for windows in windows_of), strict=True):
+            if len(windows) or world.size > 1:
                 queries = q[windows][:, positions.to(q.device)].transpose(1, 2) * attention.scaling
                 own_bias = bias if len(bias) == 1 else bias[windows]
                 own_shares = {}
                 if shares:
                     shares_Q = shares["N_Q"][windows][:, positions.to(q.device)].transpose(1, 2)
                     own_shares = {"shares_Q": shares_Q, "shares_K": shares["N_K"][windows].transpose(1, 2)}
-                states[held].append(
+                part.append(
                     AttentionStates(q=queries, k=k[windows].transpose(1, 2), v=v[windows], bias=own_bias, **own_shares)
                 )
+    world.pool([sums[name] for name in sorted(sums)])
     norms = {f"query_key.{name}": sums.pop(name) for name in ("N_Q", "N_K") if name in sums}
-    return SampledStates(**sums, fit=states[False], held=states[True], norms=norms)
+    return SampledStates(**sums, fit=states[False], held=states[True], norms=norms, world=world)
 
 
 def _gram(states: Tensor, precision: torch.dtype) -> Tensor:
@@ -195,7 +205,7 @@ def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, im
     logits = group_heads(C_Q, num_groups).sum(dim=1) * C_K
     if pairs:
         logits = cast(Tensor, sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2)))
-    outputs = key_head_sensitivity(parts, num_groups, pairs=pairs)
+    outputs = states.sensitivity(parts, pairs=pairs)
     for name, lost in (("logits", logits), ("output", outputs)):
         found.append(Candidate.of(name, torch.stack([_spared(M, rank, pairs=pairs) for M in lost]), basis))
     return found
@@ -224,15 +234,21 @@ def choose(weights: QueryKeyWeights, found: list[Candidate], states: SampledStat
     num_groups = len(weights.W_K)
     errors, energy = torch.zeros(len(found), num_groups, dtype=torch.float64, device=weights.W_K.device), 0.0
     factors = [_norm_factors(weights, candidate.kept, states.norms) for candidate in found]
-    for part in states.held:
-        dense = part.output()
-        energy += float(dense.double().square().sum())
+
+    def lost(part: AttentionStates) -> tuple[Tensor, float]:
+        """By candidate and key head, and of how much."""
+        dense, lost = part.output(), torch.zeros_like(errors)
         for c, candidate in enumerate(found):
             T_Q, T_K = (T.to(part.q.dtype) for T in (candidate.T_Q, candidate.T_K))
             estimate = factors[c]
             seen = part if estimate is None else part.estimated(*estimate)
-            lost = (seen.output(T_Q, T_K) - dense).double().square().sum(dim=(0, 2, 3))
-            errors[c] += group_heads(lost, num_groups).sum(dim=1)
+            of_heads = (seen.output(T_Q, T_K) - dense).double().square().sum(dim=(0, 2, 3))
+            lost[c] = group_heads(of_heads, num_groups).sum(dim=1)
+        return lost, float(dense.double().square().sum())
+
+    for of_part, energy_of_part in states.world.in_order(map(lost, states.held), errors.device):
+        errors += of_part
+        energy += energy_of_part
     best = errors.argmin(dim=0)
     group_size = len(weights.W_Q) // num_groups
     pick = best.repeat_interleave(group_size)

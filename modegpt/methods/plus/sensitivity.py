@@ -1,7 +1,7 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.stream import HiddenStates
+from modegpt.calibration.world import ALONE
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
 from modegpt.methods.divergence import Departures, even_positions
@@ -54,15 +55,16 @@ def rank_costs(
     from the dense model's predictions is measured, in float32 whatever the model's dtype; ``expected`` carries it to
     all ranks. One statistics pass over a quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``),
     and ``3 L^2 / 2`` layer passes a share over ``measured_windows``, for which each layer is needed once; no evaluation
-    data, no gradient.
+    data, no gradient. Several processes take the changes of layers by turns, and the windows whole.
     """
-    model, ids = calibration.model, calibration.tokens.ids
+    model, ids, world = calibration.model, calibration.tokens.ids, calibration.world
     layers = decoder_layers(model)
+    own = range(len(layers))[world.rank :: world.size]
     measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
     departures = Departures.of(calibration.stored, measured, batch_size=calibration.batch_size)
     curves: Costs = []
-    for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules), strict=True)):
-        wanted = () if index in skip_layers else modules
+    for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules, own), strict=True)):
+        wanted = () if index in skip_layers or index not in own else modules
         prospects = {module: PROSPECTS[module](calibration.family, layer, statistics) for module in wanted}
         changes = (
             ((index, module, removed), prospect.map(removed))
@@ -70,23 +72,27 @@ def rank_costs(
             for removed in sorted({prospect.removed(share) for share in shares})
         )
         departures.advance(index, layer, changes)
-        curves.append({module: prospect.curve for module, prospect in prospects.items()})
+        if index in own:
+            curves.append({module: prospect.curve for module, prospect in prospects.items()})
     positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
     points: dict[tuple[int, str], dict[int, float]] = {}
     for (index, module, removed), divergence in departures.divergences(positions).items():
         points.setdefault((index, module), {})[removed] = divergence
-    return [
+    costs = [
         {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
-        for index, of_layer in enumerate(curves)
+        for index, of_layer in zip(own, curves, strict=True)
     ]
+    return list(world.in_order(costs, model.device))
 
 
-def curve_statistics(calibration: Calibration, modules: Mapping[str, frozenset[str]]) -> Iterator[Statistics]:
+def curve_statistics(
+    calibration: Calibration, modules: Mapping[str, frozenset[str]], only: Container[int] | None = None
+) -> Iterator[Statistics]:
     """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows.
 
-    Among them may be ``OUTPUT_SENSITIVITY``.
+    Among them may be ``OUTPUT_SENSITIVITY``. ``only``: layers that have any; None: all.
     """
-    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None)
+    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None, world=ALONE)
     names: frozenset[str] = frozenset().union(*modules.values())
     split = Split.of(some.tokens.ids, batch_size=some.batch_size)
 
@@ -103,11 +109,16 @@ def curve_statistics(calibration: Calibration, modules: Mapping[str, frozenset[s
             precision=some.precision,
             generator=None,
         )
-        return {OUTPUT_SENSITIVITY: states.sensitivity(pairs=read_query_key(some.family, layer).rope)}
+        return {
+            OUTPUT_SENSITIVITY: states.sensitivity(
+                (*states.fit, *states.held), pairs=read_query_key(some.family, layer).rope
+            )
+        }
 
     return some.statistics(
         names - {OUTPUT_SENSITIVITY},
         loop="measured loss",
+        only=only,
         beside=sensitivity if OUTPUT_SENSITIVITY in names else None,
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -79,7 +80,7 @@ class SequentialPass:
             options,
             dense=calibration.embed(),
             compressed=calibration.embed(),
-            split=Split.of(calibration.tokens.ids, batch_size=calibration.batch_size),
+            split=Split.of(calibration.tokens.ids, batch_size=calibration.batch_size, world=calibration.world),
             generator=generator,
             skip_layers=skip_layers,
             compared=compared,
@@ -329,6 +330,7 @@ class LayerPass:
         given = None if attention is None else (self.family.attention(layer), attention)
         for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
             sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
+        sums.pool()
         identity = torch.eye(size, dtype=torch.float64, device=sums.parts[False].G.device)
         refit = held_out_refit(sums.parts[False], sums.parts[True], (identity, identity))
         self.alignment[name] = refit.report()
@@ -377,15 +379,18 @@ class LayerPass:
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
         sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1])
-        G, read = None, self.stored.batches()
+        world, G, read = self.walk.calibration.world, None, self.stored.batches()
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
             t = targets.attention[seen.batch]
             sums.update(seen.batch, z, t if folded is None else t - folded, constant=bool(constant))
             read.append(z)
             if "values" in taps:
-                of_batch = self._value_gram(seen.seen["values"], weights)
-                G = of_batch if G is None else G + of_batch
+                G = weights.W_V.new_zeros(num_groups, d, d, dtype=torch.float64) if G is None else G
+                world.add(G, self._value_gram(self.walk.split.counting(seen.batch, seen.seen["values"]), weights))
+        sums.pool()
+        if G is not None:
+            world.pool([G])
         solution = self._solve_value_output(sums, weights, rank, constant=constant, G=G)
         (P, P_all, factor), W = solution.kept, solution.refit.W
         W_V, B = balance(weights.W_V.double() @ P, W[: num_heads * rank].unflatten(0, (num_groups, -1, rank)))
@@ -448,6 +453,7 @@ class LayerPass:
             t = self._mlp_target(seen, targets, attention)
             t = t if weights.b_D is None else t - weights.b_D
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
+        sums.pool()
         solution = self._solve_mlp(sums.parts, weights, rank, constant=constant)
         kept, W = solution.kept, solution.refit.W
         b_D = self._with_constant(weights.b_D, W, constant)
@@ -473,20 +479,25 @@ class LayerPass:
         weights = cast(ExpertWeights, read_mlps(self.family, self.layer)).experts
         of_each = [self._sums(len(each.W_D), each.W_D.shape[1]) for each in weights]
         taps: dict[str, Tap] = {side: (experts, side) for side in ARGUMENTS}
-        given = (self.family.attention(self.layer), attention)
-        for seen in observe(self.layer, self.index, self.stream, taps, stop=True, attention=given):
+        returned = (self.family.attention(self.layer), attention)
+        for seen in observe(self.layer, self.index, self.stream, taps, stop=True, attention=returned):
             x, chosen, shares = (seen.seen[side].flatten(0, 1) for side in ARGUMENTS)
-            lacking, routed = self._mlp_target(seen, targets, attention).flatten(0, 1), []
-            for index, token, share in experts.routed(chosen, shares):
+            lacking, given = self._mlp_target(seen, targets, attention).flatten(0, 1), []
+            routed = {index: of_one for index, *of_one in experts.routed(chosen, shares)}
+            for index, expert in enumerate(weights):
+                token, share = routed.get(index, (chosen.new_zeros(0), shares.new_zeros(0, 1)))
                 with forward(), torch.no_grad():
                     h = experts[index].hidden(x[token], share)
-                    added = h @ weights[index].W_D
+                    added = h @ expert.W_D
                 lacking = lacking.index_add(0, token, added, alpha=-1)
-                routed.append((index, token, share, h, added))
+                given.append((token, share, h, added))
             lacking = lacking / shares.sum(dim=-1, keepdim=True)
-            for index, token, share, h, added in routed:
-                of_each[index].update(seen.batch, h, added + share * lacking[token], tokens=token)
-        solved = [self._solve_expert(sums, each, rank) for sums, each in zip(of_each, weights, strict=True)]
+            for sums, (token, share, h, added) in zip(of_each, given, strict=True):
+                sums.update(seen.batch, h, added + share * lacking[token], tokens=token)
+        for sums in of_each:
+            sums.pool()
+        jobs = (partial(self._solve_expert, sums, each, rank) for sums, each in zip(of_each, weights, strict=True))
+        solved = self.walk.calibration.world.divided(jobs, x.device)
         reduced = [
             keep_mlp(each, solution.kept, W_D=solution.refit.W) for each, solution in zip(weights, solved, strict=True)
         ]
@@ -510,18 +521,15 @@ class LayerPass:
     def _solve_mlp(self, parts: Parts, weights: MLPWeights, rank: int, *, constant: int) -> Solution:
         """Channels to keep, and W_D for them."""
         n, d_h = weights.W_D.shape
-        C = (parts[False] + parts[True]).G[:n, :n]
+        C = [parts[False].G[:n, :n] + parts[True].G[:n, :n]]  # which goes with its last reader
         if self.options.mlp == "elimination":
-            removed, _ = eliminate(C, weights.W_D, rank, ridge=1e-6, block=128)
+            removed, _ = eliminate(C.pop(), weights.W_D, rank, ridge=1e-6, block=128)
             kept = surviving(removed, n)
         else:
-            kept = largest(ridge_leverage(C, 1e-2), rank)
+            kept = largest(ridge_leverage(C.pop(), 1e-2), rank)
         S = torch.cat([kept, torch.arange(n, n + constant, device=kept.device)])
         W_dense = torch.cat([weights.W_D.double(), weights.W_D.new_zeros(constant, d_h).double()])
-
-        def reduce(moments: Moments) -> Moments:
-            return moments.kept(S)
-
+        reduce = partial(Moments.kept, S=S)
         return Solution(kept, reduce, self._solve(parts, W_dense, W_dense[S], reduce, local=True))
 
     # 4. and 6.: the output solves
@@ -569,8 +577,8 @@ class LayerPass:
         """
         refit = Refit(start, start, float("inf"), (0.0, 0.0), {})
         if local and len(start) < len(W_dense):
-            fit, held = (reduce(parts[held].aimed(W_dense)) for held in (False, True))
-            refit = held_out_refit(fit, held, (start, start))
+            aimed = (reduce(parts[held].aimed(W_dense)) for held in (False, True))
+            refit = held_out_refit(next(aimed), next(aimed), (start, start))
         if not self.options.refit:
             return refit
         return held_out_refit(reduce(parts[False]), reduce(parts[True]), (refit.fitted, refit.W))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modegpt.calibration.stream import HiddenStates
+from modegpt.calibration.world import ALONE, World
 from modegpt.cost.work import Alike
 
 HELD_OUT_EVERY = 4
@@ -101,43 +102,65 @@ def _tapped(taps: Mapping[str, Tap], seen: dict[str, Tensor], stop: bool) -> Ite
 
 @dataclass(frozen=True)
 class Split:
-    """Which calibration tokens are held out: whole windows, or the end of the only one."""
+    """Which calibration tokens are held out: whole windows, or the end of the only one.
+
+    Args:
+        held: one mask (batch, sequence) a batch, of all processes.
+        world: these processes, which have the batches by turns; each goes by the numbers of its own.
+    """
 
     held: list[Tensor]
-    """One mask (batch, sequence) a batch."""
+    world: World = ALONE
 
     @classmethod
-    def of(cls, ids: Tensor, *, batch_size: int) -> "Split":
+    def of(cls, ids: Tensor, *, batch_size: int, world: World = ALONE) -> "Split":
         """Every ``HELD_OUT_EVERY``-th window of ``ids`` (windows, length) is held out."""
         held = torch.zeros(ids.shape, dtype=torch.bool)
         if len(ids) > 1:
             held[min(HELD_OUT_EVERY, len(ids)) - 1 :: HELD_OUT_EVERY] = True
         else:
             held[:, -(-ids.shape[1] * (HELD_OUT_EVERY - 1) // HELD_OUT_EVERY) :] = True
-        return cls(list(held.split(batch_size)))
+        return cls(list(held.split(batch_size)), world)
+
+    def number(self, batch: int) -> int | None:
+        """Of all batches, which this process's is; None for one that is there for evenness and counts for nothing."""
+        number = self.world.rank + batch * self.world.size
+        return number if number < len(self.held) else None
+
+    def counting(self, batch: int, rows: Tensor) -> Tensor:
+        """``rows`` (batch, ...), or none of them where the batch counts for nothing."""
+        return rows[:0] if self.number(batch) is None else rows
 
     def parts(
         self, batch: int, *rows: Tensor, tokens: Tensor | None = None
     ) -> Iterator[tuple[bool, tuple[Tensor, ...]]]:
         """For both parts, whether it is held out, and its (rows, features) of (batch, sequence, features) tensors.
 
-        tokens: where in the batch the rows of (t, features) tensors are from, (t,), if these are not of all tokens.
+        A part without rows is left out, unless other processes may have some. tokens: where in the batch the rows of
+        (t, features) tensors are from, (t,), if these are not of all tokens.
         """
-        held = self.held[batch]
+        number = self.number(batch)
+        held = self.held[number or 0]
         if tokens is not None:
             held = held.flatten()[tokens.to(held.device)]
         elif (held.all(dim=1) == held.any(dim=1)).all():
             held = held[:, 0]  # whole windows, which copy faster than rows
         for part in (False, True):
-            index = (held == part).to(rows[0].device)
-            if index.any():
+            index = ((held == part) & (number is not None)).to(rows[0].device)
+            if self.world.size > 1 or index.any():
                 yield part, tuple(tensor[index].reshape(-1, tensor.shape[-1]) for tensor in rows)
 
-    def windows(self, batch: int, *, held: bool) -> Tensor:
-        """Windows of the batch with tokens in one part; the only window, which both parts share, is in either."""
-        return (self.held[batch] == held).any(dim=1).nonzero().squeeze(1)
+    def first(self, num_windows: int) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch, of all processes, until there are ``num_windows`` windows to fit on: these, and those held
+        out, at most as many.
 
-    def batches_with(self, num_windows: int) -> int:
-        """How many batches, from the first, have ``num_windows`` windows to fit on; all where there are fewer."""
-        fitted = torch.tensor([len(self.windows(batch, held=False)) for batch in range(len(self.held))]).cumsum(0)
-        return min(int((fitted < num_windows).sum()) + 1, len(self.held))
+        The only window, which both parts share, is in either.
+        """
+        left, found = [num_windows] * 2, []
+        for held in self.held:
+            fit, check = ((held == part).any(dim=1).nonzero().squeeze(1)[: left[part]] for part in (False, True))
+            found.append((fit, check))
+            left = [left[False] - len(fit), left[True] - len(check)]
+            if not left[False]:
+                break
+        return found

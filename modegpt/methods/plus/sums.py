@@ -1,7 +1,7 @@
 """The sums over calibration tokens that a module's output solve is made of, and what it gives."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,14 @@ class Sums:
         if constant:
             z = torch.cat([z, z.new_ones(*z.shape[:2], 1)], dim=-1)
         for held, rows in self.split.parts(batch, z, t, tokens=tokens):
-            self.parts[held] = self.parts[held].updated(*rows, precision=self.precision)
+            self.parts[held] = self.parts[held].updated(*rows, precision=self.precision, add=self.split.world.add)
+
+    def pool(self) -> None:
+        """Bring the moments of all processes together; all batches are in."""
+        for held, part in self.parts.items():
+            num_rows = part.energy.new_tensor(part.num_rows)
+            self.split.world.pool([part.G, part.X, part.energy, num_rows])
+            self.parts[held] = replace(part, num_rows=int(num_rows))
 
     @property
     def whole(self) -> Moments:
