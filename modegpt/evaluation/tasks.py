@@ -247,11 +247,24 @@ def _other_tasks(name: str, data_path: str | None) -> dict[str, Any]:
         raise
     except (ImportError, OSError) as error:  # of what the task's own code imports or fetches
         raise UserError(f"cannot load task {name!r}, which needs more than its data: {shortened(str(error))}") from None
+    for task in loaded["tasks"]:
+        _check_instructions(task)
     group = loaded["groups"].get(name)
     weighted = [metric.weight_by_size for metric in (group.aggregate_metric_list or ())] if group else []
     if weighted and all(weighted):
         return {name: TaskGroup(loaded["tasks"])}
     return loaded["tasks"]
+
+
+def _check_instructions(task: str) -> None:
+    """Raise UserError for IFEval where data is missing that its checkers would look for after the model has written."""
+    if "ifeval" in task:
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")  # which the task has tried to download by now
+        except LookupError:
+            raise UserError(f"task {task!r} needs data of nltk: python -m nltk.downloader punkt_tab") from None
 
 
 def _manager_of(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import lm_eval.tasks
 import pytest
@@ -253,6 +255,89 @@ def test_what_a_task_needs_besides_its_data_is_named(folder) -> None:
     write(folder, "humaneval", test=[{"prompt": "def f():", "test": "", "entry_point": "f"}])
     with pytest.raises(UserError, match="cannot load task 'humaneval', which needs more than its data: "):
         load_tasks(["humaneval"], data_path=str(folder))
+
+
+def test_functions_are_run_against_their_tests(folder, wide_model, tokenizer, monkeypatch) -> None:
+    import evaluate
+
+    rows = [
+        {"task_id": f"{n}", "prompt": f"def f{n}():", "test": f"assert f{n}()", "entry_point": "f"} for n in range(3)
+    ]
+    write(folder, "humaneval", test=rows)
+
+    def compute(references: list[str], predictions: list[list[str]], k: list[int]) -> tuple[dict, dict]:
+        assert k == [1] and len(references) == 1
+        return {"pass@1": float("return 1" in predictions[0][0])}, {}
+
+    monkeypatch.setattr(evaluate, "load", lambda name: SimpleNamespace(compute=compute))
+    with pytest.raises(UserError, match="'humaneval' runs the code that the model writes"):
+        load_tasks(["humaneval"], data_path=str(folder))
+    tasks = load_tasks(["humaneval"], data_path=str(folder), run_code=True)
+    answers(monkeypatch, " return 1", " return 0", " return 1")
+    found = score(wide_model, tokenizer, tasks)["humaneval"]
+    assert found["metric"] == "pass@1" and found["value"] == pytest.approx(2 / 3)
+    assert items.unpack(found).tolist() == [1, 0, 1]
+
+
+@pytest.fixture
+def checkers(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stand-ins of what the checkers of IFEval import; ``data.find`` says whether their own data is there."""
+    data = SimpleNamespace(find=lambda path: path)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, fields in {
+        "langdetect": {},
+        "immutabledict": {"immutabledict": dict},
+        "nltk": {"data": data, "download": lambda *_: False},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(fields)
+        monkeypatch.setitem(sys.modules, name, module)
+    yield data
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        del sys.modules[name]
+
+
+def following(folder: Path) -> None:
+    write(
+        folder,
+        "ifeval",
+        train=[
+            {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+            {
+                "key": 2,
+                "prompt": "No commas, in quotes.",
+                "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+                "kwargs": [{}, {}],
+            },
+        ],
+    )
+
+
+def test_instructions_are_checked_item_by_item(folder, wide_model, tokenizer, monkeypatch, checkers) -> None:
+    following(folder)
+    tasks = load_tasks(["ifeval"], data_path=str(folder), num_fewshot=None)
+    answers(monkeypatch, "Yes and no", "Yes and no")
+    found = score(wide_model, tokenizer, tasks)["ifeval"]
+    assert found["metric"] == "prompt_level_strict_acc" and found["value"] == 0.5
+    assert items.unpack(found).tolist() == [1, 0]
+    assert found["others"]["inst_level_strict_acc"] == pytest.approx(2 / 3)
+
+
+def test_what_the_checkers_of_instructions_lack_is_said_before_they_are_asked(folder, checkers, monkeypatch) -> None:
+    following(folder)
+
+    def find(path: str) -> None:
+        raise LookupError("*" * 70)
+
+    checkers.find = find
+    with pytest.raises(UserError, match=r"'ifeval' needs data of nltk: python -m nltk.downloader punkt_tab"):
+        load_tasks(["ifeval"], data_path=str(folder), num_fewshot=None)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        del sys.modules[name]
+    with pytest.raises(UserError, match=r"cannot load task 'ifeval', which needs more than its data: .*langdetect"):
+        load_tasks(["ifeval"], data_path=str(folder), num_fewshot=None)
 
 
 def test_missing_rows_are_named(folder) -> None:

@@ -121,9 +121,10 @@ def check_saved_and_generating(method: Method, form: str, sparsity: float, direc
     compressed = method.compress(task_of(dense_model(form), sparsity)).model
     compressed.save_pretrained(directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory).eval()
-    for model in (loaded, compressed):
-        for parameter in model.parameters():  # products round otherwise at the odd addresses of a mapped file
-            parameter.data = parameter.data.clone()
+    for parameter in loaded.parameters():
+        # In a mapped file a weight may begin anywhere. The product of a matrix and one vector (an expert that sees one
+        # token) is summed in another order where that is no multiple of 16 bytes; of more vectors, not.
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, compressed(tokens()).logits)
     check_generating(compressed)
