@@ -76,10 +76,10 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
     curve, P, B = value_output_curve(G, weights.W_O)
     group_size, d = B.shape[1:3]
-    if S is not None:
-        # (H d, H d): from what the output projection reads to the singular basis of each head
-        basis = torch.block_diag(*P.repeat_interleave(group_size, dim=0))
-        S = basis.mT @ S.to(basis) @ basis
+    if S is not None:  # from what the output projection reads to the singular basis of each head, on both sides
+        of_heads = P.repeat_interleave(group_size, dim=0).mT
+        for _ in range(2):
+            S = (of_heads @ S.to(P).mT.unflatten(0, (-1, d))).flatten(0, 1)
 
     def lifted(removed: int) -> StandIns:
         rank = d - removed
