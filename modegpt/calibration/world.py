@@ -82,10 +82,9 @@ class World:
         bounds = [len(rows) * rank // self.size for rank in range(self.size + 1)]
         counts = [stop - start for start, stop in itertools.pairwise(bounds)]
         own = rows[bounds[self.rank] : bounds[self.rank + 1]]
-        received = mine.new_empty(self.size, *own.shape)
-        distributed.all_to_all_single(
-            received.flatten(0, 1), mine.reshape(rows.shape).contiguous(), [len(own)] * self.size, counts
-        )
+        received = own.new_empty(self.size, *own.shape)
+        sent = mine.to(rows.dtype).reshape(rows.shape).contiguous()  # what is added may be narrower, in some processes
+        distributed.all_to_all_single(received.flatten(0, 1), sent, [len(own)] * self.size, counts)
         for of_one in received:
             own += of_one
 
