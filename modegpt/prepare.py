@@ -91,7 +91,7 @@ def prepare(config: RunConfig, *, command: str) -> Run:
     store = RecordStore(config.output.root)
     store.check_writable()
     wanted = str(present(config.model.device))
-    alone = "out_of_core.enabled=true" if config.out_of_core.enabled else whole_model(method)
+    alone = whole_model(method)
     world = join_world(
         wanted,
         what=alone or f"method={config.method['name']}",

@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,13 +66,13 @@ class Calibration:
             advance(hidden, index, layer, observe=influence[index].update)
         return [of_layer.value() for of_layer in influence]
 
-    def embed(self) -> HiddenStates:
-        """This process's calibration batches in front of layer 0: as many as the others have, see ``World.share``."""
-        return self.stored.embed(torch.cat(self._share(even=True)), batch_size=self.batch_size)
-
-    def _share(self, *, even: bool = False) -> list[Tensor]:
-        """The batches of tokens of this process."""
+    def share(self, *, even: bool = False) -> list[Tensor]:
+        """The batches of tokens of this process; ``even``: as many as the others have, see ``World.share``."""
         return self.world.share(self.tokens.ids.split(self.batch_size), "calibration batches", even=even)
+
+    def embed(self, *, even: bool = False) -> HiddenStates:
+        """What ``share`` gives, in front of layer 0."""
+        return self.stored.embed(torch.cat(self.share(even=even)), batch_size=self.batch_size)
 
     def block_influence(self, also: frozenset[str] = frozenset()) -> Tensor:
         """Block influence of every layer, (L,) float64.
@@ -92,34 +92,34 @@ class Calibration:
         *,
         stage: str = "statistics",
         loop: str = "statistics",
+        only: Sequence[int] | None = None,
         beside: Callable[[HiddenStates, int], Statistics] | None = None,
-        only: Container[int] | None = None,
     ) -> Iterator[Statistics]:
         """Yield each layer's statistics in order, while it has its weights; the last one's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
-        caller does with them layer by layer, as progress shows it. ``beside`` adds what it makes of the stream in
-        front of each layer that runs. ``only``: layers that have any; None: all.
+        caller does with them layer by layer, as progress shows it. ``only``: layers that have any; None: all.
+        ``beside`` adds what it makes of the stream in front of each of them that runs.
         """
         layers = decoder_layers(self.model)
-        batches = self._share()
         hidden: HiddenStates | None = None
         position = 0
         for index in self.progress.track(range(self.num_layers), loop, unit="layer"):
             with self.meter.stage(stage, counted=True):
                 statistics = {} if self.cache is None else self.cache.load(index, names, device=self.model.device)
                 missing = names - statistics.keys() if only is None or index in only else frozenset()
-                if missing and hidden is None:
-                    hidden = self.stored.embed(torch.cat(batches), batch_size=self.batch_size)
+                runs = bool(missing) or index < max(only or (), default=0)
+                if runs and hidden is None:
+                    hidden = self.embed()
             with self.stored.layer(index):
-                if missing:
+                if runs:
                     assert hidden is not None
                     with self.meter.stage(stage, counted=True):
                         for skipped in range(position, index):
                             advance(hidden, skipped, layers[skipped])
                         self.meter.forward_passes += (index - position) / self.num_layers
-                        others = {} if beside is None else beside(hidden, index)
+                        others = beside(hidden, index) if beside and missing else {}
                         observed = others | self.observe(hidden, index, missing, world=self.world)
                         if self.cache is not None:
                             self.cache.store(index, observed)

@@ -27,7 +27,7 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run: this one's ``rank`` among ``size``, and its rank on its own machine.
+    """The processes of one run: this one's ``rank`` among ``size``, and the same on its own machine.
 
     By default a process is alone.
     """
@@ -35,6 +35,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -81,10 +82,9 @@ class World:
         bounds = [len(rows) * rank // self.size for rank in range(self.size + 1)]
         counts = [stop - start for start, stop in itertools.pairwise(bounds)]
         own = rows[bounds[self.rank] : bounds[self.rank + 1]]
-        received = mine.new_empty(self.size, *own.shape)
-        distributed.all_to_all_single(
-            received.flatten(0, 1), mine.reshape(rows.shape).contiguous(), [len(own)] * self.size, counts
-        )
+        received = own.new_empty(self.size, *own.shape)
+        sent = mine.to(rows.dtype).reshape(rows.shape).contiguous()  # what is added may be narrower, in some processes
+        distributed.all_to_all_single(received.flatten(0, 1), sent, [len(own)] * self.size, counts)
         for of_one in received:
             own += of_one
 
@@ -145,6 +145,11 @@ class World:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def meet(self) -> None:
+        """Wait until all processes have come so far."""
+        if self.size > 1:
+            distributed.barrier()
+
     def leave(self) -> None:
         """Part from the other processes, when nothing is left to pool."""
         if self.size > 1:
@@ -165,7 +170,12 @@ def join_world(device: str, *, what: str = "this run", shared: bool = True) -> W
         return ALONE
     if not shared:
         raise UserError(f"{what} cannot share its calibration among {size} processes; start it without torchrun")
-    world = World(rank=int(os.environ["RANK"]), size=size, local_rank=int(os.environ["LOCAL_RANK"]))
+    world = World(
+        rank=int(os.environ["RANK"]),
+        size=size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.local_rank)

@@ -415,7 +415,7 @@ class StatisticsWalk:
         statistics: Statistics = {}
         if names:
             with calibration.meter.stage("statistics", counted=True):
-                statistics = calibration.observe(self.streams["dense"], index, names)
+                statistics = calibration.observe(self.streams["dense"], index, names, world=calibration.world)
         if index + 1 == calibration.num_layers:
             self.streams.clear()
         ranks = self.begun.plan.ranks[index]

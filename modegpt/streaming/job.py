@@ -90,7 +90,8 @@ class OutOfCore:
         """Compress into a workspace beside the target, and go on where an earlier process of the same run stopped."""
         assert isinstance(method, LayerByLayer) and target.directory is not None
         progress, settings = task.calibration.progress, self._settings(task, target)
-        self.workspace = Workspace(target.directory, json_sha256(settings), settings)
+        world = task.calibration.world
+        self.workspace = Workspace(target.directory, json_sha256(settings), settings, world)
         for other in self.workspace.others():
             progress.say(
                 f"{other} is left of a run with other settings; it is not used (remove it if that run is not wanted)"
@@ -102,8 +103,11 @@ class OutOfCore:
             )
         job = StreamedCompression(method, task, self.streamed, self.workspace, on_disk=self.on_disk)
         compressed, found = job.run()
-        with task.calibration.meter.stage("saving"):
-            job.complete(compressed, target.tokenizer)
+        if world.leads:
+            with task.calibration.meter.stage("saving"):
+                job.complete(compressed, target.tokenizer)
+        world.meet()
+        world.leave()
         compressed.details["out_of_core"] = {
             "hidden_states": self.options.hidden_states,
             "predicted_peak_bytes": self.prediction and self.prediction.record(),
@@ -120,6 +124,7 @@ class OutOfCore:
             "batch_size": task.calibration.batch_size,
             "device": self.streamed.device.type,
             "torch": torch.__version__,
+            **({"processes": size} if (size := task.calibration.world.size) > 1 else {}),
         }
 
     def score_compressed(

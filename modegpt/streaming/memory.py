@@ -22,7 +22,7 @@ from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
 from modegpt.methods.base import CompressionTask, LayerByLayer
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.sensitivity import compared_positions, measured_windows
+from modegpt.methods.plus.sensitivity import compared_positions, curve_windows, measured_windows
 from modegpt.methods.plus.temperature import CHUNK_TOKENS, ENOUGH_TOKENS, MOST_LOGITS
 from modegpt.models import decoder_layers
 from modegpt.streaming.model import StreamedModel
@@ -93,11 +93,12 @@ def predict(
 
     tokens, batch_size = task.calibration.tokens, task.calibration.batch_size
     batch_tokens = min(batch_size, len(tokens.ids)) * tokens.ids.shape[1]
+    own_tokens = sum(batch.numel() for batch in task.calibration.share(even=True))
     one_batch = batch_tokens * sizes.d_h * itemsize
     extra = plus_bytes(method, task, sizes, on_disk=on_disk) if isinstance(method, MoDeGPTPlus) else NOTHING
     names = (method.faithful() if isinstance(method, MoDeGPTPlus) else method).required_statistics(task.family)
     statistics = FLOAT64 * sum(STATISTICS[name].num_elements(sizes) for name in names)
-    hidden = (2 * one_batch if on_disk else tokens.num_tokens * sizes.d_h * itemsize + one_batch) + extra["streams"]
+    hidden = (2 * one_batch if on_disk else own_tokens * sizes.d_h * itemsize + one_batch) + extra["streams"]
     chunk_rows = min(CHUNK_ROWS[task.calibration.precision], batch_tokens) if names else 0
     chunk = FLOAT64 * chunk_rows * max(sizes.n, sizes.H * sizes.d) * 2
     moments = {
@@ -150,15 +151,16 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     """
     ids, batch_size, itemsize = task.calibration.tokens.ids, task.calibration.batch_size, task.model.dtype.itemsize
     num_samples, length = ids.shape
-    seen = min(batch_size, num_samples) if on_disk else num_samples
+    size = task.calibration.world.size
+    seen = min(batch_size, num_samples) if on_disk else sum(map(len, task.calibration.share(even=True)))
     of_token = (7 * sizes.d_h + 2 * sizes.H * sizes.d) * itemsize
     num_layers, vocabulary = len(decoder_layers(task.model)), task.model.config.vocab_size
     measured = measured_windows(ids, num_layers=num_layers, num_shares=len(method.shares))
-    models = 1 if on_disk else 1 + 3 * len(method.shares) * num_layers
+    models = 1 if on_disk else 1 + 3 * len(method.shares) * -(-num_layers // size)
     compared = min(ENOUGH_TOKENS + length, ids.numel())
     m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1
     experts = 1 if task.family.experts_path is None else task.model.config.num_experts
-    windows = min(2 * method.query_key_windows, num_samples)
+    windows = max(min(2 * method.query_key_windows, num_samples), curve_windows(task.calibration))
     attended = min(batch_size, windows) * sizes.H * method.queries_per_window * length
     positions = compared_positions(measured, vocabulary=vocabulary)
     predictions = measured.numel() if positions is None else len(measured) * len(positions)
@@ -192,11 +194,11 @@ def solver_bytes(method: LayerByLayer, task: CompressionTask, sizes: Sizes) -> i
 def check_fits(
     prediction: Prediction, task: CompressionTask, streamed: StreamedModel, *, on_disk: bool, max_host_bytes: int | None
 ) -> dict[str, int]:
-    """What is available, by place.
+    """What is available to this process, by place; processes of one machine share its memory evenly.
 
     Raises UserError when that is less than what ``prediction`` needs, saying what would fit.
     """
-    available = {"host": resident_bytes() + available_host_bytes()}
+    available = {"host": resident_bytes() + available_host_bytes() // task.calibration.world.local_size}
     if max_host_bytes is not None:
         available["host"] = min(available["host"], max_host_bytes)
     needed = {"host": prediction.host}

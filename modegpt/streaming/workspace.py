@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modegpt.allocation.ranks import RankPlan
 from modegpt.calibration.stream import HiddenStates
+from modegpt.calibration.world import ALONE, World
 from modegpt.errors import UserError
 from modegpt.files import read_json, write_text
 from modegpt.methods.base import Begun
@@ -51,19 +52,20 @@ class Position:
 class Workspace:
     """``<destination>.partial-<key>``: the growing checkpoint, the hidden states and the position of one run.
 
-    The key is the hash of everything that decides the result, so runs with other settings never meet. One process at a
-    time holds it; the lock goes with the process, however that ends.
+    The key is the hash of everything that decides the result, so runs with other settings never meet. One run at a time
+    holds it; the lock goes with the process, however that ends. Of several processes of a ``world`` each has hidden
+    states of its own, and the first one writes all else.
 
     Raises:
         UserError: another process works there, or the folder is another run's.
     """
 
-    def __init__(self, destination: Path, key: str, settings: Mapping[str, Any]) -> None:
-        self.destination = destination
+    def __init__(self, destination: Path, key: str, settings: Mapping[str, Any], world: World = ALONE) -> None:
+        self.destination, self.world, self._own = destination, world, f"-{world.rank}" if world.rank else ""
         self.directory = destination.with_name(f"{destination.name}.partial-{key[:KEY_DIGITS]}")
         self.checkpoint = self.directory / "checkpoint"
         self.checkpoint.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.directory / LOCK).open("w")
+        self._lock = (self.directory / f"{LOCK}{self._own}").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -72,7 +74,8 @@ class Workspace:
         known = self.directory / SETTINGS
         if known.is_file() and known.read_text(encoding="utf-8") != text:
             raise UserError(f"{self.directory} holds the work of a run with other settings; remove it")
-        write_text(known, text)
+        if world.leads:
+            write_text(known, text)
 
     def others(self) -> list[Path]:
         """Partial folders of the same destination that other settings left."""
@@ -81,7 +84,10 @@ class Workspace:
         )
 
     def position(self) -> Position | None:
-        """Where an earlier process got to; None at the beginning."""
+        """Where an earlier process got to, as the first one finds it; None at the beginning."""
+        return self.world.told(self._position() if self.world.leads else None)
+
+    def _position(self) -> Position | None:
         path = self.directory / POSITION
         if not path.is_file():
             return None
@@ -97,11 +103,11 @@ class Workspace:
     @property
     def passing(self) -> Path:
         """Where hidden states lie that no later process needs."""
-        return self.directory / "passing"
+        return self.directory / f"passing{self._own}"
 
     def hidden(self, layer: int) -> Path:
         """Where the hidden states in front of ``layer`` lie."""
-        return self.directory / "hidden" / f"{layer:05d}"
+        return self.directory / f"hidden{self._own}" / f"{layer:05d}"
 
     def restore(self, streams: Mapping[str, HiddenStates], layer: int) -> None:
         """Put into ``streams``, by name, the hidden states in front of ``layer`` that an earlier process left."""
@@ -126,18 +132,22 @@ class Workspace:
                 (place / name).mkdir(parents=True, exist_ok=True)
                 for index, batch in enumerate(stream.batches):
                     write_batch(place / name, index, batch)
-        write_text(self.directory / POSITION, json.dumps(asdict(position)))
+        self.world.meet()
+        if self.world.leads:
+            write_text(self.directory / POSITION, json.dumps(asdict(position)))
+        self.world.meet()
         needed = [place / name for name in hidden]
-        for path in self.directory.glob("hidden/*/*"):
+        for path in self.directory.glob(f"hidden{self._own}/*/*"):
             if path not in needed:
                 shutil.rmtree(path)
-        for folder in self.directory.glob("hidden/*"):
+        for folder in self.directory.glob(f"hidden{self._own}/*"):
             if not any(folder.iterdir()):
                 folder.rmdir()
 
     def write(self, tensors: Mapping[str, Tensor], *, shard: int, num_shards: int) -> None:
         """Write one shard of the checkpoint."""
-        write_shard(tensors, self.checkpoint / shard_name(shard, num_shards))
+        if self.world.leads:
+            write_shard(tensors, self.checkpoint / shard_name(shard, num_shards))
 
     def remove(self) -> None:
         """Leave nothing."""

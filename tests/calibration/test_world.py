@@ -1,5 +1,6 @@
 """Gloo processes against one: the same statistics, one all-reduce a layer, layers divided, one record."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -117,19 +118,20 @@ def divide(rank: int, port: int, folder: Path) -> None:
 def summed(world: World, num_batches: int) -> list[Tensor]:
     """Of numbers, rows and matrices of several batches: their sums, and all of them in order."""
     generator = torch.Generator().manual_seed(0)
+    dtypes = itertools.cycle([torch.float64, torch.float64, torch.float32, torch.float64])
     batches = [
-        [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((), (2,), (7, 3))]
-        for _ in range(num_batches)
+        [torch.randn(size, generator=generator, dtype=dtype) for size in ((), (2,), (7, 3))]
+        for _, dtype in zip(range(num_batches), dtypes, strict=False)
     ]
-    totals = [torch.zeros_like(tensor) for tensor in batches[0]]
+    totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in batches[0]]
     mine = world.share(batches, "batches", even=True)
     for place, batch in enumerate(mine):
         counts = world.rank + place * world.size < num_batches
         for total, tensor in zip(totals, batch, strict=True):
             world.add(total, tensor if counts else torch.zeros_like(tensor))
     world.pool(totals)
-    numbers = world.in_order([number for number, *_ in world.share(batches, "batches")], "cpu")
-    return [*totals, torch.stack(list(numbers))]
+    numbers = world.in_order([float(number) for number, *_ in world.share(batches, "batches")], "cpu")
+    return [*totals, torch.tensor(list(numbers))]
 
 
 def paper() -> MoDeGPT:

@@ -28,9 +28,9 @@ from modegpt.methods.plus.sensitivity import (
     OUTPUT_SENSITIVITY,
     SMALLEST,
     Costs,
-    _curve_windows,
     compared_positions,
     curve_statistics,
+    curve_windows,
     measured_windows,
     perturbed_passes,
     rank_costs,
@@ -145,7 +145,7 @@ def test_divergences_at_some_positions_are_those_of_these_positions(monkeypatch:
     measured = measured_windows(calibration.tokens.ids, num_layers=6, num_shares=1)
     positions = compared_positions(measured, vocabulary=1536)
     layer = decoder_layers(model)[0]
-    some = replace(calibration.tokens, ids=calibration.tokens.ids[: sensitivity._curve_windows(calibration)])
+    some = replace(calibration.tokens, ids=calibration.tokens.ids[: sensitivity.curve_windows(calibration)])
     [statistics] = itertools.islice(replace(calibration, tokens=some, cache=None).statistics(STATISTICS["mlp"]), 1)
     down: Any
     [(down, reduced)] = mlp_prospect(calibration.family, layer, statistics).map(removed)
@@ -238,7 +238,7 @@ def test_what_stands_in_for_channels_of_experts_is_the_model_without_them() -> N
         expected = compressed(tokens()).logits
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     of_one = task_of(dense_model("llama"), 0.3, num_samples=24).calibration
-    assert [_curve_windows(each) for each in (of_one, task.calibration)] == [8, 16], "160 and 320 of 20 tokens"
+    assert [curve_windows(each) for each in (of_one, task.calibration)] == [8, 16], "160 and 320 of 20 tokens"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from modegpt.calibration.world import ALONE, World
-from modegpt.config import OutOfCoreConfig, OutputConfig
 from modegpt.errors import UserError
 from modegpt.evaluation.spec import EvaluationSpec
 from modegpt.methods.plus.method import MoDeGPTPlus
@@ -62,7 +61,6 @@ def test_processes_arrive_at_the_bits_of_one(size: int, tmp_path: Path) -> None:
     [
         ({"method": {"name": "modegpt_plus", "rounds": 1}}, "method.rounds=1"),
         ({"method": {"name": "modegpt_plus", **NESTED}}, "method.nested=true"),
-        ({"out_of_core": OutOfCoreConfig(enabled=True), "output": OutputConfig(save_model="auto")}, "out_of_core.ena"),
     ],
 )
 def test_what_looks_at_all_layers_at_once_is_for_one_process(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modegpt.calibration.stream import Storage
+from modegpt.calibration.world import World
 from modegpt.errors import UserError
 from modegpt.methods.plus import temperature
 from modegpt.methods.plus.method import MoDeGPTPlus
@@ -94,6 +95,18 @@ def test_streams_that_go_layer_by_layer_are_the_models(name: str, batch_size: in
     for index, layers in enumerate(zip(decoder_layers(dense), decoder_layers(compressed), strict=True)):
         compared.advance(index, *layers)
     assert compared.inverse_temperature() == pytest.approx(fitted(dense, compressed), rel=1e-5)
+
+
+def test_a_process_without_a_batch_goes_along() -> None:
+    dense = dense_model("llama")
+    first, second = (
+        Compared.of(Storage(dense), tokens(), batch_size=2, world=World(rank=rank, size=2)) for rank in range(2)
+    )
+    for index, layer in enumerate(decoder_layers(dense)):
+        second.advance(index, layer, layer)
+    assert (
+        [len(each.ids) for each in (first, second)] == [1, 0] == [len(each.dense.batches) for each in (first, second)]
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "post-norm" not in name])

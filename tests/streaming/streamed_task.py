@@ -1,11 +1,13 @@
 """A saved random model of each family, and its compression in memory and out of core."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from modegpt.calibration.calibration import Calibration
+from modegpt.calibration.world import ALONE, World
 from modegpt.data.tokens import CalibrationTokens, draw_windows
 from modegpt.methods.base import Compressed, CompressionTask, LayerByLayer
 from modegpt.progress import Progress
@@ -35,12 +37,15 @@ def task_on(model: PreTrainedModel, sparsity: float = 0.3) -> CompressionTask:
 
 
 def compress_out_of_core(
-    method: LayerByLayer, dense: Path, destination: Path, *, on_disk: bool = False
+    method: LayerByLayer, dense: Path, destination: Path, *, on_disk: bool = False, world: World = ALONE
 ) -> tuple[Compressed, Path, int]:
     """Compress the checkpoint in ``dense``; returns the result, its checkpoint, and the layers found finished."""
     streamed = StreamedModel.open(str(dense))
-    workspace = Workspace(destination, "0" * 12, {})
-    job = StreamedCompression(method, task_on(streamed.model), streamed, workspace, on_disk=on_disk)
+    workspace = Workspace(destination, "0" * 12, {}, world)
+    task = task_on(streamed.model)
+    task = replace(task, calibration=replace(task.calibration, world=world))
+    job = StreamedCompression(method, task, streamed, workspace, on_disk=on_disk)
     compressed, found = job.run()
-    job.complete(compressed, AutoTokenizer.from_pretrained(dense))
+    if world.leads:
+        job.complete(compressed, AutoTokenizer.from_pretrained(dense))
     return compressed, workspace.checkpoint, found

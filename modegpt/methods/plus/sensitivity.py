@@ -1,7 +1,7 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,8 +58,7 @@ def rank_costs(
     data, no gradient. Several processes take the changes of layers by turns, and the windows whole.
     """
     model, ids, world = calibration.model, calibration.tokens.ids, calibration.world
-    layers = decoder_layers(model)
-    own = range(len(layers))[world.rank :: world.size]
+    layers, own = decoder_layers(model), _own_layers(calibration)
     measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
     departures = Departures.of(calibration.stored, measured, batch_size=calibration.batch_size)
     curves: Costs = []
@@ -82,17 +81,17 @@ def rank_costs(
         {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
         for index, of_layer in zip(own, curves, strict=True)
     ]
-    return list(world.in_order(costs, model.device))
+    return list(world.in_order(costs, "cpu"))
 
 
 def curve_statistics(
-    calibration: Calibration, modules: Mapping[str, frozenset[str]], only: Container[int] | None = None
+    calibration: Calibration, modules: Mapping[str, frozenset[str]], only: Sequence[int] | None = None
 ) -> Iterator[Statistics]:
     """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows.
 
     Among them may be ``OUTPUT_SENSITIVITY``. ``only``: layers that have any; None: all.
     """
-    some = replace(calibration, tokens=_first(calibration.tokens, _curve_windows(calibration)), cache=None, world=ALONE)
+    some = replace(calibration, tokens=_first(calibration.tokens, curve_windows(calibration)), cache=None, world=ALONE)
     names: frozenset[str] = frozenset().union(*modules.values())
     split = Split.of(some.tokens.ids, batch_size=some.batch_size)
 
@@ -150,14 +149,21 @@ def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
 
 def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: int) -> float:
     """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, without those of its
-    statistics.
+    statistics; in this process.
     """
     ids, L = calibration.tokens.ids, calibration.num_layers
     measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
-    return (1 + num_modules * num_shares * (L + 1) / 2) * measured.numel() / ids.numel()
+    behind = sum(L - index for index in _own_layers(calibration))
+    return (1 + num_modules * num_shares * behind / L) * measured.numel() / ids.numel()
 
 
-def _curve_windows(calibration: Calibration) -> int:
+def _own_layers(calibration: Calibration) -> range:
+    """Those whose modules this process measures."""
+    return range(calibration.num_layers)[calibration.world.rank :: calibration.world.size]
+
+
+def curve_windows(calibration: Calibration) -> int:
+    """How many of the first windows closed-form errors come from."""
     num_samples, length = calibration.tokens.ids.shape
     channels = read_mlps(calibration.family, decoder_layers(calibration.model)[0]).inner_size
     needed = math.ceil(TOKENS_PER_CHANNEL * channels / calibration.family.seen_share(calibration.model.config))

@@ -78,8 +78,8 @@ class SequentialPass:
         return cls(
             calibration,
             options,
-            dense=calibration.embed(),
-            compressed=calibration.embed(),
+            dense=calibration.embed(even=True),
+            compressed=calibration.embed(even=True),
             split=Split.of(calibration.tokens.ids, batch_size=calibration.batch_size, world=calibration.world),
             generator=generator,
             skip_layers=skip_layers,

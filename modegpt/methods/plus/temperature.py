@@ -60,6 +60,7 @@ class Compared:
     def inverse_temperature(self) -> float:
         """Behind the last layer: the s that ``inverse_temperature`` finds."""
         with self.storage.outer(head=True) as model, float32_forward(model):
+            head: Any = model.get_output_embeddings()
 
             def states(stream: HiddenStates) -> Tensor:
                 rows = []
@@ -67,9 +68,8 @@ class Compared:
                     with layers_replaced(decoder_layers(model), yielding(x)), forward():
                         behind = model.get_decoder()(ids.to(model.device), use_cache=False).last_hidden_state
                     rows.append(behind.flatten(0, 1))
-                return torch.cat(list(self.world.in_order(rows, model.device)))
+                return torch.cat(list(self.world.in_order(rows, head.weight.device)))
 
-            head: Any = model.get_output_embeddings()
             ours, theirs = states(self.dense), states(self.compressed)
             return inverse_temperature(ours, theirs, dense_head=head, head=head, world=self.world)
 
