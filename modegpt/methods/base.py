@@ -243,10 +243,10 @@ class RankMethod(Method):
         """Modules that keep their full size for the engine."""
         return ENGINES[self.engine].whole
 
-    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
-        """The layers at one sparsity for all of them, for what depends on sizes alone and is asked before the start.
+    def likely_shapes(self, task: CompressionTask, influence: Sequence[float]) -> list[LayerShape]:
+        """The layers as they are likely to become, for what depends on sizes alone and is asked before the start.
 
-        Raises UserError for ranks that cannot be.
+        ``influence``: of each layer on some tokens. Raises UserError for ranks that cannot be.
         """
         raise NotImplementedError
 

@@ -222,8 +222,8 @@ class MoDeGPT(LayerByLayer):
         even = replace(self, allocation=Uniform()) if self.allocation.needs_influence else self
         return even.plan(task, None)
 
-    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
-        """Those of ``even_plan``."""
+    def likely_shapes(self, task: CompressionTask, influence: Sequence[float]) -> list[LayerShape]:
+        """Those of the plan by that ``influence``."""
         if isinstance(self.mlp, MLPSVD):
             raise UserError("the sizes of decomposition/mlp=svd are not those of its ranks")
         dense = dense_shape(task.model.config)
@@ -234,7 +234,7 @@ class MoDeGPT(LayerByLayer):
                 v_head_dim=ranks["value_output"],
                 intermediate_size=ranks["mlp"],
             )
-            for ranks in self.even_plan(task).ranks
+            for ranks in self.plan(task, influence).ranks
         ]
 
     @staticmethod

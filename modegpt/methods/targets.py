@@ -114,9 +114,10 @@ def _for_speed(
         raise UserError(f"{asked}: method={method.name} plans no ranks, so that sizes are not known before the start")
     workload = workload_of(compression, model)
     calibration = Calibration(model=model, tokens=tokens)
+    influence = calibration.check_activations()
 
     def shapes(sparsity: float) -> list[LayerShape]:
-        return method.likely_shapes(CompressionTask(calibration=calibration, sparsity=sparsity))
+        return method.likely_shapes(CompressionTask(calibration=calibration, sparsity=sparsity), influence)
 
     def speedup(sparsity: float) -> float:
         return _speedup(model, random_compressed(model, shapes(sparsity)), workload)

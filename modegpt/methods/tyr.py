@@ -100,9 +100,9 @@ class Tyr(RankMethod):
             raise UserError(f"engine={self.engine} gives all layers one width: {self.name} searches for other ones")
         self.modules.check(task)
 
-    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+    def likely_shapes(self, task: CompressionTask, influence: Sequence[float]) -> list[LayerShape]:
         """Those that the search starts at."""
-        return self.modules.likely_shapes(task)
+        return self.modules.likely_shapes(task, influence)
 
     def required_statistics(self, family: Family) -> frozenset[str]:
         """Those that the modules are reduced on."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from modegpt.calibration.calibration import Calibration
 from modegpt.config import CompressionConfig, DecompositionConfig, OutOfCoreConfig, RunConfig, read_bytes
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.errors import UserError
@@ -139,6 +140,25 @@ def test_the_sizes_timed_are_those_of_the_engine_and_of_the_method(
     widths = {shape.intermediate_size for given in shapes for shape in given}
     assert len(widths) > 2 and all(width % 32 == 0 for width in widths)
     assert {(shape.qk_head_dim, shape.v_head_dim) for given in shapes for shape in given} == {(32, 32)}
+
+
+@pytest.mark.parametrize("method", [{"name": "modegpt"}, {"name": "modegpt_plus", "allocation": "entropic"}])
+def test_the_sizes_timed_are_those_that_the_allocation_gives(
+    method: dict[str, Any], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the influence of one window: the layer that changes its input most keeps most."""
+    widths: list[list[int]] = []
+    timed(monkeypatch)
+
+    def noted(model: PreTrainedModel, given: list[Any]) -> PreTrainedModel:
+        widths.append([shape.intermediate_size for shape in given])
+        return random_compressed(model, given)
+
+    monkeypatch.setattr(targets, "random_compressed", noted)
+    monkeypatch.setattr(Calibration, "check_activations", lambda self: [0.1 * i for i in range(self.num_layers)])
+    asked = CompressionConfig(target_speedup=1.3, **PREFILL)
+    aim(small(results, compression=asked, method=method))
+    assert all(each == sorted(each) for each in widths) and any(each[0] < each[-1] for each in widths)
 
 
 def test_a_speed_that_cannot_be_met_is_refused(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

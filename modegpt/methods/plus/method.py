@@ -162,9 +162,9 @@ class MoDeGPTPlus(Switches, LayerByLayer):
             return plan
         return exchange(costs, self.faithful().budgets(task), plan, cap=self.cap)
 
-    def likely_shapes(self, task: CompressionTask) -> list[LayerShape]:
+    def likely_shapes(self, task: CompressionTask, influence: Sequence[float]) -> list[LayerShape]:
         """Those of the paper's method."""
-        return self.faithful().likely_shapes(task)
+        return self.faithful().likely_shapes(task, influence)
 
     def curves_read(self, family: Family) -> dict[str, frozenset[str]]:
         """Of each module that may be reduced, the statistics that its error at every rank comes from."""
