@@ -429,7 +429,11 @@ class CompressedAttention:
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (batch, sequence, heads, qk_dim) and values (batch, sequence, heads, v_dim).
 
-        Queries and keys are those after the norms of their heads, where the family has these.
+        Queries and keys are those after the norms of their heads, where the family has these. Where an engine divides
+        maps among processes, the heads are those of this one.
+
+        Raises:
+            ValueError: norms of cut heads, which need all of them.
         """
         shape, query, key = hidden_states.shape[:-1], self.q_proj(hidden_states), self.k_proj(hidden_states)
         if (
@@ -440,6 +444,8 @@ class CompressedAttention:
         if spans_all:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = (states.view(*shape, -1, self.qk_dim) for states in (query, key))
+        if self.has_sliced_norms and key.shape[2] < self.num_kv_heads:
+            raise ValueError("norms of cut heads need all heads in one process: run without tensor parallel")
         if self.family.head_norms and not spans_all:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, self.v_proj(hidden_states).view(*shape, -1, self.v_dim)
@@ -452,17 +458,17 @@ class CompressedAttention:
         if not self.has_rope_index:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-        # (batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim); a table's halves are equal
-        halves = (
-            table.index_select(-1, self.rope_index.flatten()).unflatten(-1, self.rope_index.shape).transpose(1, 2)
-            for table in (cos, sin)
-        )
-        cos, sin = (torch.cat((half, half), dim=-1).unsqueeze(2) for half in halves)
+        kept, heads = self.rope_index, key.shape[1]
+        if heads < self.num_kv_heads:  # an engine divides the maps, and says on them which part is here
+            part = next(module.tp_rank for module in self.modules() if hasattr(module, "tp_rank"))
+            kept = kept[part * heads : (part + 1) * heads]
+        # (batch, sequence, head size) to (batch, key/value heads, 1, sequence, qk_dim / 2); a table's halves are equal
+        index, shape = kept.flatten(), (*cos.shape[:2], 1, *kept.shape)
+        cos, sin = (table.index_select(-1, index).view(shape).transpose(1, 3) for table in (cos, sin))
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         # the queries of a key/value head and its key as one tensor: half as many small operations
-        states = torch.cat(
-            (query.unflatten(1, (self.num_kv_heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2
-        )
-        states = states * cos + rotate_half(states) * sin
+        states = torch.cat((query.unflatten(1, (heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2)
+        states = states * cos + states.roll(self.qk_dim // 2, dims=-1) * sin
         return states[:, :, :-1].flatten(1, 2), states[:, :, -1]
 
     def forward(
@@ -490,7 +496,9 @@ class CompressedAttention:
         shape, num_heads, implementation = hidden_states.shape[:-1], query.shape[1], self.config._attn_implementation
         dropout = self.attention_dropout if self.training else 0.0
         fits = self.qk_dim == self.v_dim
-        if implementation == "sdpa" and shape[1] == 1 and not (fits or dropout or kwargs.get("cache") is not None):
+        # of equal sizes the fused kernel takes over on a GPU, and keeps the scores of fewer bits in float32
+        product = not (fits and (query.is_cuda or query.dtype != torch.float32))
+        if implementation == "sdpa" and shape[1] == 1 and product and not (dropout or kwargs.get("cache") is not None):
             states, weights = _attend_once(query, key, value, attention_mask, self.softmax_scale), None
         else:
             if implementation == "vllm" or kwargs.get("cache") is not None or not (fits or implementation == "eager"):
@@ -517,12 +525,13 @@ class CompressedAttention:
         Fused kernels want one head size for all three. Engines that page their cache want the dense model's heads, of
         the size of the layer's pages; in continuous batching (``paged``) these are the dense model's too.
         """
-        size, heads = max(self.qk_dim, self.v_dim), self.num_kv_heads
+        size, heads = max(self.qk_dim, self.v_dim), key.shape[1]
         if paged or self.config._attn_implementation == "vllm":
-            size, heads = self.head_dim if paged else self.page_size, self.config.dense_kv_heads
+            size = self.head_dim if paged else self.page_size
+            heads = self.config.dense_kv_heads * heads // self.num_kv_heads
         elif query.is_cuda:
             size = -(-size // 8) * 8
-        spare = heads - self.num_kv_heads
+        spare = heads - key.shape[1]
         added = (spare * self.num_key_value_groups, spare, spare)
         return tuple(
             pad(states, (0, size - states.shape[-1], 0, 0, 0, more))

@@ -4,6 +4,8 @@ And what its cache weighs.
 """
 
 import ast
+import copy
+import dataclasses
 import inspect
 import os
 import textwrap
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     ContinuousBatchingConfig,
@@ -22,7 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modegpt.models import cache_bytes_per_token, decoder_layers
+from modegpt.models import cache_bytes_per_token, decoder_layers, dense_shape
 from modegpt.models.modeling_modegpt import MODELS, CompressedAttention
 from tests.models.family_table import CONFIGS, dense_model, sliced_model, tokens
 
@@ -98,6 +101,44 @@ def check_compiled(name: str, *, backend: str, **changes) -> None:
     )
 
 
+class Operations(TorchDispatchMode):
+    """The names of the operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def step_operations(model: PreTrainedModel) -> list[str]:
+    """Those of one decoding step."""
+    cache = DynamicCache(config=model.config)
+    model(tokens(length=8), past_key_values=cache)
+    with Operations() as operations:
+        model(torch.full((2, 1), 7), past_key_values=cache)
+    return operations.names
+
+
+def test_a_step_of_small_heads_costs_few_operations_more() -> None:
+    """A step of a small model takes as long as it has operations: 9 more a layer than the family's own have."""
+    dense = dense_model("llama")
+    own, ours = (len(step_operations(model)) for model in (dense, sliced_model(dense)[0]))
+    assert ours - own <= 9 * dense.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, 0), (torch.bfloat16, 3)])
+def test_a_single_query_is_attended_without_the_fused_kernel(dtype: torch.dtype, fused: int) -> None:
+    """On a CPU in float32, of equal head sizes too. Of fewer bits it is precise: it keeps the scores in float32."""
+    dense = dense_model("llama").to(dtype)
+    shape = dataclasses.replace(dense_shape(dense.config), qk_head_dim=6, v_head_dim=6)
+    names = step_operations(sliced_model(dense, shape)[0])
+    assert sum("scaled_dot_product" in name for name in names) == fused
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
 @torch.inference_mode()
 def test_the_cache_shrinks_as_the_formula_says(name: str) -> None:
@@ -155,6 +196,42 @@ def test_an_engine_is_given_whole_pages(name: str, monkeypatch: pytest.MonkeyPat
     masked._attn_implementation = "vllm"
     torch.testing.assert_close(model(tokens(), attention_mask=None).logits, expected, rtol=1e-4, atol=1e-4)
     assert pages == [(model.config.dense_kv_heads, size) for size in sizes]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.inference_mode()
+def test_heads_are_divided_among_processes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensor parallel does it, with half of the maps in each of two: what both put out adds up to the whole."""
+    model, _ = sliced_model(dense_model(name))
+    attention: Any = decoder_layers(model)[1].self_attn
+    seen: dict[str, Any] = {}
+    attention.register_forward_hook(
+        lambda _, args, kwargs, out: seen.update(given=kwargs, out=out[0]), with_kwargs=True
+    )
+    model(tokens(), use_cache=False)
+
+    def half_attention(module, query, key, value, mask, **kwargs):
+        assert (
+            2 * key.shape[1] == model.config.dense_kv_heads and 2 * query.shape[1] == model.config.num_attention_heads
+        )
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, is_causal=mask is None, **kwargs)
+        return out.flatten(0, 1).flatten(1), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", half_attention)
+    total = torch.zeros_like(seen["out"])
+    model.config._attn_implementation = "vllm"
+    for rank in (0, 1):
+        half = copy.deepcopy(attention)
+        half._forward_hooks.clear()
+        half.config._attn_implementation = "vllm"
+        for linear, dim in ((half.q_proj, 0), (half.k_proj, 0), (half.v_proj, 0), (half.o_proj, 1)):
+            linear.tp_rank, linear.weight = rank, torch.nn.Parameter(linear.weight.chunk(2, dim=dim)[rank])
+        if name == "qwen3":
+            with pytest.raises(ValueError, match="norms of cut heads need all heads in one process"):
+                half(**seen["given"])
+            return
+        total += half(**seen["given"])[0]
+    torch.testing.assert_close(total, seen["out"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", MODELS)
