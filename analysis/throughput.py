@@ -45,15 +45,17 @@ def _tables(results: Path) -> list[Table]:
         return []
     measured = read_json(path)
     with explained(path):
-        rows = tuple(_row(each) for each in measured["measurements"])
-        heading = _heading(measured)
+        blocks = tuple(
+            (_heading(name, found, measured), tuple(_row(each) for each in found["measurements"]))
+            for name, found in measured["compared"].items()
+        )
     return [
         Table(
             name="throughput",
             title="Throughput and latency against rate",
             headings=tuple(HEADINGS.values()),
             columns=COLUMNS,
-            blocks=((heading, rows),),
+            blocks=blocks,
             notes=(
                 "Latency: of a prefill, or of one more token of every sequence. "
                 "The last columns set the speed-up beside what the sizes allow on that machine.",
@@ -71,12 +73,14 @@ def _row(measured: Mapping[str, Any]) -> Row:
     return Row(labels=tuple(str(measured[key]) for key in HEADINGS), cells=cells, marks=("",) * len(cells))
 
 
-def _heading(measured: Mapping[str, Any]) -> str:
+def _heading(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     settings, hardware = measured["settings"], measured["provenance"]["hardware"]
-    size = measured["models"]["dense"]["num_parameters"] / 1e6
+    size = found["models"]["dense"]["num_parameters"] / 1e6
     where = (
         hardware["gpus"][0]["name"]
         if settings["device"] != "cpu" and hardware["gpus"]
         else f"{hardware['cpu']}, {settings['threads']} thread(s)"
     )
-    return f"random Llama of {size:.0f}M parameters, {settings['dtype']}, {where}"
+    seconds = {"wall": "", "processor": ", processor seconds"}[settings["clock"]]
+    what = "random Llama" if name == "random" else name
+    return f"{what} of {size:.0f}M parameters, {settings['dtype']}, {where}{seconds}"

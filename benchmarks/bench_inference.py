@@ -1,9 +1,11 @@
-"""Dense against compressed inference on random weights: ``python benchmarks/bench_inference.py [--help]``.
+"""Dense against compressed inference: ``python benchmarks/bench_inference.py [--help]``.
 
-A Llama-shaped model of at least 300M parameters, and what MoDeGPT makes of it: real ranks from its own allocation, on
-an influence profile like that of trained models (low in the middle of the upper half), weights at random, since time
-does not depend on them. Prints each speed-up and its share of the ideal, writes ``results/bench/inference.json`` and
-draws it beside.
+Of a Llama-shaped model of at least 300M parameters with random weights, or of any checkpoint, and what MoDeGPT makes of
+it: real ranks from its own allocation, on an influence profile like that of trained models (low in the middle of the
+upper half), with random weights, since time does not depend on them. Prints each speed-up and its share of the ideal,
+writes ``results/bench/inference.json`` and draws it beside. For example with a released model beside the random one:
+
+    python benchmarks/bench_inference.py --models random HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
@@ -16,22 +18,23 @@ from typing import Any
 import torch
 from bench_compression import llama_config
 from matplotlib.figure import Figure
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modegpt.allocation.policies import entropic_cap
 from modegpt.allocation.ranks import integer_ranks
-from modegpt.errors import exit_status
+from modegpt.errors import UserError, exit_status
 from modegpt.evaluation.spec import Workload
-from modegpt.evaluation.throughput import DENSE, describe_model, measure, measure_roof
+from modegpt.evaluation.throughput import CLOCKS, DENSE, PROCESSOR, WALL, Roof, describe_model, measure, measure_roof
 from modegpt.methods.modegpt import MODULES, module_budgets
-from modegpt.models import LayerShape, compressed_config, dense_shape, family_of
-from modegpt.models.families import is_ours
-from modegpt.models.shapes import compressed_class
+from modegpt.models import LayerShape, dense_shape, family_of, random_compressed
+from modegpt.models.checkpoints import load_model
 from modegpt.records.benchmark import FOLDER, write_benchmark
 
 CAP = 0.85
 MULTIPLES = {"exact": dict.fromkeys(MODULES, 1), "aligned": {"mlp": 64, "query_key": 16, "value_output": 16}}
 GOAL = 0.85
+RANDOM = "random"
+"""The model that is made here."""
 
 
 def influence_profile(num_layers: int) -> list[float]:
@@ -56,55 +59,54 @@ def planned_shapes(
     return [LayerShape(ranks["query_key"], ranks["value_output"], ranks["mlp"], num_kv_heads) for ranks in some]
 
 
-def random_model(config: PreTrainedConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
-    """The model of ``config``, the family's own class where that is dense, with normal weights made in place."""
+def random_model(config: LlamaConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
+    """The dense model of ``config``, with normal weights made in place."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
-        model_class: Any = compressed_class(config) if is_ours(config) else LlamaForCausalLM
-        model = model_class(config).to(dtype)
-    model = model.to_empty(device=device)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("rope_index"):
-                kept = torch.rand(
-                    buffer.shape[0], config.dense_head_dim // 2, device=device, generator=generator
-                ).argsort(-1)
-                buffer.copy_(kept[:, : buffer.shape[1]].sort(-1).values)
     return model.eval()
 
 
 def draw(record: Mapping[str, Any]) -> Figure:
-    """Speed-up over the removed share, a panel for each phase, each workload beside its own ideal (dashed)."""
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-    for axis, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
-        mine = [entry for entry in record["measurements"] if entry["phase"] == phase]
-        for colour, workload in zip(
-            ("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-            dict.fromkeys((entry["batch_size"], entry["length"]) for entry in mine),
-            strict=False,
-        ):
-            entries = [entry for entry in mine if (entry["batch_size"], entry["length"]) == workload]
-            points = sorted(
-                (100 * record["models"][entry["model"]]["sparsity"], entry["speedup"], entry["ideal_speedup"])
-                for entry in entries
-            )
-            removed, speedups, ideals = zip(*points, strict=True)
-            axis.plot(removed, speedups, "o-", color=colour, label=f"{workload[0]} x {workload[1]} tokens")
-            axis.plot(removed, ideals, "--", color=colour, linewidth=0.9)
-        axis.set_title(phase, fontsize=10)
-        axis.set_xlabel("block-linear weights removed (%)", fontsize=9)
-        axis.set_ylabel("speed-up over dense (dashed: ideal)", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+    """Speed-up over the removed share: a row for each model, a panel for each phase, ideals dashed."""
+    compared = record["compared"]
+    figure = Figure(figsize=(8.6, 3.6 * len(compared)), layout="constrained")
+    panels = figure.subplots(len(compared), 2, squeeze=False)
+    for (name, found), row in zip(compared.items(), panels, strict=True):
+        for axis, phase in zip(row, ("prefill", "decode"), strict=True):
+            mine = [entry for entry in found["measurements"] if entry["phase"] == phase]
+            for colour, workload in zip(
+                ("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+                dict.fromkeys((entry["batch_size"], entry["length"]) for entry in mine),
+                strict=False,
+            ):
+                entries = [entry for entry in mine if (entry["batch_size"], entry["length"]) == workload]
+                points = sorted(
+                    (100 * found["models"][entry["model"]]["sparsity"], entry["speedup"], entry["ideal_speedup"])
+                    for entry in entries
+                )
+                removed, speedups, ideals = zip(*points, strict=True)
+                axis.plot(removed, speedups, "o-", color=colour, label=f"{workload[0]} x {workload[1]} tokens")
+                axis.plot(removed, ideals, "--", color=colour, linewidth=0.9)
+            axis.set_title(f"{name}, {phase}", fontsize=10)
+            axis.set_xlabel("block-linear weights removed (%)", fontsize=9)
+            axis.set_ylabel("speed-up over dense (dashed: ideal)", fontsize=9)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False, fontsize=8)
     return figure
 
 
 def main() -> int:
     """Measure and record; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", default=[RANDOM], metavar="MODEL", help=f"{RANDOM}, or what model.path takes"
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=2816)
@@ -120,11 +122,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode-tokens", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default=WALL, choices=CLOCKS, help="processor: where other programs run beside")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=FOLDER / "inference.json")
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw the record that is there")
     arguments = parser.parse_args()
+    if arguments.clock == PROCESSOR and (arguments.threads > 1 or arguments.device != "cpu"):
+        parser.error("--clock processor is for one thread on the CPU")
     torch.set_num_threads(arguments.threads)
     return exit_status(lambda: run(arguments))
 
@@ -140,19 +145,37 @@ def run(arguments: argparse.Namespace) -> None:
 
 def record(arguments: argparse.Namespace) -> None:
     """The measurement that ``arguments`` describe."""
-    content = measured(
-        llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary),
-        sparsities=arguments.sparsity,
-        multiples=arguments.multiples,
-        workloads=workloads(arguments.prefill, arguments.decode),
-        repeats=arguments.repeats,
-        decode_tokens=arguments.decode_tokens,
-        device=arguments.device,
-        dtype=getattr(torch, arguments.dtype),
-    )
+    names = dict(zip([Path(path).name for path in arguments.models], arguments.models, strict=True))
+    if len(names) != len(arguments.models):
+        raise UserError(f"--models need different names, got {', '.join(arguments.models)}")
+    dtype = getattr(torch, arguments.dtype)
+    config = llama_config(arguments, layers=arguments.layers, length=8192, vocab_size=arguments.vocabulary)
+    roof = measure_roof(torch.device(arguments.device), dtype)
+    print(f"ceiling: {roof.flops_per_second / 1e9:.0f} GFLOP/s, {roof.bytes_per_second / 1e9:.1f} GB/s")
+    compared = {
+        name: measured(
+            random_model(config, dtype=dtype, device=arguments.device)
+            if path == RANDOM
+            else load_model(path, dtype, arguments.device),
+            sparsities=arguments.sparsity,
+            multiples=arguments.multiples,
+            workloads=workloads(arguments.prefill, arguments.decode),
+            repeats=arguments.repeats,
+            decode_tokens=arguments.decode_tokens,
+            roof=roof,
+            clock=arguments.clock,
+        )
+        for name, path in names.items()
+    }
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "draw")}
-    path = write_benchmark(arguments.output, {"kind": "inference", "settings": settings, "goal": GOAL, **content})
-    reached = [entry["share_of_ideal"] for entry in content["measurements"] if entry["model"] != DENSE]
+    content = {"kind": "inference", "settings": settings, "goal": GOAL, "ceiling": vars(roof), "compared": compared}
+    path = write_benchmark(arguments.output, content)
+    reached = [
+        entry["share_of_ideal"]
+        for found in compared.values()
+        for entry in found["measurements"]
+        if entry["model"] != DENSE
+    ]
     print(
         f"{sum(share >= GOAL for share in reached)} of {len(reached)} measurements at {GOAL:.0%} of the ideal speed-up"
         f" or more, lowest {min(reached):.0%}: {path}"
@@ -165,41 +188,37 @@ def workloads(prefill: Sequence[str], decode: Sequence[str]) -> list[Workload]:
 
 
 def measured(
-    config: PreTrainedConfig,
+    dense: PreTrainedModel,
     *,
     sparsities: Sequence[float],
     multiples: Sequence[str],
     workloads: Sequence[Workload],
     repeats: int,
     decode_tokens: int,
-    device: str,
-    dtype: torch.dtype,
+    roof: Roof,
+    clock: str = WALL,
     compiler: Mapping[str, Any] | None = None,
     captured: bool = False,
     of_layers: int | None = None,
 ) -> dict[str, Any]:
-    """The dense model of ``config`` beside what MoDeGPT makes of it at each of ``sparsities``, with random weights.
+    """``dense`` beside what MoDeGPT makes of it at each of ``sparsities``, with random weights.
 
     ``compiler``: options of ``torch.compile`` for all models, which then have caches of fixed size; None: not compiled.
-    ``captured``: as for ``throughput.measure``.
+    ``repeats, decode_tokens, roof, clock, captured``: as for ``throughput.measure``.
     ``of_layers``: as for ``planned_shapes``.
-    Returns the machine's rates (``ceiling``), the sizes of the ``models`` and the ``measurements``.
+    Returns the sizes of the ``models`` and the ``measurements``.
     """
-    config._attn_implementation = "sdpa"
-    configs: dict[str, PreTrainedConfig] = {DENSE: config}
+    models = {DENSE: dense}
     for sparsity in sparsities:
         for name in multiples:
-            shapes = planned_shapes(config, sparsity, MULTIPLES[name], of_layers=of_layers)
-            configs[f"{100 * sparsity:g}% {name}"] = compressed_config(config, shapes)
-    models = {label: random_model(each, dtype=dtype, device=device) for label, each in configs.items()}
-    about = {label: describe_model(model, models[DENSE]) for label, model in models.items()}
+            shapes = planned_shapes(dense.config, sparsity, MULTIPLES[name], of_layers=of_layers)
+            models[f"{100 * sparsity:g}% {name}"] = random_compressed(dense, shapes)
+    about = {label: describe_model(model, dense) for label, model in models.items()}
     for label, sizes in about.items():
         print(
             f"{label:14} {sizes['num_parameters'] / 1e6:.0f}M parameters, {sizes['sparsity']:.1%} removed, "
             f"{sizes['cache_bytes_per_token']} cache bytes a token ({sizes['cache_share']:.0%})"
         )
-    roof = measure_roof(torch.device(device), dtype)
-    print(f"ceiling: {roof.flops_per_second / 1e9:.0f} GFLOP/s, {roof.bytes_per_second / 1e9:.1f} GB/s")
     if compiler is not None:
         for model in models.values():
             model.compile(**compiler)
@@ -210,10 +229,11 @@ def measured(
         decode_tokens=decode_tokens,
         roof=roof,
         say=lambda line: print(line, flush=True),
+        clock=clock,
         fixed_cache=compiler is not None,
         captured=captured,
     )
-    return {"ceiling": vars(roof), "models": about, "measurements": results}
+    return {"models": about, "measurements": results}
 
 
 if __name__ == "__main__":

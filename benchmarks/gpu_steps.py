@@ -32,7 +32,7 @@ from modegpt.data.texts import load_documents
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.evaluation.perplexity import perplexity
 from modegpt.evaluation.spec import Workload
-from modegpt.evaluation.throughput import DENSE
+from modegpt.evaluation.throughput import DENSE, measure_roof
 from modegpt.files import read_json
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.models import family_of
@@ -478,15 +478,16 @@ def side_by_side(way: str, phase: str, setting: Setting, _: float) -> dict[str, 
         raise Absent("only a GPU has graphs")
     shape, (layers, multiples) = setting.shape("7B"), sizes_of(setting, way)
     torch._dynamo.config.cache_size_limit = 64  # one forward, three models, three batches
+    config = llama_config(shape, layers=layers, length=4096, vocab_size=shape.vocabulary)
+    roof = measure_roof(torch.device(setting.device), torch.bfloat16)
     content = bench_inference.measured(
-        llama_config(shape, layers=layers, length=4096, vocab_size=shape.vocabulary),
+        bench_inference.random_model(config, dtype=torch.bfloat16, device=setting.device),
         sparsities=(0.3, 0.5),
         multiples=multiples,
         workloads=batches(setting, phase),
         repeats=setting.repeats,
         decode_tokens=setting.decode_tokens,
-        device=setting.device,
-        dtype=torch.bfloat16,
+        roof=roof,
         compiler=setting.compiler if way == "compiled" else None,
         captured=way == "captured",
         of_layers=SHAPES["7B"].layers,  # of few layers none could keep as much as the first and last of many do
@@ -494,6 +495,7 @@ def side_by_side(way: str, phase: str, setting: Setting, _: float) -> dict[str, 
     speedup = max(each["speedup"] for each in content["measurements"] if each["model"].startswith("50%"))
     shares = [each["share_of_ideal"] for each in content["measurements"] if each["model"] != DENSE]
     return content | {
+        "ceiling": vars(roof),
         "layers": layers,
         "of_layers": SHAPES["7B"].layers,
         "goal": {"speedup": PAPER_SPEEDUP, "share_of_ideal": bench_inference.GOAL},

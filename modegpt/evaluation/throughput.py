@@ -22,6 +22,8 @@ from modegpt.models import block_linear_parameters, cache_bytes_per_token, layer
 DENSE = "dense"
 """The model that the others are compared with."""
 COMPRESSED = "compressed"
+CLOCKS = WALL, PROCESSOR = "wall", "processor"
+"""What seconds are read from."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def measure(
     decode_tokens: int,
     roof: Roof,
     say: Callable[[str], None],
+    clock: str = WALL,
     fixed_cache: bool = False,
     captured: bool = False,
 ) -> list[dict[str, Any]]:
@@ -97,20 +100,24 @@ def measure(
         models: by label, on one device; ``"dense"`` is the one that the others are compared with.
         repeats: measured rounds, after one to warm up.
         decode_tokens: tokens that are decoded, and then forgotten, in one measurement of a decoding step.
+        clock: ``"wall"``, or ``"processor"`` where other programs run beside one thread.
         fixed_cache: keys and values in memory of a fixed size, as compiled models want it.
         captured: each step is a CUDA graph, which launches the same kernels without Python in between; to decode into
             memory of a fixed size.
 
     Returns one entry a workload and model:
-        ``seconds`` (wall) and ``cpu_seconds`` a step: medians over the rounds, whose samples are given too;
+        ``seconds`` by the clock and ``cpu_seconds`` a step: medians over the rounds, whose samples (wall and
+            processor) are given too;
         ``tokens_per_second``;
         ``peak_memory_bytes``: weights and what the step needed beside them, None where the system does not say, and for
             a CUDA graph, which has its memory before it runs;
-        ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round, None where the clock
-            of the processor's time did not move;
+        ``speedup, cpu_speedup``: the median over rounds of dense / own seconds in the same round, by the clock and the
+            processor's, None for the latter where it did not move;
         ``ideal_speedup``: what the work alone would give; ``share_of_ideal``: ``speedup`` over it.
+
+    Raises UserError where the processor's time is the clock and did not move.
     """
-    assert DENSE in models, list(models)
+    assert DENSE in models and clock in CLOCKS, (list(models), clock)
     results = []
     for workload in workloads:
         fixed = fixed_cache or (captured and workload.phase == "decode")
@@ -133,7 +140,7 @@ def measure(
         del steps
         num_steps = decode_tokens if workload.phase == "decode" else 1
         for label, model in models.items():
-            entry = _entry(workload, label, samples, num_steps)
+            entry = _entry(workload, label, samples, num_steps, clock)
             ideal = roof.seconds(work_of(models[DENSE], workload)) / roof.seconds(work_of(model, workload))
             entry |= {
                 "peak_memory_bytes": peaks[label],
@@ -168,7 +175,7 @@ def measured_speedup(
         rounds.append([_seconds(step, dense.device)[of_processor] for step in steps])
     speedup = _median_ratio(rounds)
     if speedup is None:
-        raise UserError(f"{workload} is too little work to be timed here: a clock did not move in one round of it")
+        raise _too_little(workload)
     return speedup
 
 
@@ -225,24 +232,31 @@ def _median_ratio(rounds: Sequence[Sequence[float]]) -> float | None:
 
 
 def _entry(
-    workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int
+    workload: Workload, label: str, samples: Mapping[str, list[tuple[float, float]]], num_steps: int, clock: str
 ) -> dict[str, Any]:
     wall, cpu = ([sample[each] / num_steps for sample in samples[label]] for each in (0, 1))
-    speedup, cpu_speedup = (
+    speedups = [
         _median_ratio([(dense[each], own[each]) for dense, own in zip(samples[DENSE], samples[label], strict=True)])
         for each in (0, 1)
-    )
+    ]
+    speedup, seconds = speedups[CLOCKS.index(clock)], median((wall, cpu)[CLOCKS.index(clock)])
+    if speedup is None:
+        raise _too_little(workload)
     return {
         **vars(workload),
         "model": label,
-        "seconds": median(wall),
-        "tokens_per_second": workload.num_tokens / median(wall),
+        "seconds": seconds,
+        "tokens_per_second": workload.num_tokens / seconds,
         "cpu_seconds": median(cpu),
         "speedup": speedup,
-        "cpu_speedup": cpu_speedup,
+        "cpu_speedup": speedups[1],
         "samples_seconds": wall,
         "samples_cpu_seconds": cpu,
     }
+
+
+def _too_little(workload: Workload) -> UserError:
+    return UserError(f"{workload} is too little work to be timed here: a clock did not move in one round of it")
 
 
 def _prepare(model: PreTrainedModel, workload: Workload, decode_tokens: int, fixed_cache: bool) -> Callable[[], object]:

@@ -18,20 +18,26 @@ def test_the_table_is_the_measurement(tmp_path: Path) -> None:
         "model": "30% exact",
     }
     measured = {
-        "settings": {"device": "cpu", "threads": 1, "dtype": "float32"},
+        "settings": {"device": "cpu", "threads": 1, "dtype": "float32", "clock": "wall"},
         "provenance": {"hardware": {"cpu": "a processor", "gpus": []}},
-        "models": {"dense": {"num_parameters": 374_000_000}},
-        "measurements": [
-            shared | {"phase": "prefill", "batch_size": 4, "length": 32},
-            shared | {"phase": "decode", "batch_size": 8, "length": 512},
-        ],
+        "compared": {
+            "random": {
+                "models": {"dense": {"num_parameters": 374_000_000}},
+                "measurements": [
+                    shared | {"phase": "prefill", "batch_size": 4, "length": 32},
+                    shared | {"phase": "decode", "batch_size": 8, "length": 512},
+                ],
+            },
+            "released": {"models": {"dense": {"num_parameters": 135_000_000}}, "measurements": []},
+        },
     }
     path = tmp_path / FILE
     path.parent.mkdir()
     path.write_text(json.dumps(measured), encoding="utf-8")
     [table] = throughput(tmp_path)
-    [(heading, (prefill, decode))] = table.blocks
+    (heading, (prefill, decode)), (other, ()) = table.blocks
     assert heading == "random Llama of 374M parameters, float32, a processor, 1 thread(s)"
+    assert other == "released of 135M parameters, float32, a processor, 1 thread(s)"
     assert prefill.labels == ("prefill", "4", "32", "30% exact")
     assert [cell.mean for cell in prefill.cells] == pytest.approx([64, 2000, 1.5, 2, 75])
     assert decode.cells[1].mean == pytest.approx(125)
@@ -40,8 +46,12 @@ def test_the_table_is_the_measurement(tmp_path: Path) -> None:
         path.write_text(json.dumps(measured), encoding="utf-8")
         [table] = throughput(tmp_path)
         assert named in table.blocks[0][0], "the machine that ran it, not all that was in it"
+    measured["settings"]["clock"] = "processor"
+    path.write_text(json.dumps(measured), encoding="utf-8")
+    assert throughput(tmp_path)[0].blocks[0][0].endswith("a card, processor seconds")
 
 
 def test_the_committed_measurement_is_read(repository: Path) -> None:
     [table] = throughput(repository / "results")
-    assert len(table.blocks[0][1]) >= 3 and all(cell.values for row in table.blocks[0][1] for cell in row.cells)
+    for _, rows in table.blocks:
+        assert len(rows) >= 3 and all(cell.values for row in rows for cell in row.cells)

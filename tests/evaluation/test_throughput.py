@@ -270,6 +270,26 @@ def test_the_scripts_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "no model directory" in capsys.readouterr().err
 
 
+def test_the_benchmark_takes_any_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    save_checkpoint(dense_model("gemma", num_hidden_layers=8), tiny_tokenizer(), tmp_path / "released", {})
+    output = tmp_path / "bench" / "inference.json"
+    options = "--layers 8 --hidden 32 --width 40 --heads 4 --kv-heads 2 --vocabulary 61 --sparsity 0.3 --prefill 1x4"
+    options += " --decode 1x4 --repeats 1 --decode-tokens 2 --clock processor"
+    bench = load_script("benchmarks/bench_inference")
+    monkeypatch.setattr(bench, "measure_roof", lambda *_, **__: Roof(1e9, 1e9))
+    arguments = ["--models", "random", str(tmp_path / "released"), "--output", str(output), *options.split()]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench_inference.py", *arguments])
+    assert bench.main() == 0 and output.with_suffix(".png").is_file()
+    record = json.loads(output.read_text())
+    assert list(record["compared"]) == ["random", "released"] and str(tmp_path) not in output.read_text()
+    for found in record["compared"].values():
+        assert 0.2 < found["models"]["30% exact"]["sparsity"] < 0.4
+        assert [each["model"] for each in found["measurements"]] == ["dense", "30% exact"] * 2
+        assert all(each["seconds"] == each["cpu_seconds"] for each in found["measurements"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench_inference.py", "--models", "a/b", "c/b"])
+    assert bench.main() == 2 and "different names" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("length", [7, 8, 9, 11])
 def test_decoding_needs_the_prompt_and_what_is_decoded(length: int) -> None:
     spec = ThroughputSpec(decode=[f"1x{length}"], decode_tokens=4)

@@ -361,7 +361,7 @@ def record(draw: random.Random) -> Case:
         elif form == "bench":
             path = folder / "results" / "bench" / "inference.json"
             path.parent.mkdir()
-            path.write_text(json.dumps({"measurements": changes[0][1], "settings": changes[-1][1]}))
+            path.write_text(json.dumps({"compared": changes[0][1], "settings": changes[-1][1]}))
         else:
             damage(path, random.Random(seed))
 

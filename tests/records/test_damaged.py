@@ -86,7 +86,7 @@ def test_what_could_be_read_for_ever_is_left_out(tmp_path: Path, capsys: pytest.
     (tmp_path / "results" / "large.jsonl.gz").touch()
     os.truncate(tmp_path / "results" / "large.jsonl.gz", 20 * 2**30)
     (tmp_path / "results" / "bench").mkdir()
-    (tmp_path / "results" / "bench" / "inference.json").write_text('{"measurements": 5}')
+    (tmp_path / "results" / "bench" / "inference.json").write_text('{"compared": 5}')
     assert main(["--root", str(store.root), "list"]) == 0
     out = capsys.readouterr().out
     assert "1 finished, 0 failed, 3 left out" in out and out.count("left out: ") == 3
