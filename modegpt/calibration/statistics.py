@@ -157,9 +157,11 @@ STATISTICS: dict[str, Statistic] = {
     "mlp.mean": Statistic(("n",), "down"),
     "mlp.mean_square": Statistic(("n",), "down", "input", squared),
     # what each expert reads, and its down projection: the tokens that it sees, here as they enter the sum, and their
-    # share of all
+    # share of all; means count the tokens that it does not see as zeros
     "experts.C_x": Statistic(("E", "d_h", "d_h"), None),
     "experts.C": Statistic(("E", "n", "n"), None),
+    "experts.mean": Statistic(("E", "n"), None),
+    "experts.mean_square": Statistic(("E", "n"), None, "input", squared),
     "experts.share": Statistic(("E",), None),
     # block influence 1 - mean cos(x_l, x_{l+1}), and how many tokens all of these are over
     "layer.influence": Statistic(()),
@@ -240,6 +242,9 @@ class LayerObserver:
         for name, size in (("experts.C_x", downs[0].out_features), ("experts.C", downs[0].in_features)):
             if name in self.names and name not in self.moments:
                 self.moments[name] = SecondMoment.zeros(count, size, device=device, precision=self.precision)
+        means = [name for name in ("experts.mean", "experts.mean_square") if name in self.names]
+        for name in means:
+            self.moments.setdefault(name, FirstMoment.zeros(count, downs[0].in_features, device=device))
         share = self.moments.setdefault("experts.share", FirstMoment.zeros(count, device=device))
 
         def add(name: str, index: int, rows: Tensor) -> None:
@@ -252,13 +257,19 @@ class LayerObserver:
             share.sums[index] += len(rows)
             add("experts.C_x", index, rows)
 
+        def reduced(index: int, rows: Tensor) -> None:
+            add("experts.C", index, rows)
+            for name in means:
+                with beside(self.stream, rows):
+                    FirstMoment(self.moments[name].sums[index]).update(STATISTICS[name].rows(self, rows))
+
         return [
             *(
                 expert.register_forward_pre_hook(lambda _, args, index=index: read(index, args[0]))
                 for index, expert in enumerate(experts)
             ),
             *(
-                down.register_forward_pre_hook(lambda _, args, index=index: add("experts.C", index, args[0]))
+                down.register_forward_pre_hook(lambda _, args, index=index: reduced(index, args[0]))
                 for index, down in enumerate(downs)
             ),
         ]

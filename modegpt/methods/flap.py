@@ -6,12 +6,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from modegpt.calibration.statistics import Statistics
 from modegpt.decompositions.modules import MLPWeights, ValueOutputWeights
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.structures import Kept, LayerWeights, StructureSizes, cheapest_within, pruned_model, removal_budget
-from modegpt.models import decoder_layers, dense_shape
+from modegpt.models import Family, decoder_layers, dense_shape
 
-STATISTICS = frozenset({"mlp.mean", "mlp.mean_square", "value_output.mean", "value_output.mean_square"})
+OUTPUT_STATISTICS = frozenset({"value_output.mean", "value_output.mean_square"})
+
+
+def statistics_read(family: Family) -> frozenset[str]:
+    """The statistics of a layer of ``family`` that FLAP reads."""
+    if family.experts_path is None:
+        return OUTPUT_STATISTICS | {"mlp.mean", "mlp.mean_square"}
+    return OUTPUT_STATISTICS | {"experts.mean", "experts.mean_square", "experts.share"}
 
 
 def variance(mean: Tensor, mean_square: Tensor) -> Tensor:
@@ -22,6 +30,20 @@ def variance(mean: Tensor, mean_square: Tensor) -> Tensor:
 def fluctuation(channel_variance: Tensor, W: Tensor) -> Tensor:
     """Fluctuation metric of input channels: ``Var(x_i) ||W_i||^2``. channel_variance (..., c), W (..., c, out)."""
     return channel_variance * W.double().square().sum(dim=-1)
+
+
+def mlp_means(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what the down projection reads, (1, n).
+
+    Of experts (E, n): the mean over the tokens that an expert sees, and their variance times their share of all tokens.
+    """
+    if "mlp.mean" in statistics:
+        mean = statistics["mlp.mean"].unsqueeze(0)
+        return mean, variance(mean, statistics["mlp.mean_square"])
+    share = statistics["experts.share"].unsqueeze(-1)
+    mean = torch.where(share > 0, statistics["experts.mean"] / share, 0.0)
+    # an expert that no token reached goes by its weights alone, and for nothing
+    return mean, torch.where(share > 0, variance(mean * share.sqrt(), statistics["experts.mean_square"]), 1e-100)
 
 
 def standardised(scores: Tensor) -> Tensor:
@@ -37,6 +59,22 @@ def group_scores(metric: Tensor, num_groups: int) -> Tensor:
     over the channels of each group's heads.
     """
     return standardised(metric.square()).reshape(num_groups, -1).mean(dim=1)
+
+
+def together(metric: Tensor) -> Tensor:
+    """Scores (n,) of the MLP channels that go together, from their ``metric`` (E, n).
+
+    Of experts the j-th least of each go together, and what they fluctuate adds up.
+    """
+    return metric[0] if len(metric) == 1 else metric.sort(dim=1, stable=True).values.sum(dim=0)
+
+
+def of_each(kept: Tensor, metric: Tensor) -> Tensor:
+    """Which channels stay, (n,), or (E, n) of experts, where those that ``together`` scored are ``kept`` (n,)."""
+    if len(metric) == 1:
+        return kept
+    order = metric.argsort(dim=1, stable=True)
+    return torch.zeros(metric.shape, dtype=torch.bool).scatter(1, order, kept.expand_as(metric))
 
 
 def compensate_mlp(weights: MLPWeights, mean: Tensor, kept: Tensor) -> MLPWeights:
@@ -81,6 +119,9 @@ class FLAP(Method):
     threshold on the same tokens: SmolLM2-135M at 30 % has perplexity 115.3 here and 113.7 there, 9 and 8 of 90 groups
     gone.
 
+    Of a mixture, an expert's channels fluctuate over the tokens that it sees, as they enter the sum. All experts of a
+    layer lose as many, the j-th least of each together, and each gets a bias of its own.
+
     Differs from it: whole key/value groups go where it knows no grouped-query attention; a structure that would
     overshoot the budget is passed over where it stops at the nearest threshold; variances are over all tokens where it
     leaves out the first sample's and centres each sample on the mean so far; means are float64 where it stores halves.
@@ -91,6 +132,7 @@ class FLAP(Method):
 
     name: ClassVar[str] = "flap"
     revision: ClassVar[int] = 2
+    experts: ClassVar[bool] = True
 
     compensate: bool = True
 
@@ -100,21 +142,24 @@ class FLAP(Method):
         if task.sparsity == 0:
             return pruned_model(task, [Kept.everything(shape)] * task.calibration.num_layers)
         layers, meter = decoder_layers(task.model), task.calibration.meter
-        weights, means, scores = [], [], []
-        for layer, statistics in zip(layers, task.calibration.statistics(STATISTICS), strict=True):
+        weights, means, channels, scores = [], [], [], []
+        for layer, statistics in zip(layers, task.calibration.statistics(statistics_read(task.family)), strict=True):
             with meter.stage("score", counted=True):
                 of_layer = LayerWeights.read(task.family, layer)
-                attention_mean, mlp_mean = statistics["value_output.mean"], statistics["mlp.mean"]
+                attention_mean, (mlp_mean, mlp_variance) = statistics["value_output.mean"], mlp_means(statistics)
                 heads = fluctuation(
                     variance(attention_mean, statistics["value_output.mean_square"]), of_layer.value_output.W_O
                 )
-                channels = fluctuation(variance(mlp_mean, statistics["mlp.mean_square"]), of_layer.mlp.W_D)
-                scores += [group_scores(heads, shape.num_kv_heads), standardised(channels)]
+                channels.append(fluctuation(mlp_variance, torch.stack([each.W_D for each in of_layer.mlps])).cpu())
+                scores += [group_scores(heads, shape.num_kv_heads), standardised(together(channels[-1]))]
                 weights.append(of_layer)
                 means.append((attention_mean, mlp_mean))
         sizes = StructureSizes.of(task.family, layers[0], shape)
         removed = cheapest_within(scores, [sizes.group, sizes.channel] * len(layers), removal_budget(task))
-        kept = [Kept(~groups, ~channels) for groups, channels in zip(removed[::2], removed[1::2], strict=True)]
+        kept = [
+            Kept(~groups, of_each(~ranks, metric))
+            for groups, ranks, metric in zip(removed[::2], removed[1::2], channels, strict=True)
+        ]
         if self.compensate:
             weights = [self._compensated(*of_layer) for of_layer in zip(weights, means, kept, strict=True)]
         return pruned_model(task, kept, weights)
@@ -122,10 +167,10 @@ class FLAP(Method):
     @staticmethod
     def _compensated(weights: LayerWeights, means: tuple[Tensor, Tensor], kept: Kept) -> LayerWeights:
         attention_mean, mlp_mean = means
+        of_each = zip(weights.mlps, mlp_mean, kept.channels.to(mlp_mean.device).expand_as(mlp_mean), strict=True)
         return replace(
-            weights,
+            weights.with_mlps([compensate_mlp(*each) for each in of_each]),
             value_output=compensate_attention(
                 weights.value_output, attention_mean, kept.groups.to(attention_mean.device)
             ),
-            mlp=compensate_mlp(weights.mlp, mlp_mean, kept.channels.to(mlp_mean.device)),
         )

@@ -9,6 +9,7 @@ as columns, in which a block's input is kept.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,9 +23,10 @@ from modegpt.calibration.moments import SecondMoment
 from modegpt.calibration.stream import HiddenStates, advance
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
-from modegpt.models import Family, block_linear_parameters, decoder_layers, family_of
-from modegpt.models.families import SLICED
-from modegpt.models.modeling_sliced import MODELS, SlicedLayer
+from modegpt.models import Family, block_linear_parameters, decoder_layers, family_of, is_compressed
+from modegpt.models.families import SLICED, family_name
+from modegpt.models.modeling_modegpt import CompressedFields
+from modegpt.models.modeling_sliced import MODELS
 
 SLICED_MODELS = {model.config_class.model_type.removeprefix(SLICED): model for model in MODELS}
 """The sliced model class of each family."""
@@ -61,6 +63,7 @@ class SliceGPT(Method):
     """
 
     name: ClassVar[str] = "slicegpt"
+    experts: ClassVar[bool] = True
 
     budget: str = "parameters"
     calibrate_on: str = "sliced"
@@ -130,7 +133,7 @@ class SliceGPT(Method):
         """All tensors of the sliced model, and the layers' reports. One folded layer lives at a time."""
         calibration, model = task.calibration, task.model
         layers, meter, prefix = decoder_layers(model), calibration.meter, calibration.family.layers
-        sliced_class, dtype, full_size = layer_class(model.config), model.dtype, model.config.hidden_size
+        dtype, full_size = model.dtype, model.config.hidden_size
         num_tokens = calibration.tokens.num_tokens
         with meter.stage("slicing", counted=True):
             stream = Stream(
@@ -142,7 +145,7 @@ class SliceGPT(Method):
             tensors = cast({name: rotated_reader(table, Q) for name, table in folded_embeddings(model).items()}, dtype)
             reports = []
             for index in calibration.progress.track(range(len(layers)), "rotate and slice", unit="layer"):
-                folded = folded_layer(sliced_class, layers[index])
+                folded = folded_layer(model.config, layers[index])
                 runnable = runnable_layer(model, index, folded)
                 advance(stream.hidden, index, runnable.attention_block)
                 Q_mlp, lost_mlp = stream.slice(sizes[2 * index + 1])
@@ -151,7 +154,7 @@ class SliceGPT(Method):
                     Q_out, lost_out = stream.slice(sizes[2 * index + 2])
                 else:
                     Q_out, lost_out = torch.eye(full_size, dtype=torch.float64, device=model.device), 0.0
-                sliced = sliced_layer(sliced_class, folded, Q, Q_mlp, Q_out)
+                sliced = sliced_layer(model.config, folded, Q, Q_mlp, Q_out)
                 tensors |= {f"{prefix}.{index}.{name}": tensor for name, tensor in cast(sliced, dtype).items()}
                 ranks = {"attention_input": sizes[2 * index], "mlp_input": sizes[2 * index + 1]}
                 reports.append(
@@ -206,13 +209,12 @@ def sliced_parameters(model: PreTrainedModel, sizes: list[int]) -> int:
     sliced_class, total = layer_class(model.config), 0
     for index, layer in enumerate(decoder_layers(model)):
         linear: Any = layer.get_submodule
-        attention = (
-            sum(linear(path).out_features for path in sliced_class.attention_readers),
-            linear(sliced_class.attention_writer).in_features,
-        )
-        mlp = (
-            sum(linear(path).out_features for path in sliced_class.mlp_readers),
-            linear(sliced_class.mlp_writer).in_features,
+        attention, mlp = (
+            (
+                sum(linear(path).out_features for path in readers if path != sliced_class.router),
+                sum(linear(path).in_features for path in writers),
+            )
+            for readers, writers, _ in sliced_class.blocks(model.config)
         )
         total += layer_parameters(attention, mlp, sizes[2 * index : 2 * index + 3])
     return total
@@ -274,7 +276,7 @@ def layer_parameters(attention: tuple[int, int], mlp: tuple[int, int], sizes: Se
     """Weights of one sliced layer, its two shortcuts included.
 
     Args:
-        attention, mlp: of each block, rows of all its readers together and columns of its writer.
+        attention, mlp: of each block, rows of all its readers together and columns of its writers.
         sizes: stream width entering the attention, entering the MLP, leaving the layer.
     """
     blocks = ((*attention, sizes[0], sizes[1]), (*mlp, sizes[1], sizes[2]))
@@ -284,7 +286,7 @@ def layer_parameters(attention: tuple[int, int], mlp: tuple[int, int], sizes: Se
 def check_sliceable(model: PreTrainedModel) -> None:
     """Raise UserError when a norm of ``model`` does not read the residual stream itself, or it is no stock model."""
     config = model.config
-    if config.model_type not in SLICED_MODELS:
+    if family_name(config) not in SLICED_MODELS or is_compressed(config):
         raise UserError(
             f"slicegpt starts from a dense model of {', '.join(SLICED_MODELS)}; this one is {config.model_type!r}"
         )
@@ -302,10 +304,10 @@ def check_sliceable(model: PreTrainedModel) -> None:
 
 def sliced_config(config: PreTrainedConfig, stream_sizes: list[int] | None = None) -> PreTrainedConfig:
     """The configuration of a dense ``config`` sliced to ``stream_sizes`` (None: full width everywhere)."""
-    model_class = SLICED_MODELS[config.model_type]
-    fields = config.to_dict()
-    for stale in ("model_type", "architectures", "auto_map", "transformers_version"):
-        fields.pop(stale, None)
+    model_class = SLICED_MODELS[family_name(config)]
+    stale = {"model_type", "architectures", "auto_map", "transformers_version"}
+    stale |= {field.name for field in dataclasses.fields(CompressedFields)}  # of a mixture that was taken apart
+    fields = {name: value for name, value in config.to_dict().items() if name not in stale}
     fields |= {"stream_sizes": stream_sizes, "tie_word_embeddings": False}
     sliced = model_class.config_class(**fields, architectures=[model_class.__name__])
     sliced._attn_implementation = config._attn_implementation
@@ -314,28 +316,26 @@ def sliced_config(config: PreTrainedConfig, stream_sizes: list[int] | None = Non
 
 def layer_class(config: PreTrainedConfig) -> Any:
     """The sliced decoder layer class for a dense ``config``."""
-    return SLICED_MODELS[config.model_type].layer_class
+    return SLICED_MODELS[family_name(config)].layer_class
 
 
-def folded_layer(sliced_class: type[SlicedLayer], layer: nn.Module) -> Tensors:
+def folded_layer(config: PreTrainedConfig, layer: nn.Module) -> Tensors:
     """The tensors of a dense ``layer`` with its norms folded into its linears, float64, shortcuts left out.
 
     LayerNorm's mean subtraction goes into the writers, so the stream has mean zero (section 3.2).
     """
+    sliced_class = layer_class(config)
     tensors = {
         name: tensor.to(torch.float64)
         for name, tensor in layer.state_dict().items()
         if name.partition(".")[0] not in sliced_class.norms
     }
-    for name, readers in zip(
-        sliced_class.norms, (sliced_class.attention_readers, sliced_class.mlp_readers), strict=True
-    ):
+    for name, (readers, writers, _) in zip(sliced_class.norms, sliced_class.blocks(config), strict=True):
         reader = layer.get_submodule(readers[0])
         scale, shift = norm_tensors(getattr(layer, name), next(reader.parameters()).device)
         for path in readers:
             _put(tensors, path, *fold_norm(*_get(tensors, path), scale, shift))
-    if subtracts_mean(layer):
-        for path in (sliced_class.attention_writer, sliced_class.mlp_writer):
+        for path in writers if subtracts_mean(layer) else ():
             weight, bias = _get(tensors, path)
             _put(tensors, path, centred(weight.T).T, None if bias is None else centred(bias))
     return tensors
@@ -352,7 +352,7 @@ def folded_embeddings(model: PreTrainedModel) -> Tensors:
 
 def folded_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The head's weight (vocabulary, d_h) and bias with the final norm folded in, float64."""
-    norm = getattr(model.get_decoder(), SLICED_MODELS[model.config.model_type].final_norm)
+    norm = getattr(model.get_decoder(), SLICED_MODELS[family_name(model.config)].final_norm)
     head = model.get_output_embeddings()
     return fold_norm(head.weight.to(torch.float64), None, *norm_tensors(norm, model.device))
 
@@ -372,18 +372,16 @@ def subtracts_mean(layer: nn.Module) -> bool:
 
 
 def sliced_layer(
-    sliced_class: type[SlicedLayer], folded: Mapping[str, Tensor], Q_attention: Tensor, Q_mlp: Tensor, Q_out: Tensor
+    config: PreTrainedConfig, folded: Mapping[str, Tensor], Q_attention: Tensor, Q_mlp: Tensor, Q_out: Tensor
 ) -> Tensors:
     """A folded layer in the axes of its attention's input, its MLP's input and the next layer's, (d_h, k) each."""
     tensors = dict(folded)
-    blocks = (
-        (sliced_class.attention_readers, sliced_class.attention_writer, "attention_shortcut", Q_attention, Q_mlp),
-        (sliced_class.mlp_readers, sliced_class.mlp_writer, "mlp_shortcut", Q_mlp, Q_out),
-    )
-    for readers, writer, name, Q_in, Q_next in blocks:
+    axes = ((Q_attention, Q_mlp), (Q_mlp, Q_out))
+    for (readers, writers, name), (Q_in, Q_next) in zip(layer_class(config).blocks(config), axes, strict=True):
         for path in readers:
             tensors[f"{path}.weight"] = rotated_reader(folded[f"{path}.weight"], Q_in)
-        _put(tensors, writer, *rotated_writer(*_get(folded, writer), Q_next))
+        for path in writers:
+            _put(tensors, path, *rotated_writer(*_get(folded, path), Q_next))
         tensors[f"{name}.weight"] = shortcut(Q_in, Q_next)
     return tensors
 
@@ -412,7 +410,7 @@ def assemble(model: PreTrainedModel, stream_sizes: list[int], tensors: Mapping[s
     """
     config = sliced_config(model.config, stream_sizes)
     with torch.device("meta"):
-        sliced = SLICED_MODELS[model.config.model_type](config)
+        sliced = SLICED_MODELS[family_name(model.config)](config)
     sliced.load_state_dict(tensors, strict=True, assign=True)
     rotary = getattr(sliced.get_decoder(), "rotary_emb", None)
     if rotary is not None:

@@ -216,7 +216,12 @@ def pruned_model(
         changed = (num_groups, width) != (dense.num_kv_heads, dense.intermediate_size)
         biases = (
             (family.output_path, of_layer.value_output.b_O, family.output(layer)),
-            (family.down_path, getattr(of_layer.mlp, "b_D", None), family.downs(layer)[0]),
+            *zip(
+                family.of_experts(family.down_path, len(of_layer.mlps)),
+                (mlp.b_D for mlp in of_layer.mlps),
+                family.downs(layer),
+                strict=True,
+            ),
         )
         extra = tuple(path for path, bias, linear in biases if changed and bias is not None and linear.bias is None)
         shape = replace(dense, num_kv_heads=num_groups, intermediate_size=width, extra_biases=extra)

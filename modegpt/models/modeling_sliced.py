@@ -21,12 +21,18 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeDecoderLayer, OlmoeForCausalLM
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM, OPTLearnedPositionalEmbedding
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeMLP
 
 
 @dataclass(kw_only=True)
@@ -79,32 +85,48 @@ class StreamRMSNorm(nn.Module):
 class SlicedLayer:
     """Mixin in front of a family's decoder layer: two blocks, each ``x S + f(norm(x))`` with its shortcut ``S``.
 
-    ``readers`` and ``writers`` name the linears that read the stream and write to it, of either block;
-    ``norms`` the two norms, which lose their weights. ``readers_biased``: readers always have a bias
-    (a LayerNorm's bias is folded into it).
+    ``readers`` and ``writers`` name the linears that read the stream and write to it, of either block, those of every
+    expert with ``*`` for its number; ``norms`` the two norms, which lose their weights. ``router``: the reader that is
+    a mixture's router. ``readers_biased``: readers always have a bias (a LayerNorm's bias is folded into it).
     """
 
-    attention_readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    attention_writer = "self_attn.o_proj"
+    attention_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_writers: tuple[str, ...] = ("self_attn.o_proj",)
     mlp_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_writer = "mlp.down_proj"
+    mlp_writers: tuple[str, ...] = ("mlp.down_proj",)
+    router: str | None = None
     norms = ("input_layernorm", "post_attention_layernorm")
     readers_biased = False
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
-        attention_size, mlp_size, output_size = config.stream_sizes[2 * layer_idx : 2 * layer_idx + 3]
-        for path in self.attention_readers:
-            self._resize(path, in_features=attention_size, bias=self.readers_biased)
-        self._resize(self.attention_writer, out_features=mlp_size)
-        for path in self.mlp_readers:
-            self._resize(path, in_features=mlp_size, bias=self.readers_biased)
-        self._resize(self.mlp_writer, out_features=output_size)
-        self.attention_shortcut = nn.Linear(attention_size, mlp_size, bias=False)
-        self.mlp_shortcut = nn.Linear(mlp_size, output_size, bias=False)
+        self.take_apart(config)
+        sizes = config.stream_sizes[2 * layer_idx : 2 * layer_idx + 3]
+        for (readers, writers, shortcut), size, next_size in zip(self.blocks(config), sizes, sizes[1:], strict=False):
+            for path in readers:
+                self._resize(path, in_features=size, bias=self.readers_biased)
+            for path in writers:
+                self._resize(path, out_features=next_size)
+            setattr(self, shortcut, nn.Linear(size, next_size, bias=False))
         for name in self.norms:
             setattr(self, name, StreamRMSNorm(config.hidden_size, norm_eps(config)))
         self.branch_dropout = getattr(config, "dropout", 0.0)
+
+    def take_apart(self, config: Any) -> None:
+        """Replace what the family stores as one by its parts."""
+
+    @classmethod
+    def blocks(cls, config: Any) -> tuple[tuple[list[str], list[str], str], ...]:
+        """Of either block the paths of its readers and writers, and the name of its shortcut."""
+
+        def each(paths: tuple[str, ...]) -> list[str]:
+            counts = (config.num_experts if "*" in path else 1 for path in paths)
+            return [path.replace("*", str(e)) for path, count in zip(paths, counts, strict=True) for e in range(count)]
+
+        return (
+            (each(cls.attention_readers), each(cls.attention_writers), "attention_shortcut"),
+            (each(cls.mlp_readers), each(cls.mlp_writers), "mlp_shortcut"),
+        )
 
     def _resize(
         self, path: str, *, in_features: int | None = None, out_features: int | None = None, bias: bool = False
@@ -112,6 +134,10 @@ class SlicedLayer:
         owner, _, name = path.rpartition(".")
         parent = self.get_submodule(owner)
         linear = getattr(parent, name)
+        if path == self.router:
+            assert in_features is not None, "a router only reads"
+            linear.hidden_dim, linear.weight = in_features, nn.Parameter(torch.empty(len(linear.weight), in_features))
+            return
         sizes = in_features or linear.in_features, out_features or linear.out_features
         setattr(parent, name, nn.Linear(*sizes, bias=bias or linear.bias is not None))
 
@@ -132,6 +158,44 @@ class SlicedLayer:
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """``hidden_states`` (batch, sequence, this layer's width) to (batch, sequence, next layer's width)."""
         return self.mlp_block(self.attention_block(hidden_states, **kwargs))
+
+
+class SlicedExperts(nn.Module):
+    """The experts of a layer, each an MLP by itself, by number."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        for index in range(config.num_experts):
+            self.add_module(str(index), Qwen3MoeMLP(config, intermediate_size=width))
+
+    def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """(tokens, in), with the experts of each token and their shares (tokens, top k), to (tokens, out)."""
+        writer: Any = self.get_submodule("0.down_proj")
+        total = x.new_zeros(len(x), writer.out_features)
+        for index, expert in enumerate(self.children()):
+            token, place = torch.where(experts == index)
+            if len(token):
+                total.index_add_(0, token, (expert(x[token]) * shares[token, place].unsqueeze(-1)).to(total.dtype))
+        return total
+
+
+class SlicedMixtureLayer(SlicedLayer):
+    """The same of a mixture of experts, whose router reads the stream as they do."""
+
+    mlp_readers = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+    mlp_writers = ("mlp.experts.*.down_proj",)
+    router = "mlp.gate"
+
+    def take_apart(self, config: Any) -> None:
+        """Replace what the family stores as one by its parts."""
+        self.mlp.experts = SlicedExperts(config)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP itself, from the normalised stream to what is added to it."""
+        flat = x.flatten(0, -2)
+        _, shares, experts = self.mlp.gate(flat)
+        return self.mlp.experts(flat, experts, shares).unflatten(0, x.shape[:-1])
 
 
 class SlicedCausalLM:
@@ -225,6 +289,57 @@ class SlicedQwen3ForCausalLM(SlicedCausalLM, Qwen3ForCausalLM):
 
 
 @strict
+class SlicedMixtralConfig(SlicedFields, MixtralConfig):
+    """``MixtralConfig`` with the widths of the stream."""
+
+    model_type = "sliced_mixtral"
+
+
+class SlicedMixtralLayer(SlicedMixtureLayer, MixtralDecoderLayer):
+    """``MixtralDecoderLayer`` on the sliced stream."""
+
+
+class SlicedMixtralForCausalLM(SlicedCausalLM, MixtralForCausalLM):
+    """``MixtralForCausalLM`` on the sliced stream."""
+
+    config_class, layer_class = SlicedMixtralConfig, SlicedMixtralLayer
+
+
+@strict
+class SlicedQwen3MoeConfig(SlicedFields, Qwen3MoeConfig):
+    """``Qwen3MoeConfig`` with the widths of the stream."""
+
+    model_type = "sliced_qwen3_moe"
+
+
+class SlicedQwen3MoeLayer(SlicedMixtureLayer, Qwen3MoeDecoderLayer):
+    """``Qwen3MoeDecoderLayer`` on the sliced stream."""
+
+
+class SlicedQwen3MoeForCausalLM(SlicedCausalLM, Qwen3MoeForCausalLM):
+    """``Qwen3MoeForCausalLM`` on the sliced stream."""
+
+    config_class, layer_class = SlicedQwen3MoeConfig, SlicedQwen3MoeLayer
+
+
+@strict
+class SlicedOlmoeConfig(SlicedFields, OlmoeConfig):
+    """``OlmoeConfig`` with the widths of the stream."""
+
+    model_type = "sliced_olmoe"
+
+
+class SlicedOlmoeLayer(SlicedMixtureLayer, OlmoeDecoderLayer):
+    """``OlmoeDecoderLayer`` on the sliced stream."""
+
+
+class SlicedOlmoeForCausalLM(SlicedCausalLM, OlmoeForCausalLM):
+    """``OlmoeForCausalLM`` on the sliced stream."""
+
+    config_class, layer_class = SlicedOlmoeConfig, SlicedOlmoeLayer
+
+
+@strict
 class SlicedOPTConfig(SlicedFields, OPTConfig):
     """``OPTConfig`` with the widths of the stream."""
 
@@ -234,9 +349,9 @@ class SlicedOPTConfig(SlicedFields, OPTConfig):
 class SlicedOPTLayer(SlicedLayer, OPTDecoderLayer):
     """LayerNorm became RMSNorm: its mean subtraction, scale and bias are folded into the maps around it."""
 
-    attention_writer = "self_attn.out_proj"
+    attention_writers = ("self_attn.out_proj",)
     mlp_readers = ("fc1",)
-    mlp_writer = "fc2"
+    mlp_writers = ("fc2",)
     norms = ("self_attn_layer_norm", "final_layer_norm")
     readers_biased = True
 
@@ -265,5 +380,8 @@ MODELS = (
     SlicedQwen2ForCausalLM,
     SlicedQwen3ForCausalLM,
     SlicedOPTForCausalLM,
+    SlicedMixtralForCausalLM,
+    SlicedQwen3MoeForCausalLM,
+    SlicedOlmoeForCausalLM,
 )
 """Every sliced model class; a new family joins here."""

@@ -120,7 +120,8 @@ def test_experts_are_seen_on_their_tokens_as_these_enter_the_sum(name: str) -> N
         handle.remove()
         x = torch.cat(seen)
         _, shares, chosen = block.gate(x)
-    names = frozenset({"experts.C", "experts.C_x", "experts.share", "layer.num_tokens"})
+    means = {"experts.mean", "experts.mean_square"}
+    names = frozenset({"experts.C", "experts.C_x", "experts.share", "layer.num_tokens", *means})
     found = list(task.calibration.statistics(names))[1]
     for index, expert in enumerate(read_mlps(task.family, layer).experts):
         token, place = torch.where(chosen == index)
@@ -128,12 +129,14 @@ def test_experts_are_seen_on_their_tokens_as_these_enter_the_sum(name: str) -> N
             h = torch.nn.functional.silu(x[token] @ expert.W_G) * (x[token] @ expert.W_U)
         h = (h * shares[token, place].unsqueeze(1)).double()
         torch.testing.assert_close(found["experts.C"][index], h.mT @ h, rtol=1e-4, atol=1e-5)
+        for mean, rows in (("experts.mean", h), ("experts.mean_square", h.square())):
+            torch.testing.assert_close(found[mean][index], rows.sum(dim=0) / len(x), rtol=1e-4, atol=1e-6)
         read = x[token].double()
         torch.testing.assert_close(found["experts.C_x"][index], read.mT @ read, rtol=1e-4, atol=1e-5)
         assert float(found["experts.share"][index]) * int(found["layer.num_tokens"]) == pytest.approx(len(token))
     assert float(found["experts.share"].sum()) == pytest.approx(2), "each token sees two experts"
     sizes = Sizes(d_h=32, n=40, H=4, H_kv=2, d=8, E=4)
-    for name in ("experts.C", "experts.C_x"):
+    for name in ("experts.C", "experts.C_x", *means):
         assert STATISTICS[name].num_elements(sizes) == found[name].numel()
     [alone, *_] = task.calibration.statistics(frozenset({"experts.C_x"}))
     assert alone["experts.C_x"].shape == (4, 32, 32) and "experts.C" not in alone

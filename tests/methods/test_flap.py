@@ -5,12 +5,15 @@ import torch
 
 from modegpt.methods.flap import (
     FLAP,
-    STATISTICS,
     compensate_attention,
     compensate_mlp,
     fluctuation,
     group_scores,
+    mlp_means,
+    of_each,
     standardised,
+    statistics_read,
+    together,
     variance,
 )
 from modegpt.methods.structures import cheapest_within
@@ -73,7 +76,9 @@ def test_bias_makes_the_mean_output_exact(form: str):
     model = dense_model(form).double()
     task = task_of(model, 0.4)
     family, ids = task.family, task.calibration.tokens.ids
-    for layer, statistics in zip(decoder_layers(model), task.calibration.statistics(STATISTICS), strict=True):
+    for layer, statistics in zip(
+        decoder_layers(model), task.calibration.statistics(statistics_read(family)), strict=True
+    ):
         mlp, value_output = read_mlp(family, layer), read_value_output(family, layer)
         channels = torch.rand(len(mlp.W_D)) > 0.5
         h = inputs_of(model, family.down(layer), ids)
@@ -138,6 +143,48 @@ def test_removes_the_lowest_standardised_scores_of_the_whole_model():
     assert len({layer["ranks"]["mlp"] for layer in compressed.layers}) > 1, "the search is global"
 
 
+def test_the_least_of_each_expert_go_together():
+    metric = torch.tensor([[3.0, 1.0, 2.0], [10.0, 30.0, 20.0]])
+    assert together(metric).tolist() == [11.0, 22.0, 33.0]
+    kept = of_each(torch.tensor([False, True, True]), metric)
+    assert kept.tolist() == [[True, False, True], [False, True, True]]
+
+
+def test_experts_lose_what_fluctuates_least_and_keep_their_means():
+    model = dense_model("mixtral").double()
+    task = task_of(model, 0.35)
+    family, ids = task.family, task.calibration.tokens.ids
+    compressed = FLAP().compress(task)
+    observed = task.calibration.statistics(statistics_read(family))
+    layers = zip(decoder_layers(model), decoder_layers(compressed.model), compressed.layers, observed, strict=True)
+    for layer, small, report, statistics in layers:
+        means, _ = mlp_means(statistics)
+        for whole, cut, mean in zip(layer.mlp.experts, small.mlp.experts, means, strict=True):
+            h, W = inputs_of(model, whole.down_proj, ids), whole.down_proj.weight
+            torch.testing.assert_close(mean, h.mean(dim=0))
+            gone = (h.var(dim=0) * W.square().sum(dim=0)).argsort()[: 40 - report["ranks"]["mlp"]]
+            kept = torch.ones(40, dtype=torch.bool).index_fill(0, gone, False)
+            assert 0 < len(gone) < 40 and torch.equal(cut.down_proj.weight, W[:, kept])
+            torch.testing.assert_close(
+                (h[:, kept] @ cut.down_proj.weight.T + cut.down_proj.bias).mean(dim=0), (h @ W.T).mean(dim=0)
+            )
+
+
+def test_an_expert_without_tokens_goes_by_its_weights():
+    statistics = {
+        "experts.share": torch.tensor([0.5, 0.0], dtype=torch.float64),
+        "experts.mean": torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64),
+        "experts.mean_square": torch.tensor([[4.0, 9.0], [0.0, 0.0]], dtype=torch.float64),
+    }
+    mean, deviation = mlp_means(statistics)
+    assert mean.tolist() == [[2.0, 4.0], [0.0, 0.0]]
+    # of a half of the tokens: 0.5 (4 / 0.5 - 2^2) and 0.5 (9 / 0.5 - 4^2)
+    assert deviation[0].tolist() == pytest.approx([2.0, 1.0])
+    metric = fluctuation(deviation, torch.tensor([[[1.0], [1.0]], [[3.0], [2.0]]]))
+    assert metric[1, 0] > metric[1, 1] > 0
+    assert together(metric).tolist() == pytest.approx([1.0, 2.0])
+
+
 def test_budget_passes_over_what_does_not_fit():
     costs = [torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0, 4.0])]
     removed = cheapest_within(costs, [10, 3], budget=14)
@@ -148,7 +195,7 @@ def test_budget_passes_over_what_does_not_fit():
     assert [mask.tolist() for mask in removed] == [[False, False], [False, True, True]]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "olmoe"])
 def test_protocol(form: str):
     check_zero_sparsity(FLAP(), form)
     check_compression(FLAP(), form, 0.3, tolerance=0.01)

@@ -21,7 +21,7 @@ from modegpt.methods.slicegpt import (
 )
 from modegpt.models import FAMILIES, block_linear_parameters, decoder_layers
 from tests.methods.task_of import task_of
-from tests.models.family_table import native_model, tokens
+from tests.models.family_table import dense_model, native_model, tokens
 
 FORMS = {
     "llama": {},
@@ -32,6 +32,9 @@ FORMS = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
     "opt": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "olmoe": {},
 }
 OPT_FORMS = {
     "opt-without-biases": {"enable_bias": False},
@@ -42,7 +45,7 @@ ROTATE_ONLY = SliceGPT(budget="slicing", slice_head=True)
 
 
 def model_of(form: str) -> PreTrainedModel:
-    return native_model("opt", **OPT_FORMS[form]) if form in OPT_FORMS else native_model(form, **FORMS[form])
+    return native_model("opt", **OPT_FORMS[form]) if form in OPT_FORMS else dense_model(form, **FORMS[form])
 
 
 def inputs_of_layers(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
@@ -98,7 +101,7 @@ def test_dense_order_slices_the_rotated_model(form: str):
         )
 
 
-@pytest.mark.parametrize("form", ["llama", "llama-multihead-biased", "opt"])
+@pytest.mark.parametrize("form", ["llama", "llama-multihead-biased", "opt", "mixtral"])
 def test_sliced_network_runs_on_its_own_principal_axes(form: str):
     """On the calibration tokens, the sliced network's stream has a diagonal, decreasing Gram matrix at every layer."""
     model = model_of(form).double()
@@ -136,7 +139,7 @@ def test_slicing_keeps_exactly_the_top_energy(form: str):
 
 
 @pytest.mark.parametrize("slice_head", [False, True])
-@pytest.mark.parametrize("form", ["llama", "opt"])
+@pytest.mark.parametrize("form", ["llama", "opt", "mixtral"])
 def test_parameter_budget_is_met_to_the_nearest_width(form: str, slice_head: bool):
     model = model_of(form)
     dense, full_size = block_linear_parameters(model), model.config.hidden_size
@@ -144,9 +147,8 @@ def test_parameter_budget_is_met_to_the_nearest_width(form: str, slice_head: boo
     for sparsity in (0.1, 0.3, 0.5):
         compressed = method.compress(task_of(model, sparsity))
         size, details = compressed.details["kept_size"], compressed.details
-        stored = sum(
-            parameter.numel() for parameter in decoder_layers(compressed.model).parameters() if parameter.ndim == 2
-        )
+        named = decoder_layers(compressed.model).named_parameters()
+        stored = sum(each.numel() for name, each in named if each.ndim == 2 and ".mlp.gate.weight" not in name)
         assert block_linear_parameters(compressed.model) == stored
         assert details["removed_share"] == pytest.approx(1 - stored / dense, abs=1e-12)
         layers: Any = decoder_layers(compressed.model)
@@ -225,7 +227,7 @@ def test_refuses_what_it_cannot_slice():
     with pytest.raises(UserError, match="do_layer_norm_before=false"):
         SliceGPT().compress(task_of(native_model("opt-post-norm-projected"), 0.3))
     assert "gemma" in SliceGPT().applicable(FAMILIES["gemma"])
-    assert all(SliceGPT().applicable(FAMILIES[name]) is None for name in ("llama", "mistral", "qwen2", "qwen3", "opt"))
+    assert all(SliceGPT().applicable(FAMILIES[name]) is None for name in (*FORMS.keys() & FAMILIES.keys(), "mistral"))
     for wrong in ({"budget": "weights"}, {"calibrate_on": "both"}, {"signal": "x"}, {"multiple": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             SliceGPT(**wrong)
