@@ -190,6 +190,22 @@ MAIN_TABLES = (
         one_per_group=True,
     ),
     TableSpec(
+        "mixtures_perplexity",
+        "A mixture of experts: perplexity over methods and rates",
+        ("mixtures",),
+        METHODS,
+        at_rates(PERPLEXITY, RELEASED_RATES),
+        note="Columns: the share asked for. MoDeGPT has its entropic allocation.",
+    ),
+    TableSpec(
+        "mixtures_allocation",
+        "A mixture of experts: sparsity over layers, perplexity",
+        ("mixtures", "mixtures_uniform"),
+        {"allocation": "Allocation"},
+        at_rates(PERPLEXITY, RELEASED_RATES),
+        where={"method": "modegpt"},
+    ),
+    TableSpec(
         "opt_family", "OPT family: perplexity over methods and rates", ("opt_family",), METHODS, at_rates(PERPLEXITY)
     ),
     TableSpec(

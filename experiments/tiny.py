@@ -30,8 +30,9 @@ EXPERIMENTS = Path(__file__).resolve().parent
 CHECKOUT = EXPERIMENTS.parent
 SHARED = Path(os.environ.get("MODEGPT_SHARED", CHECKOUT.parent / "shared"))
 TINY = ("calibration=tiny", "evaluation=tiny")
-LLAMA, OPT, QWEN, BABY, STORIES = "tiny-llama", "tiny-opt", "tiny-qwen3", "babyllama-105", "stories260K"
-EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT, QWEN)}
+LLAMA, OPT, QWEN, OLMOE = "tiny-llama", "tiny-opt", "tiny-qwen3", "tiny-olmoe"
+BABY, STORIES = "babyllama-105", "stories260K"
+EMBEDDED = {name: [f"model={name}"] for name in (LLAMA, OPT, QWEN, OLMOE)}
 MODELS = EMBEDDED | {
     name: ["model=local", f"model.name={name}", f"model.path={SHARED}/models/{name}"]
     for name in (BABY, STORIES)
@@ -40,7 +41,7 @@ MODELS = EMBEDDED | {
 REAL_TEXT = ["calibration=jsonl", f"calibration.path={SHARED}/data/tinystories/calib_800.jsonl"]
 REAL_TEST = ["evaluation=jsonl", f"evaluation.perplexity.path={SHARED}/data/tinystories/eval_200.jsonl"]
 REAL_TASKS = ("evaluation.zeroshot.tasks=paper", f"evaluation.zeroshot.data_path={SHARED}/data/zeroshot")
-SECONDS = {LLAMA: 1.0, OPT: 1.0, QWEN: 1.0, STORIES: 2.0, BABY: 3.0}
+SECONDS = {LLAMA: 1.0, OPT: 1.0, QWEN: 1.0, OLMOE: 1.0, STORIES: 2.0, BABY: 3.0}
 """What one run of a model costs, relative to the others: mostly its evaluation."""
 
 
@@ -86,6 +87,7 @@ PLAN = {
     "zeroshot": On((LLAMA, OPT), full=(STORIES,), real=REAL_TASKS),
     "zeroshot_seeds": On((LLAMA,), full=(OPT, STORIES), real=REAL_TASKS),
     **dict.fromkeys(("head_norm", "head_norm_selection"), On((QWEN,), settings=("evaluation.perplexity.limit=null",))),
+    **dict.fromkeys(("mixtures", "mixtures_uniform"), On((OLMOE,))),
     "recovery": On(
         (LLAMA,),
         full=(OPT, BABY),

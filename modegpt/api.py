@@ -230,8 +230,8 @@ def load(
     A compressed model that was saved with its ``modegpt_report`` has it again. ``load_tokenizer`` loads the tokenizer.
 
     Args:
-        path: a local directory, a GGUF file, a hub name, or ``embedded:tiny-llama``, ``embedded:tiny-opt`` or
-            ``embedded:tiny-qwen3``, which the package has.
+        path: a local directory, a GGUF file, a hub name, or one that the package has: ``embedded:`` and
+            ``tiny-llama``, ``tiny-opt``, ``tiny-qwen3`` or ``tiny-olmoe``.
         dtype: ``"auto"`` keeps the checkpoint's; of a GGUF file it is float32.
         device: ``"auto"`` is the first GPU, or else the CPU.
         revision: of a model on the hub.

@@ -1,4 +1,4 @@
-"""The embedded world: three trained tiny models, the corpus they learned from, and five multiple-choice tasks.
+"""The embedded world: four trained tiny models, the corpus they learned from, and five multiple-choice tasks.
 
 ``tools/tiny_world`` makes all of it again.
 """
@@ -9,7 +9,7 @@ import yaml
 
 TINY = Path(__file__).parent / "tiny"
 MODELS_DIR, DATA_DIR, TASKS_DIR = TINY / "models", TINY / "texts", TINY / "tasks"
-TINY_MODELS = {name: MODELS_DIR / name for name in ("tiny-llama", "tiny-opt", "tiny-qwen3")}
+TINY_MODELS = {name: MODELS_DIR / name for name in ("tiny-llama", "tiny-olmoe", "tiny-opt", "tiny-qwen3")}
 """The directory of each embedded model, in Hugging Face form."""
 TEXT_SPLITS = ("train", "validation", "test")
 TINY_TASKS = ("tiny_facts_easy", "tiny_facts_hard", "tiny_physical", "tiny_pronoun", "tiny_story")

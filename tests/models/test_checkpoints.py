@@ -227,7 +227,7 @@ def test_a_kill_leaves_the_old_checkpoint_or_none(tmp_path: Path, point: str) ->
     [
         ("/nowhere/at/all", "no model directory at /nowhere/at/all"),
         ("./nowhere", "no model directory"),
-        ("embedded:gpt", "no embedded model 'gpt'; there are tiny-llama, tiny-opt, tiny-qwen3"),
+        ("embedded:gpt", "no embedded model 'gpt'; there are tiny-llama, tiny-olmoe, tiny-opt, tiny-qwen3"),
         ("someone/model-that-is-not-here", "model=local model.path=DIRECTORY"),
     ],
 )

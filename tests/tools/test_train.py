@@ -7,16 +7,28 @@ from tools.tiny_world import corpus
 from tools.tiny_world.tokenizer import train_tokenizer
 from tools.tiny_world.train import (
     ARCHITECTURES,
+    RECIPES,
     Recipe,
     build_model,
     draw_batch,
     encode_documents,
     learning_rate,
+    next_token_loss,
     train,
 )
 
 WINDOW = 32
 MICRO = {
+    "tiny-olmoe": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "num_experts": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": WINDOW,
+    },
     "tiny-qwen3": {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -62,7 +74,8 @@ def tokenizer(documents):
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_twenty_steps_lower_the_loss_and_repeat_exactly(name, documents, tokenizer):
     ids, starts = encode_documents(documents, tokenizer)
-    recipe = Recipe(num_steps=20, batch_size=8, warmup_steps=5, cosine_steps=30, cooldown_steps=5)
+    schedule = {"num_steps": 20, "batch_size": 8, "warmup_steps": 5, "cosine_steps": 30, "cooldown_steps": 5}
+    recipe = Recipe(**schedule, balance=RECIPES[name].balance)
     architecture = {**ARCHITECTURES[name], **MICRO[name]}
     runs = []
     for _ in range(2):
@@ -70,6 +83,18 @@ def test_twenty_steps_lower_the_loss_and_repeat_exactly(name, documents, tokeniz
         runs.append(train(model, ids, starts, recipe=recipe, window=WINDOW, log_every=0))
     assert runs[0] == runs[1]
     assert sum(runs[0][-5:]) / 5 < sum(runs[0][:2]) / 2 - 0.5
+
+
+def test_uneven_use_of_experts_costs(tokenizer):
+    model = build_model({**ARCHITECTURES["tiny-olmoe"], **MICRO["tiny-olmoe"]}, tokenizer, seed=0)
+    batch = torch.arange(2 * WINDOW).view(2, WINDOW)
+    with torch.no_grad():
+        plain, even = next_token_loss(model, batch), next_token_loss(model, batch, balance=1.0)
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+            layer.mlp.gate.weight[:2] = 5 * layer.mlp.gate.weight.new_ones(2, 32)
+        plain_uneven, uneven = next_token_loss(model, batch), next_token_loss(model, batch, balance=1.0)
+    assert uneven - plain_uneven > even - plain > 1.9, "two experts a token: least where all are used alike"
 
 
 def test_document_starts_are_where_documents_start(documents, tokenizer):

@@ -18,7 +18,10 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from modegpt.data.embedded import MODELS_DIR, TINY_MODELS
+from modegpt.data.embedded import MODELS_DIR, TINY_MODELS, TINY_TASKS
+from modegpt.evaluation.tasks import load_tasks
+from modegpt.evaluation.zeroshot import zeroshot
+from modegpt.progress import Progress
 from tools.tiny_world import corpus
 from tools.tiny_world.data_files import write_data
 from tools.tiny_world.tokenizer import train_tokenizer
@@ -52,6 +55,16 @@ ARCHITECTURES = {
         "num_key_value_heads": 2,
         "head_dim": 32,
     },
+    "tiny-olmoe": {
+        **_SHARED,
+        "model_type": "olmoe",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -63,6 +76,7 @@ class Recipe:
         cosine_steps: where the cosine would end, were it not for the cooldown of the last ``cooldown_steps``.
         doc_start_share: share of windows that begin with a document.
         bos_share: share of windows led by ``<s>``.
+        balance: weight of the loss that a mixture's router has for using its experts unevenly.
     """
 
     num_steps: int = 1800
@@ -76,6 +90,7 @@ class Recipe:
     clip_norm: float = 1.0
     doc_start_share: float = 0.5
     bos_share: float = 0.25
+    balance: float = 0.0
     seed: int = 0
 
 
@@ -84,6 +99,7 @@ RECIPES = {
     "tiny-llama": Recipe(),
     "tiny-opt": Recipe(num_steps=4000, cosine_steps=4000),
     "tiny-qwen3": Recipe(num_steps=1300),
+    "tiny-olmoe": Recipe(num_steps=1700, learning_rate=4e-3, balance=0.01),
 }
 
 
@@ -140,10 +156,14 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return rate if step < cooldown_start else rate * (recipe.num_steps - step) / recipe.cooldown_steps
 
 
-def next_token_loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of each token given those before it in its window; ``batch`` is (B, T)."""
-    logits = model(batch, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+def next_token_loss(model: PreTrainedModel, batch: torch.Tensor, *, balance: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy in nats of each token given those before it in its window; ``batch`` is (B, T).
+
+    ``balance``: see ``Recipe``.
+    """
+    outputs = model(batch, use_cache=False, **({"output_router_logits": True} if balance else {}))
+    loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    return loss + balance * outputs.aux_loss if balance else loss
 
 
 @torch.inference_mode()
@@ -175,7 +195,7 @@ def train(
         batch = draw_batch(
             ids, starts, recipe=recipe, window=window, bos=model.config.bos_token_id, generator=generator
         )
-        loss = next_token_loss(model, batch)
+        loss = next_token_loss(model, batch, balance=recipe.balance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
@@ -198,20 +218,18 @@ def train(
 def task_accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
 ) -> dict[str, dict]:
-    """Accuracy (``acc``, ``acc_norm``) on the five tasks, by lm-evaluation-harness; ``limit`` items of each, or all."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    from modegpt.data.embedded import task_configs
-
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, max_length=model.config.max_position_embeddings)
-    results = simple_evaluate(
-        model=lm, tasks=list(task_configs().values()), limit=limit, bootstrap_iters=0, log_samples=False
+    """Accuracy (``acc``, ``acc_norm``) on the five tasks; ``limit`` items of each, or all."""
+    scores = zeroshot(
+        model,
+        tokenizer,
+        load_tasks(["tiny"], data_path=None),
+        batch_size=32,
+        max_length=model.config.max_position_embeddings,
+        limit=limit,
+        encodings={},
+        progress=Progress(quiet=True),
     )
-    return {
-        task: {metric: row[f"{metric},none"] for metric in ("acc", "acc_norm")}
-        for task, row in results["results"].items()
-    }
+    return {task: {metric: scores[task][metric] for metric in ("acc", "acc_norm")} for task in TINY_TASKS}
 
 
 def train_and_save(name: str, *, recipe: Recipe, output: Path) -> dict:
