@@ -73,7 +73,7 @@ def test_sizes_follow_from_shapes() -> None:
     assert {name for name, statistic in STATISTICS.items() if statistic.is_gram} == {
         name
         for name in STATISTICS
-        if name.rpartition(".")[2] in ("C", "C_x", "C_Q", "C_K", "C_o", "G", "A", "N_Q", "N_K")
+        if name.rpartition(".")[2] in ("C", "C_x", "C_Q", "C_K", "C_o", "G", "A", "S", "N_Q", "N_K")
     }
 
 
