@@ -117,7 +117,7 @@ def experiment(name: str) -> Experiment:
 
 def _composed(file: Path) -> Any:
     """The file upon the protocol that it names among its defaults."""
-    content = OmegaConf.load(file)
+    content: Any = OmegaConf.load(file)
     protocols = [each.protocol for each in content.get("defaults", []) if "protocol" in each]
     return OmegaConf.merge(*(OmegaConf.load(DIRECTORY / "protocol" / f"{each}.yaml") for each in protocols), content)
 

@@ -3,8 +3,10 @@
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import lm_eval.tasks
 import pytest
@@ -280,16 +282,17 @@ def test_functions_are_run_against_their_tests(folder, wide_model, tokenizer, mo
 
 
 @pytest.fixture
-def checkers(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def checkers(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Stand-ins of what the checkers of IFEval import; ``data.find`` says whether their own data is there."""
     data = SimpleNamespace(find=lambda path: path)
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
         monkeypatch.delitem(sys.modules, name)
-    for name, fields in {
+    stand_ins: dict[str, dict[str, Any]] = {
         "langdetect": {},
         "immutabledict": {"immutabledict": dict},
         "nltk": {"data": data, "download": lambda *_: False},
-    }.items():
+    }
+    for name, fields in stand_ins.items():
         module = ModuleType(name)
         module.__dict__.update(fields)
         monkeypatch.setitem(sys.modules, name, module)

@@ -61,7 +61,8 @@ class Seen:
     """The tokens and rows that a model is called with, and a bar that counts."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.total, self.n, self.shapes = 0, 0, []
+        self.total, self.n = 0, 0
+        self.shapes: list[tuple[int, ...]] = []
         model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def see(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
