@@ -12,6 +12,9 @@ from modegpt.decompositions.linalg import add_gram, energy, equilibrate, mirror_
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges among which ``held_out_refit`` searches, beside the start itself (an infinite ridge)."""
 
+CHUNK_ROWS = 4096
+"""Of a product in float32, which bounds its rounding before it meets a float64 sum."""
+
 FIRST_RIDGE = RIDGES.index(1e-1)
 """Where the search begins."""
 
@@ -37,17 +40,16 @@ class Moments:
 
         return cls(G=empty(num_features, num_features), X=empty(num_features, num_targets), energy=empty(), num_rows=0)
 
-    def updated(
-        self, z: Tensor, t: Tensor, *, precision: torch.dtype, add: Callable[[Tensor, Tensor], object] = Tensor.add_
-    ) -> "Moments":
+    def updated(self, z: Tensor, t: Tensor, *, add: Callable[[Tensor, Tensor], object] = Tensor.add_) -> "Moments":
         """With the rows z (rows, m) and t (rows, p) added, in place, by ``add``.
 
-        rows m (m + 2 p) FLOPs in ``precision``, and those of the diagonal blocks.
+        Products are in float32, or as wide as the rows are, by ``CHUNK_ROWS``. rows m (m + 2 p) FLOPs, and those of the
+        diagonal blocks.
         """
-        z, t = z.to(precision), t.to(precision)
-        add_gram(self.G, z, add=add)
+        z, t = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z, t))
+        add_gram(self.G, z, _by_chunks, add=add)
         mirror_blocks(self.G)
-        add(self.X, z.mT @ t)
+        add(self.X, _by_chunks(z.mT, t))
         add(self.energy, t.double().square().sum())
         return replace(self, num_rows=self.num_rows + len(z))
 
@@ -70,6 +72,16 @@ class Moments:
     def error(self, W: Tensor) -> float:
         """``sum ||z W - t||^2`` for W (m, p), not below zero."""
         return max(float(energy(self.G, W) - 2 * (W * self.X).sum() + self.energy), 0.0)
+
+
+def _by_chunks(A: Tensor, B: Tensor) -> Tensor:
+    """``A B`` for A (m, rows) and B (rows, p), whose rounding does not grow with the number of rows."""
+    if len(B) <= CHUNK_ROWS:
+        return A @ B
+    total = torch.zeros(len(A), B.shape[1], dtype=torch.float64, device=B.device)
+    for start in range(0, len(B), CHUNK_ROWS):
+        total += A[:, start : start + CHUNK_ROWS] @ B[start : start + CHUNK_ROWS]
+    return total
 
 
 def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tensor, dict[str, Any]]]:

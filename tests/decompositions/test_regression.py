@@ -17,7 +17,7 @@ def rows(num_rows: int = 60, *, noise: float = 0.3) -> tuple[Tensor, Tensor]:
 def moments(z: Tensor, t: Tensor) -> Moments:
     empty = Moments.zeros(z.shape[1], t.shape[1])
     for chunk in zip(z.split(17), t.split(17), strict=True):
-        empty = empty.updated(*chunk, precision=torch.float64)
+        empty = empty.updated(*chunk)
     return empty
 
 

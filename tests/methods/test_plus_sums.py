@@ -16,9 +16,7 @@ def test_rows_of_some_tokens_count_as_if_the_others_were_zero() -> None:
     )
     tokens = torch.tensor([1, 5, 6, 11, 12, 22])
     split = Split.of(torch.zeros(WINDOWS, LENGTH), batch_size=WINDOWS)
-    some, padded = (
-        Sums.zeros(split, FEATURES, TARGETS, device=torch.device("cpu"), precision=torch.float64) for _ in range(2)
-    )
+    some, padded = (Sums.zeros(split, FEATURES, TARGETS, device=torch.device("cpu")) for _ in range(2))
     some.update(0, *(states.flatten(0, 1)[tokens] for states in (z, t)), tokens=tokens)
     there = torch.zeros(WINDOWS * LENGTH, 1, dtype=z.dtype).index_fill(0, tokens, 1.0).view(WINDOWS, LENGTH, 1)
     padded.update(0, z * there, t * there)

@@ -53,15 +53,15 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     and its MLP once and the reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d +
     n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3 for the elimination and 8 solves of k^3/3 a module; the allocation
     one statistics pass over a quarter of the windows, 3 n^3, and about half a pass over all windows for the perturbed
-    forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 4096
-    tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size.
-    Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of
-    ``MoDeGPT``.
+    forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 1024
+    tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size. Differs
+    from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
     """
 
     name: ClassVar[str] = "modegpt_plus"
     shared: ClassVar[bool] = True
     experts: ClassVar[bool] = True
+    revision: ClassVar[int] = 2
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
     def applicable(self, family: Family) -> str | None:

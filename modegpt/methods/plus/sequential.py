@@ -543,13 +543,8 @@ class LayerPass:
         return bias if bias is None or not constant else (W[-1] + bias.double()).to(bias.dtype)
 
     def _sums(self, num_features: int, num_targets: int) -> Sums:
-        return Sums.zeros(
-            self.walk.split,
-            num_features,
-            num_targets,
-            device=next(self.layer.parameters()).device,
-            precision=self.walk.calibration.precision,
-        )
+        device = next(self.layer.parameters()).device
+        return Sums.zeros(self.walk.split, num_features, num_targets, device=device)
 
     @staticmethod
     def _error(*solved: tuple[Sums, Solution]) -> float:

@@ -23,15 +23,12 @@ class Sums:
 
     split: Split
     parts: Parts
-    precision: torch.dtype
 
     @classmethod
-    def zeros(
-        cls, split: Split, num_features: int, num_targets: int, *, device: torch.device, precision: torch.dtype
-    ) -> "Sums":
+    def zeros(cls, split: Split, num_features: int, num_targets: int, *, device: torch.device) -> "Sums":
         """No tokens yet."""
         parts = {held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)}
-        return cls(split, parts, precision)
+        return cls(split, parts)
 
     def update(self, batch: int, z: Tensor, t: Tensor, *, constant: bool = False, tokens: Tensor | None = None) -> None:
         """Add a batch, or the rows z (k, num_features) and t (k, num_targets) of its ``tokens`` (k,) alone.
@@ -41,7 +38,7 @@ class Sums:
         if constant:
             z = torch.cat([z, z.new_ones(*z.shape[:2], 1)], dim=-1)
         for held, rows in self.split.parts(batch, z, t, tokens=tokens):
-            self.parts[held] = self.parts[held].updated(*rows, precision=self.precision, add=self.split.world.add)
+            self.parts[held] = self.parts[held].updated(*rows, add=self.split.world.add)
 
     def pool(self) -> None:
         """Bring the moments of all processes together; all batches are in."""

@@ -64,7 +64,7 @@ class Switches:
     temperature: bool = field(default=True, metadata={"before": False})
     nested: bool = False
     queries_per_window: int = 32
-    query_key_windows: int = 32
+    query_key_windows: int = 8
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

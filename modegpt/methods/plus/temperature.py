@@ -15,9 +15,8 @@ from modegpt.cost.work import forward
 from modegpt.methods.divergence import float32_forward
 from modegpt.models import Family, decoder_layers
 
-ENOUGH_TOKENS, FEWEST_TOKENS = 4096, 1024
-"""Predictions are compared on about so many calibration tokens; on an eighth of all where that is fewer, but not on
-fewer than so many."""
+ENOUGH_TOKENS = 1024
+"""Predictions are compared on about so many calibration tokens."""
 
 CHUNK_TOKENS = 256
 """Logits of so many tokens are worked on at a time."""
@@ -26,7 +25,7 @@ MOST_LOGITS = 2**27
 """So many logits of the compressed model are kept for the next step (512 MiB); the head gives the others again."""
 
 BOUNDS = (0.01, 100.0)
-TOLERANCE = 1e-5
+TOLERANCE = 1e-3
 MOST_STEPS = 50
 
 
@@ -43,7 +42,7 @@ class Compared:
     @classmethod
     def of(cls, storage: Storage, ids: Tensor, *, batch_size: int, world: World = ALONE) -> "Compared":
         """In front of the first layer, on the first windows of ``ids`` (windows, length), or this process's of them."""
-        windows = ids[: -(-max(min(ENOUGH_TOKENS, ids.numel() // 8), FEWEST_TOKENS) // ids.shape[1])]
+        windows = ids[: -(-ENOUGH_TOKENS // ids.shape[1])]
         batches = list(windows.split(batch_size)[world.rank :: world.size])
         with float32_forward(storage.model):
             own = torch.cat([ids[:0], *batches])
