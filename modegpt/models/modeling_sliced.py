@@ -10,6 +10,7 @@ SliceGPT: Ashkboos et al., ICLR 2024, arXiv 2401.15024, sections 3.2 to 3.4.
 # The mixins use what the families' classes define, and each family's ``forward`` has a signature of its own.
 # mypy: disable-error-code="attr-defined, call-arg, misc"
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +18,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
-from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
-from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeDecoderLayer, OlmoeForCausalLM
-from transformers.models.opt.configuration_opt import OPTConfig
-from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM, OPTLearnedPositionalEmbedding
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM, Qwen3MoeMLP
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 
 @dataclass(kw_only=True)
@@ -220,133 +207,7 @@ def norm_eps(config: Any) -> float:
     return getattr(config, "rms_norm_eps", 1e-5)
 
 
-@strict
-class SlicedLlamaConfig(SlicedFields, LlamaConfig):
-    """``LlamaConfig`` with the widths of the stream."""
-
-    model_type = "sliced_llama"
-
-
-class SlicedLlamaLayer(SlicedLayer, LlamaDecoderLayer):
-    """``LlamaDecoderLayer`` on the sliced stream."""
-
-
-class SlicedLlamaForCausalLM(SlicedCausalLM, LlamaForCausalLM):
-    """``LlamaForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedLlamaConfig, SlicedLlamaLayer
-
-
-@strict
-class SlicedMistralConfig(SlicedFields, MistralConfig):
-    """``MistralConfig`` with the widths of the stream."""
-
-    model_type = "sliced_mistral"
-
-
-class SlicedMistralLayer(SlicedLayer, MistralDecoderLayer):
-    """``MistralDecoderLayer`` on the sliced stream."""
-
-
-class SlicedMistralForCausalLM(SlicedCausalLM, MistralForCausalLM):
-    """``MistralForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedMistralConfig, SlicedMistralLayer
-
-
-@strict
-class SlicedQwen2Config(SlicedFields, Qwen2Config):
-    """``Qwen2Config`` with the widths of the stream."""
-
-    model_type = "sliced_qwen2"
-
-
-class SlicedQwen2Layer(SlicedLayer, Qwen2DecoderLayer):
-    """``Qwen2DecoderLayer`` on the sliced stream."""
-
-
-class SlicedQwen2ForCausalLM(SlicedCausalLM, Qwen2ForCausalLM):
-    """``Qwen2ForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedQwen2Config, SlicedQwen2Layer
-
-
-@strict
-class SlicedQwen3Config(SlicedFields, Qwen3Config):
-    """``Qwen3Config`` with the widths of the stream."""
-
-    model_type = "sliced_qwen3"
-
-
-class SlicedQwen3Layer(SlicedLayer, Qwen3DecoderLayer):
-    """``Qwen3DecoderLayer`` on the sliced stream."""
-
-
-class SlicedQwen3ForCausalLM(SlicedCausalLM, Qwen3ForCausalLM):
-    """``Qwen3ForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedQwen3Config, SlicedQwen3Layer
-
-
-@strict
-class SlicedMixtralConfig(SlicedFields, MixtralConfig):
-    """``MixtralConfig`` with the widths of the stream."""
-
-    model_type = "sliced_mixtral"
-
-
-class SlicedMixtralLayer(SlicedMixtureLayer, MixtralDecoderLayer):
-    """``MixtralDecoderLayer`` on the sliced stream."""
-
-
-class SlicedMixtralForCausalLM(SlicedCausalLM, MixtralForCausalLM):
-    """``MixtralForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedMixtralConfig, SlicedMixtralLayer
-
-
-@strict
-class SlicedQwen3MoeConfig(SlicedFields, Qwen3MoeConfig):
-    """``Qwen3MoeConfig`` with the widths of the stream."""
-
-    model_type = "sliced_qwen3_moe"
-
-
-class SlicedQwen3MoeLayer(SlicedMixtureLayer, Qwen3MoeDecoderLayer):
-    """``Qwen3MoeDecoderLayer`` on the sliced stream."""
-
-
-class SlicedQwen3MoeForCausalLM(SlicedCausalLM, Qwen3MoeForCausalLM):
-    """``Qwen3MoeForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedQwen3MoeConfig, SlicedQwen3MoeLayer
-
-
-@strict
-class SlicedOlmoeConfig(SlicedFields, OlmoeConfig):
-    """``OlmoeConfig`` with the widths of the stream."""
-
-    model_type = "sliced_olmoe"
-
-
-class SlicedOlmoeLayer(SlicedMixtureLayer, OlmoeDecoderLayer):
-    """``OlmoeDecoderLayer`` on the sliced stream."""
-
-
-class SlicedOlmoeForCausalLM(SlicedCausalLM, OlmoeForCausalLM):
-    """``OlmoeForCausalLM`` on the sliced stream."""
-
-    config_class, layer_class = SlicedOlmoeConfig, SlicedOlmoeLayer
-
-
-@strict
-class SlicedOPTConfig(SlicedFields, OPTConfig):
-    """``OPTConfig`` with the widths of the stream."""
-
-    model_type = "sliced_opt"
-
-
-class SlicedOPTLayer(SlicedLayer, OPTDecoderLayer):
+class SlicedOPTBlocks(SlicedLayer):
     """LayerNorm became RMSNorm: its mean subtraction, scale and bias are folded into the maps around it."""
 
     attention_writers = ("self_attn.out_proj",)
@@ -360,10 +221,9 @@ class SlicedOPTLayer(SlicedLayer, OPTDecoderLayer):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-class SlicedOPTForCausalLM(SlicedCausalLM, OPTForCausalLM):
-    """``OPTForCausalLM`` on the sliced stream."""
+class SlicedOPTEnds(SlicedCausalLM):
+    """Positions are embedded in the sliced stream too, and the head has the final norm's bias."""
 
-    config_class, layer_class = SlicedOPTConfig, SlicedOPTLayer
     final_norm = "final_layer_norm"
     head_biased = True
 
@@ -374,14 +234,39 @@ class SlicedOPTForCausalLM(SlicedCausalLM, OPTForCausalLM):
         self.post_init()
 
 
-MODELS = (
-    SlicedLlamaForCausalLM,
-    SlicedMistralForCausalLM,
-    SlicedQwen2ForCausalLM,
-    SlicedQwen3ForCausalLM,
-    SlicedOPTForCausalLM,
-    SlicedMixtralForCausalLM,
-    SlicedQwen3MoeForCausalLM,
-    SlicedOlmoeForCausalLM,
+def _declare(
+    classes: str, model_type: str, *, layer: type = SlicedLayer, causal: type[SlicedCausalLM] = SlicedCausalLM
+) -> Any:
+    """The sliced model class of the family whose own are called ``classes``, with those of its configuration and
+    layer, in this module.
+    """
+    native = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+    def declare(kind: str, mixin: type, base: str, **attributes: Any) -> Any:
+        name = f"Sliced{classes}{kind}"
+        about = f"``{base}`` on the sliced stream."
+        bases = (mixin, getattr(native, base))
+        globals()[name] = type(name, bases, {"__module__": __name__, "__doc__": about, **attributes})
+        return globals()[name]
+
+    config = declare("Config", SlicedFields, f"{classes}Config", model_type=f"sliced_{model_type}")
+    return declare(
+        "ForCausalLM",
+        causal,
+        f"{classes}ForCausalLM",
+        config_class=strict(config),
+        layer_class=declare("Layer", layer, f"{classes}DecoderLayer"),
+    )
+
+
+MODELS: tuple[Any, ...] = (
+    _declare("Llama", "llama"),
+    _declare("Mistral", "mistral"),
+    _declare("Qwen2", "qwen2"),
+    _declare("Qwen3", "qwen3"),
+    _declare("OPT", "opt", layer=SlicedOPTBlocks, causal=SlicedOPTEnds),
+    _declare("Mixtral", "mixtral", layer=SlicedMixtureLayer),
+    _declare("Qwen3Moe", "qwen3_moe", layer=SlicedMixtureLayer),
+    _declare("Olmoe", "olmoe", layer=SlicedMixtureLayer),
 )
 """Every sliced model class; a new family joins here."""

@@ -23,9 +23,9 @@ from modegpt.evaluation.throughput import (
     measured_speedup,
     work_of,
 )
+from modegpt.methods.slicegpt import SLICED_MODELS
 from modegpt.models import block_linear_parameters, cache_bytes_per_token
 from modegpt.models.checkpoints import save_checkpoint
-from modegpt.models.modeling_sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from tests.models.family_table import CONFIGS, dense_model, sliced_model
 from tests.models.saved import tiny_tokenizer
 from tests.scripts import load_script
@@ -49,9 +49,8 @@ def test_work_by_hand() -> None:
 def test_work_of_a_sliced_model_by_hand() -> None:
     """A residual stream of 24 of 32: every map that reads or writes it, two shortcuts a layer; attention as it was."""
     config = CONFIGS["llama"].to_dict()
-    model = SlicedLlamaForCausalLM(
-        SlicedLlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}, stream_sizes=[24] * 7)
-    )
+    sliced, fields = SLICED_MODELS["llama"], {key: value for key, value in config.items() if key != "model_type"}
+    model = sliced(sliced.config_class(**fields, stream_sizes=[24] * 7))
     block, head = 3 * (24 * (32 + 16 + 16 + 32) + 3 * 24 * 40 + 2 * 24 * 24), 61 * 24
     assert work_of(model, Workload("decode", 2, 5)).flops == 2 * 2 * (block + head + 3 * 4 * 16 * 5)
     assert cache_bytes_per_token(model.config, torch.float32) == cache_bytes_per_token(CONFIGS["llama"], torch.float32)

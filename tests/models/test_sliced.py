@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import modegpt.models  # noqa: F401  (registers the classes)
+from modegpt.methods.slicegpt import SLICED_MODELS
 from modegpt.models import block_linear_parameters, is_compressed
-from modegpt.models.modeling_sliced import MODELS, SlicedLlamaConfig, SlicedOPTConfig, StreamRMSNorm
+from modegpt.models.modeling_sliced import MODELS, StreamRMSNorm
 from tests.models.family_table import CONFIGS, tokens
 
 SIZES = [20, 24, 22, 18, 26, 28, 32]
@@ -109,7 +110,7 @@ print("same")
 
 
 def test_configuration_states_its_sizes(tmp_path):
-    config = SlicedLlamaConfig(
+    config = SLICED_MODELS["llama"].config_class(
         num_hidden_layers=2, hidden_size=16, num_attention_heads=2, stream_sizes=[8, 8, 8, 8, 16]
     )
     config.save_pretrained(tmp_path)
@@ -119,7 +120,7 @@ def test_configuration_states_its_sizes(tmp_path):
         and saved["hidden_size"] == 16
         and saved["model_type"] == "sliced_llama"
     )
-    assert SlicedOPTConfig(num_hidden_layers=1, hidden_size=16).stream_sizes == [16] * 3
+    assert SLICED_MODELS["opt"].config_class(num_hidden_layers=1, hidden_size=16).stream_sizes == [16] * 3
     for wrong in (
         {"stream_sizes": [8] * 4},
         {"stream_sizes": [8] * 4 + [17]},
@@ -127,7 +128,7 @@ def test_configuration_states_its_sizes(tmp_path):
         {"tie_word_embeddings": True},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            SlicedLlamaConfig(num_hidden_layers=2, hidden_size=16, **wrong)
+            SLICED_MODELS["llama"].config_class(num_hidden_layers=2, hidden_size=16, **wrong)
 
 
 def test_norm_takes_its_mean_over_the_dense_width():
