@@ -171,7 +171,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         read = self.faithful().statistics_read(family)
         if self.measured == "pass":
             if self.query_key == "checked" and "query_key" in read:
-                read["query_key"] |= {OUTPUT_SENSITIVITY}
+                read["query_key"] = read["query_key"] - QueryKeyCR.required | {OUTPUT_SENSITIVITY}
             if self.value_output == "attention" and "value_output" in read:
                 read["value_output"] |= {"value_output.S"}
         return read
