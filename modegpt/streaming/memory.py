@@ -153,10 +153,10 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     num_samples, length = ids.shape
     size = task.calibration.world.size
     seen = min(batch_size, num_samples) if on_disk else sum(map(len, task.calibration.share(even=True)))
-    of_token = (7 * sizes.d_h + 2 * sizes.H * sizes.d) * itemsize
+    of_token = max(7 * sizes.d_h + 2 * sizes.H * sizes.d, 6 * sizes.d_h + sizes.n) * itemsize
     num_layers, vocabulary = len(decoder_layers(task.model)), task.model.config.vocab_size
-    measured = measured_windows(ids, num_layers=num_layers, num_shares=len(method.shares))
-    models = 1 if on_disk else 1 + 3 * len(method.shares) * -(-num_layers // size)
+    measured = measured_windows(ids, num_layers=num_layers)
+    models = 1 if on_disk else 1 + 3 * -(-num_layers // size)
     compared = min(ENOUGH_TOKENS + length, ids.numel())
     m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1
     experts = 1 if task.family.experts_path is None else task.model.config.num_experts

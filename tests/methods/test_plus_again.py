@@ -87,7 +87,7 @@ def test_a_plan_is_kept_where_the_whole_model_diverges_less(better: bool, monkey
     def replan(_: Costs) -> RankPlan:
         return good if better else poor
 
-    arguments: dict[str, Any] = {"num_shares": 2, "skip_layers": (), "rounds": 3}
+    arguments: dict[str, Any] = {"skip_layers": (), "rounds": 3}
     modules = PLUS.faithful().statistics_read(task.family)
     found = planned_again(task.calibration, modules, start, replan, **arguments)
     assert found is (good if better else start)

@@ -35,7 +35,6 @@ def planned_again(
     plan: RankPlan,
     replan: Callable[[Costs], RankPlan],
     *,
-    num_shares: int,
     skip_layers: tuple[int, ...],
     rounds: int,
 ) -> RankPlan:
@@ -48,7 +47,6 @@ def planned_again(
 
     Args:
         modules: with the statistics that they need.
-        num_shares: as the first plan was measured with; it decides how many tokens are.
     """
     model, ids = calibration.model, calibration.tokens.ids
     prospects: list[dict[str, Prospect]] = []
@@ -57,7 +55,7 @@ def planned_again(
     ):
         wanted = () if index in skip_layers else modules
         prospects.append({module: PROSPECTS[module](calibration.family, layer, statistics) for module in wanted})
-    measured = measured_windows(ids, num_layers=len(prospects), num_shares=num_shares)
+    measured = measured_windows(ids, num_layers=len(prospects))
     positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
     reference, judge = (
         Reference.of(model, windows, batch_size=calibration.batch_size, positions=positions)

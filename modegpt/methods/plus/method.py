@@ -50,18 +50,18 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     that the router sends it from X~, for its own dense output and its share of what all experts lack.
 
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention
-    and its MLP once and the reduced MLP again; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d +
-    n) d_h, 6 T d_h^2 for the alignment, up to 3 n^3 for the elimination and 8 solves of k^3/3 a module; the allocation
-    one statistics pass over a quarter of the windows, 3 n^3, and about half a pass over all windows for the perturbed
-    forwards, up to two where there are few tokens, once for all rates where there is a cache; the temperature some 1024
-    tokens through both models. Memory beside the layer's: both residual streams and six tensors of their size. Differs
-    from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
+    and its MLP once; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the
+    alignment, up to 3 n^3 for the elimination and 8 solves of k^3/3 a module; the allocation one statistics pass over a
+    quarter of the windows, 3 n^3, and about a quarter of a pass over all windows for the perturbed forwards, up to one
+    where there are few tokens, once for all rates where there is a cache; the temperature some 1024 tokens through both
+    models. Memory beside the layer's: both residual streams, five tensors of their size, and Z~ or h~. Differs from the
+    paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
     """
 
     name: ClassVar[str] = "modegpt_plus"
     shared: ClassVar[bool] = True
     experts: ClassVar[bool] = True
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
     def applicable(self, family: Family) -> str | None:
@@ -114,7 +114,6 @@ class MoDeGPTPlus(Switches, LayerByLayer):
                     self.curves_read(task.family),
                     plan,
                     lambda costs: self.plan(task, costs=costs),
-                    num_shares=len(self.shares),
                     skip_layers=self.skip_layers,
                     rounds=self.rounds,
                 )

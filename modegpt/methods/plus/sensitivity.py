@@ -14,7 +14,7 @@ from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import ALONE
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
-from modegpt.methods.divergence import Departures, even_positions
+from modegpt.methods.divergence import Departure, Departures, even_positions
 from modegpt.methods.plus.query_key import sample
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.prospects import PROSPECTS
@@ -24,8 +24,8 @@ Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 1024, 256
-"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than two passes
-over all, but not on fewer than so many."""
+"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than a pass over
+all, but not on fewer than so many."""
 
 MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
 """So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer
@@ -34,10 +34,10 @@ positions than that."""
 OUTPUT_SENSITIVITY = "query_key.M"
 """What queries and keys are cut by where the pass does not cut them by the paper's score; no statistic of tokens."""
 
-QUERIES_PER_WINDOW = 32
-"""Positions whose attention that is taken of."""
+QUERY_WINDOWS, QUERIES_PER_WINDOW = 4, 32
+"""At how many positions, and of how many windows to fit on (with those held out among the same batches)."""
 
-TOKENS_PER_CHANNEL = 4
+TOKENS_PER_CHANNEL = 3
 """Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
 where that is more."""
 
@@ -50,33 +50,40 @@ def rank_costs(
 ) -> Costs:
     """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
 
-    Each of ``modules`` (with the statistics it needs) loses each share in ``shares`` of its dims (closed form,
+    Each of ``modules`` (with the statistics it needs) loses the largest of ``shares`` of its dims (closed form,
     statistics of the dense stream), the rest of the model runs dense on a few calibration windows, and the divergence
-    from the dense model's predictions is measured, in float32 whatever the model's dtype; ``expected`` carries it to
-    all ranks. One statistics pass over a quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``),
-    and ``3 L^2 / 2`` layer passes a share over ``measured_windows``, for which each layer is needed once; no evaluation
-    data, no gradient. Several processes take the changes of layers by turns, and the windows whole.
+    from the dense model's predictions is measured, in float32 whatever the model's dtype. With a smaller share the
+    divergence is taken to be less by as much as the relative squared error of the layer's output is. ``expected``
+    carries both to all ranks. One statistics pass over a quarter of the windows (more where they are short of
+    ``TOKENS_PER_CHANNEL``), and ``3 L^2 / 2`` layer passes over ``measured_windows``, for which each layer is needed
+    once, with 3 L for each smaller share; no evaluation data, no gradient. Several processes take the changes of layers
+    by turns, and the windows whole.
     """
     model, ids, world = calibration.model, calibration.tokens.ids, calibration.world
     layers, own = decoder_layers(model), _own_layers(calibration)
-    measured = measured_windows(ids, num_layers=len(layers), num_shares=len(shares))
+    measured = measured_windows(ids, num_layers=len(layers))
     departures = Departures.of(calibration.stored, measured, batch_size=calibration.batch_size)
     curves: Costs = []
+    distances: dict[Departure, float] = {}
     for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules, own), strict=True)):
         wanted = () if index in skip_layers or index not in own else modules
         prospects = {module: PROSPECTS[module](calibration.family, layer, statistics) for module in wanted}
         changes = (
-            ((index, module, removed), prospect.map(removed))
+            ((index, module, removed), prospect.map(removed), removed == prospect.removed(max(shares)))
             for module, prospect in prospects.items()
             for removed in sorted({prospect.removed(share) for share in shares})
         )
-        departures.advance(index, layer, changes)
+        distances |= departures.advance(index, layer, changes)
         if index in own:
             curves.append({module: prospect.curve for module, prospect in prospects.items()})
     positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
+    divergences = {(index, module): (most, d) for (index, module, most), d in departures.divergences(positions).items()}
     points: dict[tuple[int, str], dict[int, float]] = {}
-    for (index, module, removed), divergence in departures.divergences(positions).items():
-        points.setdefault((index, module), {})[removed] = divergence
+    for (index, module, removed), distance in distances.items():
+        most, divergence = divergences[index, module]
+        farthest = distances[index, module, most]
+        share = distance / farthest if farthest else 0.0
+        points.setdefault((index, module), {})[removed] = divergence if removed == most else share * divergence
     costs = [
         {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
         for index, of_layer in zip(own, curves, strict=True)
@@ -91,7 +98,8 @@ def curve_statistics(
 
     Among them may be ``OUTPUT_SENSITIVITY``. ``only``: layers that have any; None: all.
     """
-    some = replace(calibration, tokens=_first(calibration.tokens, curve_windows(calibration)), cache=None, world=ALONE)
+    tokens = _first(calibration.tokens, curve_windows(calibration))
+    some = replace(calibration, tokens=tokens, precision=torch.float32, cache=None, world=ALONE)
     names: frozenset[str] = frozenset().union(*modules.values())
     split = Split.of(some.tokens.ids, batch_size=some.batch_size)
 
@@ -103,7 +111,7 @@ def curve_statistics(
             index,
             hidden,
             split,
-            num_windows=len(some.tokens.ids),
+            num_windows=QUERY_WINDOWS,
             queries_per_window=QUERIES_PER_WINDOW,
             precision=some.precision,
             generator=None,
@@ -122,16 +130,17 @@ def curve_statistics(
     )
 
 
-def measured_windows(ids: Tensor, *, num_layers: int, num_shares: int) -> Tensor:
+def measured_windows(ids: Tensor, *, num_layers: int) -> Tensor:
     """The first calibration windows, or their beginnings.
 
-    So many tokens that all measurements together cost about half a pass over all windows. More where that is short of
-    ``ENOUGH_TOKENS``, but not above two passes, unless that were fewer than ``FEWEST_TOKENS``.
+    So many tokens that all measurements together cost about a quarter of a pass over all windows. More where that is
+    short of ``ENOUGH_TOKENS``, but not above a pass, unless that were fewer than ``FEWEST_TOKENS``.
     """
     num_samples, length = ids.shape
-    measurements = 4 * num_layers * num_shares
     tokens = max(
-        num_samples // measurements * length, min(ENOUGH_TOKENS, 4 * ids.numel() // measurements), FEWEST_TOKENS
+        num_samples // (8 * num_layers) * length,
+        min(ENOUGH_TOKENS, ids.numel() // (2 * num_layers)),
+        FEWEST_TOKENS,
     )
     num_windows = -(-tokens // length)
     return ids[:num_windows, : -(-tokens // num_windows)]
@@ -152,9 +161,9 @@ def perturbed_passes(calibration: Calibration, *, num_modules: int, num_shares: 
     statistics; in this process.
     """
     ids, L = calibration.tokens.ids, calibration.num_layers
-    measured = measured_windows(ids, num_layers=L, num_shares=num_shares)
-    behind = sum(L - index for index in _own_layers(calibration))
-    return (1 + num_modules * num_shares * behind / L) * measured.numel() / ids.numel()
+    measured = measured_windows(ids, num_layers=L)
+    run = sum(L - index + num_shares - 1 for index in _own_layers(calibration))
+    return (1 + num_modules * run / L) * measured.numel() / ids.numel()
 
 
 def _own_layers(calibration: Calibration) -> range:
@@ -204,7 +213,7 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 SMALLEST = 1e-12
 """A divergence below this is the rounding of float32 logits."""
 
-VERSION = 1
+VERSION = 2
 """Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
 
 

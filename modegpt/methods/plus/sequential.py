@@ -21,7 +21,7 @@ from modegpt.decompositions.selection import fold_value_bias, group_heads, keep_
 from modegpt.decompositions.svd import balance, product_svd
 from modegpt.methods.modegpt import assemble_layer
 from modegpt.methods.plus.query_key import candidates, choose, sample
-from modegpt.methods.plus.streams import ARGUMENTS, Observation, Split, Tap, observe
+from modegpt.methods.plus.streams import ARGUMENTS, Observation, Split, Tap, known_attention, known_mlp, observe
 from modegpt.methods.plus.sums import Parts, Solution, Sums
 from modegpt.methods.plus.switches import Switches
 from modegpt.methods.plus.temperature import Compared
@@ -220,6 +220,7 @@ class LayerPass:
             attention = self._attention_outputs() if options.sequential else []
         if not options.sequential:
             attention = targets.attention_alone
+        targets = replace(targets, attention=[], attention_input=[])  # which nobody reads any more
 
         # 5. alignment of the MLP's input maps
         if options.align and (self.moved or self.reductions):
@@ -228,14 +229,15 @@ class LayerPass:
             self._align("mlp", family.mlp_ends(self.layer)[0], targets.mlp_input, inputs, attention)
 
         # 6. MLP
+        mlp: list[Tensor] | None = None
         if corrects or ranks["mlp"] < read_mlps(family, self.layer).inner_size:
             reduce = self._reduce_mlp if family.experts_path is None else self._reduce_experts
-            reduce(ranks["mlp"], targets, attention)
+            mlp = reduce(ranks["mlp"], targets, attention)
 
         # 7. the compressed stream moves on
         self.shape, self.tensors, self.reduced = self._result()
         if options.sequential:
-            self._advance(self.reduced, attention)
+            self._advance(self.reduced, attention, mlp)
         else:
             for b, x in enumerate(self.walk.dense.batches):
                 self.stream.batches[b] = x
@@ -300,9 +302,11 @@ class LayerPass:
             outputs.append(seen.seen["attention"])
         return outputs
 
-    def _advance(self, reduced: nn.Module, attention: Sequence[Tensor]) -> None:
-        given = (self.family.attention(reduced), attention)
-        for seen in observe(reduced, self.index, self.stream, {}, stop=False, attention=given):
+    def _advance(self, reduced: nn.Module, attention: Sequence[Tensor], mlp: Sequence[Tensor] | None) -> None:
+        known = [known_attention(self.family, reduced, attention)]
+        if mlp is not None:
+            known.append(known_mlp(self.family, reduced, mlp))
+        for seen in observe(reduced, self.index, self.stream, {}, stop=False, known=known):
             assert seen.output is not None and torch.isfinite(seen.output).all(), (
                 f"layer {self.index}: activations of the compressed model are not finite"
             )
@@ -327,8 +331,8 @@ class LayerPass:
         taps: dict[str, Tap] = {"x": (reader, "input")}
         size = self.walk.calibration.model.config.hidden_size
         sums = self._sums(size, size)
-        given = None if attention is None else (self.family.attention(layer), attention)
-        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
+        known = [] if attention is None else [known_attention(self.family, layer, attention)]
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, known=known):
             sums.update(seen.batch, seen.seen["x"], dense_inputs[seen.batch])
         sums.pool()
         identity = torch.eye(size, dtype=torch.float64, device=sums.parts[False].G.device)
@@ -442,27 +446,34 @@ class LayerPass:
 
     # 6.: MLP
 
-    def _reduce_mlp(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> None:
-        """``attention``: what the reduced attention adds to the stream."""
+    def _reduce_mlp(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> list[Tensor]:
+        """``attention``: what the reduced attention adds to the stream. Returns what the reduced MLP gives."""
         weights, layer = read_mlp(self.family, self.layer), self.layer
         constant = self._constant(weights.b_D)
         taps: dict[str, Tap] = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
         sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1])
-        given = (self.family.attention(layer), attention)
-        for seen in observe(layer, self.index, self.stream, taps, stop=True, attention=given):
+        known, read = known_attention(self.family, layer, attention), self.stored.batches()
+        for seen in observe(layer, self.index, self.stream, taps, stop=True, known=[known]):
             t = self._mlp_target(seen, targets, attention)
             t = t if weights.b_D is None else t - weights.b_D
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
+            read.append(seen.seen["h"])
         sums.pool()
         solution = self._solve_mlp(sums.parts, weights, rank, constant=constant)
         kept, W = solution.kept, solution.refit.W
         b_D = self._with_constant(weights.b_D, W, constant)
+        reduced = keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D)
         self.reductions["mlp"] = Reduction(
-            keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D),
+            reduced,
             relative_error=self._error((sums, solution)),
             kept=kept,
             numerics=solution.refit.report(),
         )
+        outputs = self.stored.batches()
+        with forward():
+            for h in read:
+                outputs.append(nn.functional.linear(h[..., kept], reduced.W_D.T, reduced.b_D))
+        return outputs
 
     def _mlp_target(self, seen: Observation, targets: Targets, attention: Sequence[Tensor]) -> Tensor:
         """What the MLP should add: what the dense one does, and a share of the error of the stream that it adds to."""
@@ -479,8 +490,8 @@ class LayerPass:
         weights = cast(ExpertWeights, read_mlps(self.family, self.layer)).experts
         of_each = [self._sums(len(each.W_D), each.W_D.shape[1]) for each in weights]
         taps: dict[str, Tap] = {side: (experts, side) for side in ARGUMENTS}
-        returned = (self.family.attention(self.layer), attention)
-        for seen in observe(self.layer, self.index, self.stream, taps, stop=True, attention=returned):
+        known = known_attention(self.family, self.layer, attention)
+        for seen in observe(self.layer, self.index, self.stream, taps, stop=True, known=[known]):
             x, chosen, shares = (seen.seen[side].flatten(0, 1) for side in ARGUMENTS)
             lacking, given = self._mlp_target(seen, targets, attention).flatten(0, 1), []
             routed = {index: of_one for index, *of_one in experts.routed(chosen, shares)}

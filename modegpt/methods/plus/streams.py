@@ -1,7 +1,7 @@
 """The dense and the compressed residual stream in front of one layer, and what runs of the layer show on the way."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,17 @@ from torch.utils.hooks import RemovableHandle
 from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import ALONE, World
 from modegpt.cost.work import Alike
+from modegpt.methods.divergence import StandIns, acting_as
+from modegpt.models import Family
 
 HELD_OUT_EVERY = 4
 """Every fourth calibration window is held out: ridges and selections are chosen on it, then solved on all."""
 
 Tap = tuple[nn.Module, str]
 """A module and ``"output"`` or one of ``ARGUMENTS``."""
+
+Known = Callable[[int], StandIns]
+"""By the number of a batch, modules that return what is known of it, so that they do not run again."""
 
 ARGUMENTS = {"input": 0, "experts": 1, "shares": 2}
 """Arguments of a module, by place. All experts together have the latter two: those of each token, and their shares."""
@@ -47,22 +52,18 @@ def observe(
     taps: Mapping[str, Tap],
     *,
     stop: bool,
-    attention: tuple[nn.Module, Sequence[Tensor]] | None = None,
+    known: Sequence[Known] = (),
 ) -> Iterator[Observation]:
     """Run ``layer`` (number ``index``) on every batch of ``hidden``, which stays as it is.
 
     Args:
         stop: only until every tap has fired.
-        attention: the layer's attention module and what it returns on each batch (batch, sequence, d_h), so that it
-            does not run again.
+        known: what does not run again.
     """
     alike = Alike()
     for b, x in enumerate(hidden.batches):
         seen: dict[str, Tensor] = {}
-        with (
-            _tapped(taps, seen, stop),
-            nullcontext() if attention is None else _returning(attention[0], attention[1][b]),
-        ):
+        with _tapped(taps, seen, stop), acting_as([stand_in for each in known for stand_in in each(b)]):
             try:
                 with alike.forward(x.shape):
                     output = layer(x, **hidden.layer_arguments(index, x))
@@ -71,13 +72,26 @@ def observe(
         yield Observation(b, x, {name: value.reshape(*x.shape[:2], -1) for name, value in seen.items()}, output)
 
 
-@contextmanager
-def _returning(attention: nn.Module, states: Tensor) -> Iterator[None]:
-    attention.forward = lambda *_, **__: (states, None)
-    try:
-        yield
-    finally:
-        del attention.forward
+def known_attention(family: Family, layer: nn.Module, outputs: Sequence[Tensor]) -> Known:
+    """What the attention of ``layer`` returns of each batch, (batch, sequence, d_h)."""
+
+    def stand_ins(batch: int) -> StandIns:
+        states = outputs[batch]
+        return [(family.attention(layer), lambda *_, **__: (states, None))]
+
+    return stand_ins
+
+
+def known_mlp(family: Family, layer: nn.Module, outputs: Sequence[Tensor]) -> Known:
+    """What the down projection of ``layer`` returns of each batch, (batch, sequence, d_h); its input is not made."""
+    readers = [layer.get_submodule(path) for path in (family.gate_path, family.up_path) if path]
+
+    def stand_ins(batch: int) -> StandIns:
+        states = outputs[batch]
+        down = (family.down(layer), lambda h: states.reshape(*h.shape[:-1], -1))
+        return [down, *((reader, lambda x: x[..., :1]) for reader in readers)]
+
+    return stand_ins
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class Switches:
         measured: how modules are cut when their divergence is measured (``allocation=loss``): queries and keys by the
             paper's score and each value head alone, or as the pass cuts them, by what the attention's output loses
             (``query_key=checked``) and all value heads refitted together (``value_output=attention``).
-        shares: of a module's dims removed when its divergence is measured (``allocation=loss``), ascending.
+        shares: of a module's dims (``allocation=loss``): its divergence is measured without the largest of these, and
+            known from the layer's output without the others.
         cap: largest share any module loses (``allocation=loss``).
         rounds: how often the budget is shared out again by what modules cost in the model as planned; a plan is kept
             where it diverges less on other calibration windows (``allocation=loss``).
