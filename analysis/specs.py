@@ -14,7 +14,8 @@ from analysis.tables import TableSpec
 from modegpt.records.frame import workload_name
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-RELEASED_RATES = (0.2, 0.3, 0.4)
+RELEASED_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
+MIDDLE_RATES = (0.2, 0.3, 0.4)
 PERPLEXITY = Column("Perplexity", "perplexity", "lower")
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", "higher", scale=100, digits=1)
 KEPT = Column("Zero-shot mean kept (%)", "retention_mean", "higher", scale=100, digits=1)
@@ -194,7 +195,7 @@ MAIN_TABLES = (
         "A mixture of experts: perplexity over methods and rates",
         ("mixtures",),
         METHODS,
-        at_rates(PERPLEXITY, RELEASED_RATES),
+        at_rates(PERPLEXITY, MIDDLE_RATES),
         note="Columns: the share asked for. MoDeGPT has its entropic allocation.",
     ),
     TableSpec(
@@ -202,7 +203,7 @@ MAIN_TABLES = (
         "A mixture of experts: sparsity over layers, perplexity",
         ("mixtures", "mixtures_uniform"),
         {"allocation": "Allocation"},
-        at_rates(PERPLEXITY, RELEASED_RATES),
+        at_rates(PERPLEXITY, MIDDLE_RATES),
         where={"method": "modegpt"},
     ),
     TableSpec(
@@ -343,7 +344,7 @@ ABLATION_TABLES = (
             f"Sizes that engines take, {title}: perplexity",
             (name,),
             {"compression.engine": "Engine"},
-            at_rates(replace(PERPLEXITY, within=0.01), RELEASED_RATES),
+            at_rates(replace(PERPLEXITY, within=0.01), MIDDLE_RATES),
             note="One sparsity for all layers. Attention stays whole but where every size is free (any).",
         )
         for name, title in (("engines_real", "a released model"), ("engines_plus", "plus"))

@@ -25,6 +25,7 @@ LABELS = {
     "slimgpt": "SlimGPT",
     "lems": "LEMS",
     "tyr": "Týr",
+    "2ssp": "2SSP",
     "nystrom": "Nyström",
     "nystrom_bias": "Nyström, bias corrected",
     "columns": "Columns",
@@ -74,6 +75,7 @@ LOOKS = {
     "slimgpt": ("#AA4499", "d", "-."),
     "lems": ("#999933", "h", "-"),
     "tyr": ("#661100", "8", "--"),
+    "2ssp": ("#6699CC", "H", ":"),
 }
 """Colour, marker and line of each method."""
 

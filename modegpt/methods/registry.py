@@ -24,6 +24,7 @@ from modegpt.methods.slicegpt import SliceGPT
 from modegpt.methods.slimgpt import SlimGPT
 from modegpt.methods.svd import SVD
 from modegpt.methods.svd_llm import SVDLLM
+from modegpt.methods.two_stage import TwoStage
 from modegpt.methods.tyr import Tyr
 
 DENSE = "dense"
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         StructuredOBC,
         SlimGPT,
         Tyr,
+        TwoStage,
     )
 }
 

@@ -79,7 +79,7 @@ def test_a_comparison_needs_both_sides(store, tmp_path: Path) -> None:
     }
     assert row(built, "20 %")["Less than entropic (%)"].values
     [missing] = built.missing
-    assert "1 of 85 runs of `methods`" in missing
+    assert "1 of 90 runs of `methods`" in missing
 
 
 def test_comparisons_pair_seeds(store, tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ ANOTHER: dict[str, dict[str, Any]] = {
     "obc": {"damping": 10.0},
     "slimgpt": {"first": 1.0, "batch": 1.0, "last_batch": 16, "damping": 10.0},
     "lems": {"windows": 1, "trials": 0, "measured": 0.6, "multiple": 3, "kfac": True},
+    "2ssp": {"alpha": 4.0, "search_tokens": 20},
     "tyr": {"rounds": 2, "generations": 6, "offspring": 12, "step": 0.3, "windows": [2, 6], "survivors": [4]},
 }
 """A value of each option that makes another model; those of modegpt_plus are in ``test_plus.py``."""
