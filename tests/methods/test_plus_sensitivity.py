@@ -265,7 +265,7 @@ def test_what_stands_in_for_channels_of_experts_is_the_model_without_them() -> N
         expected = compressed(tokens()).logits
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     of_one = task_of(dense_model("llama"), 0.3, num_samples=24).calibration
-    assert [curve_windows(each) for each in (of_one, task.calibration)] == [6, 12], "120 and 240 of 20 tokens"
+    assert [curve_windows(each) for each in (of_one, task.calibration)] == [8, 16], "160 and 320 of 20 tokens"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ OUTPUT_SENSITIVITY = "query_key.M"
 QUERY_WINDOWS, QUERIES_PER_WINDOW = 4, 32
 """At how many positions, and of how many windows to fit on (with those held out among the same batches)."""
 
-TOKENS_PER_CHANNEL = 3
+TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
 where that is more."""
 
