@@ -14,7 +14,6 @@ from analysis.tables import TableSpec
 from modegpt.records.frame import workload_name
 
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
-RELEASED_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 MIDDLE_RATES = (0.2, 0.3, 0.4)
 PERPLEXITY = Column("Perplexity", "perplexity", "lower")
 ZERO_SHOT = Column("Zero-shot mean (%)", "zeroshot_mean", "higher", scale=100, digits=1)
@@ -170,7 +169,7 @@ MAIN_TABLES = (
         "A released model: perplexity over methods and rates",
         ("real_models",),
         METHODS,
-        at_rates(PERPLEXITY, RELEASED_RATES),
+        at_rates(PERPLEXITY, RATES),
         note="Columns: the share asked for. MoDeGPT has its entropic allocation.",
     ),
     TableSpec(
@@ -178,7 +177,7 @@ MAIN_TABLES = (
         "A released model: sparsity over layers, perplexity",
         ("real_models", "real_models_uniform"),
         {"allocation": "Allocation"},
-        at_rates(PERPLEXITY, RELEASED_RATES),
+        at_rates(PERPLEXITY, RATES),
         where={"method": "modegpt"},
     ),
     TableSpec(

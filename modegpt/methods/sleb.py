@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modegpt.calibration.stream import HiddenStates, advance, layers_replaced, yielding
 from modegpt.cost.work import forward
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
+from modegpt.methods.divergence import StandIns, acting_as
 from modegpt.methods.layer_dropping import drop_layers, num_dropped_layers
 from modegpt.models import decoder_layers
 
@@ -93,18 +94,24 @@ def losses_without(
     candidates: list[int],
     *,
     on_candidate: Callable[[], object],
+    part: Callable[[nn.Module], StandIns] | None = None,
 ) -> tuple[dict[int, float], int]:
     """For each of the ``candidates`` the mean loss of the layers ``alive`` without it, and how many layers ran.
 
     Args:
         ids: (num_samples, sequence_length) tokens, those that ``start`` (in front of layer 0, untouched) embeds.
         alive: increasing layer indices; ``candidates`` among them.
+        part: of a candidate's layer, what acts as if a part of it were missing; None: all of it is.
     """
     layers, losses, layers_run = decoder_layers(model), {}, 0
     prefix = HiddenStates(list(start.batches), start.arguments)
     for position, index in enumerate(alive[: alive.index(candidates[-1]) + 1]):
         if index in candidates:
             rest = HiddenStates(list(prefix.batches), prefix.arguments)
+            if part is not None:
+                with acting_as(part(layers[index])):
+                    advance(rest, index, layers[index])
+                layers_run += 1
             for later in alive[position + 1 :]:
                 advance(rest, later, layers[later])
                 layers_run += 1

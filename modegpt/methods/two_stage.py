@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modegpt.calibration.stream import HiddenStates, advance, embed
+from modegpt.calibration.stream import advance, embed
+from modegpt.decompositions.selection import largest
 from modegpt.errors import UserError
 from modegpt.methods.base import Compressed, CompressionTask, Method
 from modegpt.methods.divergence import StandIns, acting_as
-from modegpt.methods.sleb import next_token_loss
+from modegpt.methods.sleb import losses_without
 from modegpt.methods.structures import Kept, LayerWeights, StructureSizes, pruned_model
 from modegpt.models import Family, decoder_layers, dense_shape
 
@@ -92,8 +93,9 @@ class TwoStage(Method):
         count, channels = self.balance(task)
         kept = [Kept.everything(shape)] * calibration.num_layers
         if channels:
+            left = shape.intermediate_size - channels
             kept = [
-                replace(each, channels=_largest(norms, shape.intermediate_size - channels))
+                replace(each, channels=torch.zeros_like(each.channels).index_fill(0, largest(norms.cpu(), left), True))
                 for each, norms in zip(kept, channel_norms(task), strict=True)
             ]
         gone, perplexities = self._search(task, pruned_model(task, kept).model, count) if count else ([], [])
@@ -115,11 +117,13 @@ class TwoStage(Method):
         bar = calibration.progress.bar(num_candidates, "attention elimination", "candidate")
         with calibration.meter.stage("elimination", counted=True), bar:
             start = embed(model, ids, batch_size=calibration.batch_size)
+            layers, without = decoder_layers(model), partial(_without_attention, task.family)
             for _ in range(count):
-                losses = {}
-                for index, loss in losses_without_attention(model, task.family, ids, start, gone):
-                    losses[index] = loss
-                    bar.update()
+                candidates = [index for index in range(num_layers) if index not in gone]
+                with acting_as([stand_in for index in gone for stand_in in without(layers[index])]):
+                    losses, _ = losses_without(
+                        model, ids, start, list(range(num_layers)), candidates, on_candidate=bar.update, part=without
+                    )
                 gone.append(min(losses, key=losses.__getitem__))
                 perplexities.append(math.exp(losses[gone[-1]]))
         return gone, perplexities
@@ -147,35 +151,5 @@ def channel_norms(task: CompressionTask) -> Iterator[Tensor]:
     calibration.meter.calibration_tokens = calibration.tokens.num_tokens
 
 
-def losses_without_attention(
-    model: PreTrainedModel, family: Family, ids: Tensor, start: HiddenStates, gone: list[int]
-) -> Iterator[tuple[int, float]]:
-    """For each layer whose attention is not ``gone`` the mean loss of ``model`` without it, and without those.
-
-    ids: (windows, length), those that ``start`` (in front of layer 0, untouched) embeds. What precedes the attention
-    is computed once for all.
-    """
-    layers = decoder_layers(model)
-    without = partial(_without_attention, family)
-    with acting_as([stand_in for index in gone for stand_in in without(layers[index])]):
-        prefix = HiddenStates(list(start.batches), start.arguments)
-        for index, layer in enumerate(layers):
-            if index not in gone:
-                rest = HiddenStates(list(prefix.batches), prefix.arguments)
-                with acting_as(without(layer)):
-                    advance(rest, index, layer)
-                for later in range(index + 1, len(layers)):
-                    advance(rest, later, layers[later])
-                yield index, next_token_loss(model, ids, rest)
-            advance(prefix, index, layer)
-
-
 def _without_attention(family: Family, layer: nn.Module) -> StandIns:
     return [(family.attention(layer), lambda hidden_states, *_, **__: (torch.zeros_like(hidden_states), None))]
-
-
-def _largest(norms: Tensor, count: int) -> Tensor:
-    """Mask (n,) of the ``count`` channels of largest norm; of equal ones the earlier stay."""
-    mask = torch.zeros(len(norms), dtype=torch.bool)
-    mask[norms.cpu().argsort(descending=True, stable=True)[:count]] = True
-    return mask

@@ -82,8 +82,7 @@ def rank_costs(
     for (index, module, removed), distance in distances.items():
         most, divergence = divergences[index, module]
         farthest = distances[index, module, most]
-        share = distance / farthest if farthest else 0.0
-        points.setdefault((index, module), {})[removed] = divergence if removed == most else share * divergence
+        points.setdefault((index, module), {})[removed] = divergence * (distance / farthest if farthest else 1.0)
     costs = [
         {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
         for index, of_layer in zip(own, curves, strict=True)
