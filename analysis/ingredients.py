@@ -13,7 +13,7 @@ OFF = {"centred": False, "fisher": []}
 FORMERLY = {"centred": True, "query_key": "rescaled"}
 """The defaults of then for which today's are others."""
 FORMER_WINDOWS = 32
-"""Those of the query-key selection, whatever the combination, before ``measured`` was known."""
+"""Those of the query-key selection, whatever the combination, while ``centred`` was known."""
 
 
 @cache
@@ -36,18 +36,17 @@ def _of(kind: str) -> dict[str, dict[str, Any]]:
 def combination(method: Mapping[str, Any]) -> str | None:
     """Which of the combinations a run's method is; a switch that its record does not know (yet, or any more) was off.
 
-    Recorded with the defaults of then, it is the one that has those of today, of ``measured`` too.
+    Recorded with the defaults of then, it is the one that has those of today.
     """
     if method.get("name") != "modegpt_plus":
         return None
     complete = {**combinations()["paper"], **OFF, **method}
-    if "measured" not in method and complete["query_key_windows"] == FORMER_WINDOWS:
+    if "centred" in method and complete["query_key_windows"] == FORMER_WINDOWS:
         complete["query_key_windows"] = Switches.query_key_windows
     known = {name: OFF | switches for name, switches in combinations().items()} | taken_out()
     if complete | FORMERLY == complete and complete not in known.values():
         complete |= {"centred": False, "query_key": Switches.query_key}
-    candidates = [complete] if "measured" in method else [complete | {"measured": Switches.measured}, complete]
-    return next((name for each in candidates for name, switches in known.items() if switches == each), None)
+    return next((name for name, switches in known.items() if switches == complete), None)
 
 
 @cache

@@ -41,6 +41,7 @@ TAKEN_OUT = {
     "method.query_key=rescaled": "kept queries turned and scaled gained nothing beside all else",
     "method.bias=added": "a bias added to every module made no difference",
     "method.fisher": "moments weighted by the loss helped one model of four and took a backward pass",
+    "method.measured": "cut as the pass cuts them, queries and keys look cheaper than they are in long windows",
 }
 """Settings of modegpt_plus that its ablation did not support. Records from before November 2026 still name them."""
 PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}

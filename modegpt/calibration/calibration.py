@@ -1,6 +1,6 @@
 """Observing a model on calibration tokens, one layer at a time, once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,14 +93,12 @@ class Calibration:
         stage: str = "statistics",
         loop: str = "statistics",
         only: Sequence[int] | None = None,
-        beside: Callable[[HiddenStates, int], Statistics] | None = None,
     ) -> Iterator[Statistics]:
         """Yield each layer's statistics in order, while it has its weights; the last one's are the caller's to drop.
 
         What the cache holds is read; the model runs only as far as something is missing, in each process on its
         share of the batches, so that every batch is the one that a single process would run. ``loop`` is what the
         caller does with them layer by layer, as progress shows it. ``only``: layers that have any; None: all.
-        ``beside`` adds what it makes of the stream in front of each of them that runs.
         """
         layers = decoder_layers(self.model)
         hidden: HiddenStates | None = None
@@ -119,8 +117,7 @@ class Calibration:
                         for skipped in range(position, index):
                             advance(hidden, skipped, layers[skipped])
                         self.meter.forward_passes += (index - position) / self.num_layers
-                        others = beside(hidden, index) if beside and missing else {}
-                        observed = others | self.observe(hidden, index, missing, world=self.world)
+                        observed = self.observe(hidden, index, missing, world=self.world)
                         if self.cache is not None:
                             self.cache.store(index, observed)
                         statistics |= observed

@@ -90,11 +90,6 @@ def whole(observer: "LayerObserver", states: Tensor) -> Tensor:
     return states
 
 
-def unbiased_row(observer: "LayerObserver", states: Tensor) -> Tensor:
-    """``unbiased_states`` of all heads in one row, (..., heads d)."""
-    return unbiased_states(observer, states).flatten(-2)
-
-
 def squared(observer: "LayerObserver", states: Tensor) -> Tensor:
     """The square of every element; of half-precision states in float32, where it is exact."""
     return states.to(torch.promote_types(states.dtype, torch.float32)).square()
@@ -146,7 +141,6 @@ STATISTICS: dict[str, Statistic] = {
     # the values, and what the output projection reads of them
     "value_output.G": Statistic(("H_kv", "d", "d"), "value", "output", unbiased_states),
     "value_output.A": Statistic(("H", "d", "d"), "output", "input", unbiased_states),
-    "value_output.S": Statistic(("H d", "H d"), "output", "input", unbiased_row),
     "value_output.mean": Statistic(("H", "d"), "output", "input", unbiased_states),
     "value_output.mean_square": Statistic(("H", "d"), "output", "input", squared_unbiased_states),
     # the output projection's whole input, bias included

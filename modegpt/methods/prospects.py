@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt.calibration.statistics import Statistics
-from modegpt.decompositions.curves import attention_curve, mlp_curve, query_key_curve, value_output_curve
+from modegpt.decompositions.curves import mlp_curve, query_key_curve, value_output_curve
 from modegpt.decompositions.experts import of_each
 from modegpt.decompositions.head_norm import keep_head_norms
 from modegpt.decompositions.modules import HEAD_NORM_FIT, HeadNorm
@@ -67,28 +67,15 @@ def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Pr
 
 
 def value_output_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
-    """Truncations of the value-output product, in the output projection.
-
-    With the Gram S of all heads together what is kept of them is refitted together.
-    """
-    weights, S = read_value_output(family, layer), statistics.get("value_output.S")
+    """Truncations of the value-output product, in the output projection."""
+    weights = read_value_output(family, layer)
     A = statistics.get("value_output.A")
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
     curve, P, B = value_output_curve(G, weights.W_O)
-    group_size, d = B.shape[1:3]
-    if S is not None:  # from what the output projection reads to the singular basis of each head, on both sides
-        of_heads = P.repeat_interleave(group_size, dim=0).mT
-        for _ in range(2):
-            S = (of_heads @ S.to(P).mT.unflatten(0, (-1, d))).flatten(0, 1)
 
     def lifted(removed: int) -> StandIns:
-        rank = d - removed
-        kept = B[:, :, :rank]
-        if S is not None:
-            rows = torch.arange(S.shape[-1], device=S.device)
-            solved, _ = refit(S, B.flatten(0, 2), rows[rows % d < rank])
-            kept = solved.unflatten(0, (len(B), group_size, rank))
-        W_O = (P[..., :rank].unsqueeze(1) @ kept).flatten(0, 1).to(exact(weights.W_O))
+        rank = P.shape[-1] - removed
+        W_O = (P[..., :rank].unsqueeze(1) @ B[:, :, :rank]).flatten(0, 1).to(exact(weights.W_O))
         b_O = weights.b_O
         if weights.b_V is not None:  # the value bias passes whole, see fold_value_bias
             lost = torch.einsum(
@@ -103,16 +90,11 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
 
 
 def query_key_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
-    """Rotary pairs, or dims, set to zero in the key projection; where heads have norms, behind these, which are the
-    estimates that the heads would get.
-
-    They go by what the attention's output loses where its sensitivity M is given, else by the paper's score.
+    """Rotary pairs, or dims, by the paper's score, set to zero in the key projection; where heads have norms, behind
+    these, which are the estimates that the heads would get.
     """
-    weights, M = read_query_key(family, layer), statistics.get("query_key.M")
-    if M is None:
-        curve, order = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope)
-    else:
-        curve, order = attention_curve(M)
+    weights = read_query_key(family, layer)
+    curve, order = query_key_curve(statistics["query_key.C_Q"], statistics["query_key.C_K"], rope=weights.rope)
     unit = weights.rank_unit
 
     def normed(removed: int) -> StandIns:

@@ -22,7 +22,7 @@ from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
 from modegpt.methods.base import CompressionTask, LayerByLayer
 from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.sensitivity import compared_positions, curve_windows, measured_windows
+from modegpt.methods.plus.sensitivity import compared_positions, measured_windows
 from modegpt.methods.plus.temperature import CHUNK_TOKENS, ENOUGH_TOKENS, MOST_LOGITS
 from modegpt.models import decoder_layers
 from modegpt.streaming.model import StreamedModel
@@ -160,7 +160,7 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     compared = min(ENOUGH_TOKENS + length, ids.numel())
     m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1
     experts = 1 if task.family.experts_path is None else task.model.config.num_experts
-    windows = max(min(2 * method.query_key_windows, num_samples), curve_windows(task.calibration))
+    windows = min(2 * method.query_key_windows, num_samples)
     attended = min(batch_size, windows) * sizes.H * method.queries_per_window * length
     positions = compared_positions(measured, vocabulary=vocabulary)
     predictions = measured.numel() if positions is None else len(measured) * len(positions)

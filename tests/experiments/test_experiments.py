@@ -125,7 +125,7 @@ def test_every_ingredient_is_ablated() -> None:
         for key in switches
         if switches[key] != everything[key]
     }
-    assert alone == turned - {"measured"}, "how others are measured does nothing alone"
+    assert alone == turned
     assert missing == turned | {"rounds", "nested"}, "off by default, but what they do is measured"
     assert set(combinations()) == {
         settings["experiments/ingredients"] for settings in experiment("plus_ablation").settings
@@ -160,9 +160,7 @@ def test_a_record_of_former_defaults_keeps_its_place(name: str) -> None:
     if "query_key" in switches:
         off |= {"centred": False, "query_key": switches["query_key"]}
     assert combination(combinations()[name] | off) == name
-    of_then = combinations()[name] | off | {"query_key_windows": 32}
-    del of_then["measured"]
-    assert (combination(of_then) == name) is (name != "with_measured_paper")
+    assert combination(combinations()[name] | off | {"query_key_windows": 32}) == name
 
 
 def test_what_was_taken_out_is_known_from_records_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

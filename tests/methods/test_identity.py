@@ -34,7 +34,9 @@ RECORDED = [
 
 
 TAKEN_OUT = [
-    [key for key, off in (("centred", False), ("fisher", [])) if each["config"]["method"].get(key, off) != off]
+    [key for key, left in (("centred", False), ("fisher", []), ("measured", "paper")) if method.get(key, left) != left]
+    if (method := each["config"]["method"])["name"] == "modegpt_plus"
+    else []
     for each in RECORDED
 ]
 """What of each is no more, so that it cannot be run again."""

@@ -80,7 +80,6 @@ def with_all() -> Callable[[str], dict[str, Tensor]]:
         ("opt", {"value_output": "values"}),
         ("llama", {"beta": 0.5}),
         ("llama", {"align": False}),
-        ("opt", {"measured": "paper"}),
         ("llama", {"refit": False}),
         ("llama", {"sequential": False, "refit": False, "align": False}),
         ("opt", {"temperature": False}),

@@ -25,7 +25,7 @@ from modegpt.methods.modegpt import MoDeGPT, assemble_layer, report
 from modegpt.methods.plus.again import planned_again
 from modegpt.methods.plus.nested import FILE, NestedLayer, cut, nest, write_orders
 from modegpt.methods.plus.query_key import sample
-from modegpt.methods.plus.sensitivity import OUTPUT_SENSITIVITY, Costs, KeptCosts, perturbed_passes, rank_costs
+from modegpt.methods.plus.sensitivity import Costs, KeptCosts, perturbed_passes, rank_costs
 from modegpt.methods.plus.sequential import SequentialPass
 from modegpt.methods.plus.streams import Split
 from modegpt.methods.plus.switches import Switches
@@ -61,7 +61,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     name: ClassVar[str] = "modegpt_plus"
     shared: ClassVar[bool] = True
     experts: ClassVar[bool] = True
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
     def applicable(self, family: Family) -> str | None:
@@ -111,7 +111,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
             with calibration.meter.stage("allocation", counted=True):
                 plan = planned_again(
                     calibration,
-                    self.curves_read(task.family),
+                    self.faithful().statistics_read(task.family),
                     plan,
                     lambda costs: self.plan(task, costs=costs),
                     skip_layers=self.skip_layers,
@@ -165,18 +165,8 @@ class MoDeGPTPlus(Switches, LayerByLayer):
         """Those of the paper's method."""
         return self.faithful().likely_shapes(task, influence)
 
-    def curves_read(self, family: Family) -> dict[str, frozenset[str]]:
-        """Of each module that may be reduced, the statistics that its error at every rank comes from."""
-        read = self.faithful().statistics_read(family)
-        if self.measured == "pass":
-            if self.query_key == "checked" and "query_key" in read:
-                read["query_key"] = read["query_key"] - QueryKeyCR.required | {OUTPUT_SENSITIVITY}
-            if self.value_output == "attention" and "value_output" in read:
-                read["value_output"] |= {"value_output.S"}
-        return read
-
     def _costs(self, task: CompressionTask) -> Costs:
-        calibration, modules = task.calibration, self.curves_read(task.family)
+        calibration, modules = task.calibration, self.faithful().statistics_read(task.family)
         kept = (
             None if calibration.cache is None else KeptCosts(calibration.cache, modules, self.shares, self.skip_layers)
         )

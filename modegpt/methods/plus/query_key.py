@@ -25,7 +25,6 @@ from modegpt.decompositions.selection import (
     take_columns,
 )
 from modegpt.decompositions.svd import QueryKeySVD
-from modegpt.methods.divergence import even_positions
 from modegpt.methods.plus.streams import Split, Tap, observe
 from modegpt.models import Family, read_value_output
 from modegpt.models.weights import key_norm, normalised_heads, query_norm
@@ -65,13 +64,12 @@ def sample(
     num_windows: int,
     queries_per_window: int,
     precision: torch.dtype,
-    generator: torch.Generator | None,
+    generator: torch.Generator,
 ) -> SampledStates:
     """Run the projections of ``layer`` (number ``index``) on the first batches of ``stream``.
 
     These have ``num_windows`` windows to fit on. All of their tokens enter the Grams; attention states are those of
-    ``queries_per_window`` positions of at most ``num_windows`` windows of either part, evenly spaced without a
-    ``generator``.
+    ``queries_per_window`` positions of at most ``num_windows`` windows of either part.
     """
     attention: Any = family.attention(layer)
     rotary = next(iter(stream.arguments[index].values())).get("position_embeddings") if family.rotates(layer) else None
@@ -130,10 +128,8 @@ def _gram(states: Tensor, precision: torch.dtype) -> Tensor:
     return (rows.mT @ rows).double()
 
 
-def _positions(length: int, num_queries: int, generator: torch.Generator | None) -> Tensor:
+def _positions(length: int, num_queries: int, generator: torch.Generator) -> Tensor:
     """Sampled query positions; the first token attends to itself alone and shows nothing."""
-    if generator is None:
-        return even_positions(length, min(num_queries, length - 1), first=1)
     order = torch.randperm(length - 1, generator=generator)[:num_queries] + 1
     return order.sort().values
 

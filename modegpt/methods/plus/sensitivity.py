@@ -10,15 +10,12 @@ from torch import Tensor
 from modegpt.calibration.cache import StatisticsCache
 from modegpt.calibration.calibration import Calibration
 from modegpt.calibration.statistics import Statistics
-from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import ALONE
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
 from modegpt.methods.divergence import Departure, Departures, even_positions
-from modegpt.methods.plus.query_key import sample
-from modegpt.methods.plus.streams import Split
 from modegpt.methods.prospects import PROSPECTS
-from modegpt.models import decoder_layers, read_mlps, read_query_key
+from modegpt.models import decoder_layers, read_mlps
 
 Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
@@ -30,12 +27,6 @@ all, but not on fewer than so many."""
 MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
 """So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer
 positions than that."""
-
-OUTPUT_SENSITIVITY = "query_key.M"
-"""What queries and keys are cut by where the pass does not cut them by the paper's score; no statistic of tokens."""
-
-QUERY_WINDOWS, QUERIES_PER_WINDOW = 4, 32
-"""At how many positions, and of how many windows to fit on (with those held out among the same batches)."""
 
 TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
@@ -95,45 +86,19 @@ def curve_statistics(
 ) -> Iterator[Statistics]:
     """The statistics of each layer that closed-form errors of ``modules`` come from, on the first windows.
 
-    Among them may be ``OUTPUT_SENSITIVITY``. ``only``: layers that have any; None: all.
+    ``only``: layers that have any; None: all.
     """
     tokens = _first(calibration.tokens, curve_windows(calibration))
     some = replace(calibration, tokens=tokens, precision=torch.float32, cache=None, world=ALONE)
-    names: frozenset[str] = frozenset().union(*modules.values())
-    split = Split.of(some.tokens.ids, batch_size=some.batch_size)
-
-    def sensitivity(hidden: HiddenStates, index: int) -> Statistics:
-        layer = decoder_layers(some.model)[index]
-        states = sample(
-            some.family,
-            layer,
-            index,
-            hidden,
-            split,
-            num_windows=QUERY_WINDOWS,
-            queries_per_window=QUERIES_PER_WINDOW,
-            precision=some.precision,
-            generator=None,
-        )
-        return {
-            OUTPUT_SENSITIVITY: states.sensitivity(
-                (*states.fit, *states.held), pairs=read_query_key(some.family, layer).rope
-            )
-        }
-
-    return some.statistics(
-        names - {OUTPUT_SENSITIVITY},
-        loop="measured loss",
-        only=only,
-        beside=sensitivity if OUTPUT_SENSITIVITY in names else None,
-    )
+    return some.statistics(frozenset().union(*modules.values()), loop="measured loss", only=only)
 
 
 def measured_windows(ids: Tensor, *, num_layers: int) -> Tensor:
-    """The first calibration windows, or their beginnings.
+    """The first calibration windows, whole, or the beginning of the first.
 
-    So many tokens that all measurements together cost about a quarter of a pass over all windows. More where that is
-    short of ``ENOUGH_TOKENS``, but not above a pass, unless that were fewer than ``FEWEST_TOKENS``.
+    Whole, because queries and keys do more the more tokens are in front of them. So many tokens that all measurements
+    together cost about a quarter of a pass over all windows. More where that is short of ``ENOUGH_TOKENS``, but not
+    above a pass, unless that were fewer than ``FEWEST_TOKENS``.
     """
     num_samples, length = ids.shape
     tokens = max(
@@ -141,8 +106,7 @@ def measured_windows(ids: Tensor, *, num_layers: int) -> Tensor:
         min(ENOUGH_TOKENS, ids.numel() // (2 * num_layers)),
         FEWEST_TOKENS,
     )
-    num_windows = -(-tokens // length)
-    return ids[:num_windows, : -(-tokens // num_windows)]
+    return ids[: max(tokens // length, 1), :tokens]
 
 
 def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
@@ -212,7 +176,7 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 SMALLEST = 1e-12
 """A divergence below this is the rounding of float32 logits."""
 
-VERSION = 2
+VERSION = 3
 """Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
 
 

@@ -11,7 +11,6 @@ CHOICES = {
     "value_output": ("values", "attention"),
     "bias": ("none", "own"),
     "allocation": ("uniform", "entropic", "loss"),
-    "measured": ("paper", "pass"),
 }
 
 
@@ -33,9 +32,6 @@ class Switches:
         bias: a constant feature in each output solve: never, or where the family has a bias for it.
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured
             divergence.
-        measured: how modules are cut when their divergence is measured (``allocation=loss``): queries and keys by the
-            paper's score and each value head alone, or as the pass cuts them, by what the attention's output loses
-            (``query_key=checked``) and all value heads refitted together (``value_output=attention``).
         shares: of a module's dims (``allocation=loss``): its divergence is measured without the largest of these, and
             known from the layer's output without the others.
         cap: largest share any module loses (``allocation=loss``).
@@ -58,7 +54,6 @@ class Switches:
     value_output: str = "attention"
     bias: str = "own"
     allocation: str = "loss"
-    measured: str = field(default="pass", metadata={"before": "paper"})
     shares: tuple[float, ...] = (0.25, 0.5)
     cap: float = 0.9
     rounds: int = field(default=0, metadata={"before": 0})
