@@ -121,9 +121,10 @@ class TwoStage(Method):
             for _ in range(count):
                 candidates = [index for index in range(num_layers) if index not in gone]
                 with acting_as([stand_in for index in gone for stand_in in without(layers[index])]):
-                    losses, _ = losses_without(
+                    losses, layers_run = losses_without(
                         model, ids, start, list(range(num_layers)), candidates, on_candidate=bar.update, part=without
                     )
+                calibration.meter.forward_passes += layers_run / num_layers * len(ids) / len(calibration.tokens.ids)
                 gone.append(min(losses, key=losses.__getitem__))
                 perplexities.append(math.exp(losses[gone[-1]]))
         return gone, perplexities

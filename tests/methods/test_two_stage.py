@@ -80,6 +80,11 @@ def test_both_stages_equal_brute_force(form: str) -> None:
         torch.testing.assert_close(compressed.model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
     heads = [layer["ranks"]["num_kv_heads"] for layer in compressed.layers]
     assert [index for index, left in enumerate(heads) if not left] == sorted(removed)
+    layers_run, num_layers = 0, len(downs)  # a candidate's layer and those above it, and those below the last candidate
+    for step in range(count):
+        tried = sorted(set(range(num_layers)) - set(removed[:step]))
+        layers_run += sum(num_layers - index for index in tried) + tried[-1]
+    assert task.calibration.meter.forward_passes == pytest.approx(1 + layers_run / num_layers * 2 / 6)
 
 
 def test_the_stages_are_balanced_by_what_attention_and_mlp_weigh() -> None:
