@@ -174,9 +174,7 @@ class MoDeGPTPlus(Switches, LayerByLayer):
             if kept is not None and (costs := kept.load(calibration.num_layers)) is not None:
                 return costs
             costs = rank_costs(calibration, modules, self.shares, self.skip_layers)
-            calibration.meter.forward_passes += perturbed_passes(
-                calibration, num_modules=len(modules), num_shares=len(self.shares)
-            )
+            calibration.meter.forward_passes += perturbed_passes(calibration, modules, num_shares=len(self.shares))
             if kept is not None:
                 kept.store(costs)
         return costs
