@@ -43,7 +43,7 @@ TAKEN_OUT = {
     "method.fisher": "moments weighted by the loss helped one model of four and took a backward pass",
     "method.measured": "cut as the pass cuts them, queries and keys look cheaper than they are in long windows",
 }
-"""Settings of modegpt_plus that its ablation did not support. Records from before November 2026 still name them."""
+"""Settings of modegpt_plus that were measured and did not hold. Older records still name them."""
 PAPER = {"mlp": "nystrom", "query_key": "cr", "value_output": "svd"}
 """The paper's decomposition of each module."""
 

@@ -32,8 +32,8 @@ class Switches:
         bias: a constant feature in each output solve: never, or where the family has a bias for it.
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured
             divergence.
-        shares: of a module's dims (``allocation=loss``): its divergence is measured without the largest of these, and
-            known from the layer's output without the others.
+        shares: of a module's dims (``allocation=loss``): the divergence is measured without each of these for queries
+            and keys, and without the largest for other modules, where the layer's output tells it of the others.
         cap: largest share any module loses (``allocation=loss``).
         rounds: how often the budget is shared out again by what modules cost in the model as planned; a plan is kept
             where it diverges less on other calibration windows (``allocation=loss``).
