@@ -12,8 +12,6 @@ OFF = {"centred": False, "fisher": []}
 """Switches that were taken out, as a record has them that is of today's code."""
 FORMERLY = {"centred": True, "query_key": "rescaled"}
 """The defaults of then for which today's are others."""
-FORMER_WINDOWS = 32
-"""Those of the query-key selection, whatever the combination, while ``centred`` was known."""
 
 
 @cache
@@ -41,8 +39,6 @@ def combination(method: Mapping[str, Any]) -> str | None:
     if method.get("name") != "modegpt_plus":
         return None
     complete = {**combinations()["paper"], **OFF, **method}
-    if "centred" in method and complete["query_key_windows"] == FORMER_WINDOWS:
-        complete["query_key_windows"] = Switches.query_key_windows
     known = {name: OFF | switches for name, switches in combinations().items()} | taken_out()
     if complete | FORMERLY == complete and complete not in known.values():
         complete |= {"centred": False, "query_key": Switches.query_key}

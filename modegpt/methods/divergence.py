@@ -214,30 +214,23 @@ class Departures:
             return cls(storage, batches, storage.embed(windows, batch_size=batch_size))
 
     @torch.no_grad()
-    def advance(
-        self, index: int, layer: nn.Module, changes: Iterable[tuple[Departure, StandIns, bool]]
-    ) -> dict[Departure, float]:
+    def advance(self, index: int, layer: nn.Module, changes: Iterable[tuple[Departure, StandIns]]) -> None:
         """All go through ``layer`` (number ``index``), and there more leave the dense model, by these ``changes`` each.
 
-        ``layer`` has its weights. Changes that are marked go on from here, the others are seen in this layer alone.
-        Returns how far each takes the layer's output y from the dense one: the mean of ``|y' - y|^2 / |y|^2`` over
-        tokens.
+        ``layer`` has its weights.
         """
-        alike, distances = Alike(), {}
+        alike = Alike()
         dense = HiddenStates(self.storage.batches(), self.dense.arguments)
         with float32_forward(layer):
             for stream in self.changed.values():
                 self._run(index, layer, stream, stream.batches, alike)
             self._run(index, layer, self.dense, dense.batches, alike)
-            for name, change, onward in changes:
+            for name, change in changes:
                 changed = HiddenStates(self.storage.batches(), self.dense.arguments)
                 with acting_as(change):
                     self._run(index, layer, self.dense, changed.batches, Alike())
-                distances[name] = _distance(changed, dense)
-                if onward:
-                    self.changed[name] = changed
+                self.changed[name] = changed
         self.dense = dense
-        return distances
 
     @staticmethod
     def _run(index: int, layer: nn.Module, stream: HiddenStates, into: list[Tensor], alike: Alike) -> None:
@@ -267,15 +260,6 @@ class Departures:
                 for name, stream in self.changed.items():
                     totals[name] += kl_divergence(predictions, behind(stream, number))
         return {name: total / count for name, total in totals.items()}
-
-
-def _distance(changed: HiddenStates, dense: HiddenStates) -> float:
-    """Mean of ``|y' - y|^2 / |y|^2`` over all tokens."""
-    of_tokens = [
-        (y - x).double().square().sum(dim=-1) / x.double().square().sum(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
-        for y, x in zip(changed.batches, dense.batches, strict=True)
-    ]
-    return float(torch.cat([each.flatten() for each in of_tokens]).mean())
 
 
 def _skip(hidden_states: Tensor, **_: Any) -> Tensor:

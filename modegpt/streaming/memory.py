@@ -22,7 +22,7 @@ from modegpt.evaluation.likelihood import CHUNK_ELEMENTS
 from modegpt.methods.base import CompressionTask, LayerByLayer
 from modegpt.methods.modegpt import MODULES, MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
-from modegpt.methods.plus.sensitivity import changed_models, compared_positions, measured_windows
+from modegpt.methods.plus.sensitivity import compared_positions, measured_windows
 from modegpt.methods.plus.temperature import CHUNK_TOKENS, ENOUGH_TOKENS, MOST_LOGITS
 from modegpt.models import decoder_layers
 from modegpt.streaming.model import StreamedModel
@@ -156,7 +156,7 @@ def plus_bytes(method: MoDeGPTPlus, task: CompressionTask, sizes: Sizes, *, on_d
     of_token = max(7 * sizes.d_h + 2 * sizes.H * sizes.d, 6 * sizes.d_h + sizes.n) * itemsize
     num_layers, vocabulary = len(decoder_layers(task.model)), task.model.config.vocab_size
     measured = measured_windows(ids, num_layers=num_layers)
-    of_layer = changed_models(MODULES, num_shares=len(method.shares))
+    of_layer = len(MODULES) * len(method.shares)
     models = 1 if on_disk else 1 + of_layer * -(-num_layers // size)
     compared = min(ENOUGH_TOKENS + length, ids.numel())
     m = max(sizes.n, sizes.H * sizes.d, sizes.d_h) + 1

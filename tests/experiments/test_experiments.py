@@ -160,7 +160,6 @@ def test_a_record_of_former_defaults_keeps_its_place(name: str) -> None:
     if "query_key" in switches:
         off |= {"centred": False, "query_key": switches["query_key"]}
     assert combination(combinations()[name] | off) == name
-    assert combination(combinations()[name] | off | {"query_key_windows": 32}) == name
 
 
 def test_what_was_taken_out_is_known_from_records_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,16 +52,17 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention
     and its MLP once; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the
     alignment, up to 3 n^3 for the elimination and 8 solves of k^3/3 a module; the allocation one statistics pass over a
-    quarter of the windows, 3 n^3, and about a quarter of a pass over all windows for the perturbed forwards, up to one
-    where there are few tokens, once for all rates where there is a cache; the temperature some 1024 tokens through both
-    models. Memory beside the layer's: both residual streams, five tensors of their size, and Z~ or h~. Differs from the
-    paper in all of this; ranks, budgets and the treatment of biases and heads are those of ``MoDeGPT``.
+    quarter of the windows, 3 n^3, and three eighths of a pass over all windows for the perturbed forwards, up to one
+    and a half where there are few tokens, once for all rates where there is a cache; the temperature some 1024 tokens
+    through both models. Memory beside the layer's: both residual streams, five tensors of their size, and Z~ or h~.
+    Differs from the paper in all of this; ranks, budgets and the treatment of biases and heads are those of
+    ``MoDeGPT``.
     """
 
     name: ClassVar[str] = "modegpt_plus"
     shared: ClassVar[bool] = True
     experts: ClassVar[bool] = True
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
     def applicable(self, family: Family) -> str | None:

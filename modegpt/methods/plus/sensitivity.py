@@ -1,7 +1,7 @@
 """How much each module's reduction moves the model's predictions, measured; and what every rank would cost by that."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from modegpt.calibration.statistics import Statistics
 from modegpt.calibration.world import ALONE
 from modegpt.data.tokens import CalibrationTokens
 from modegpt.files import json_sha256
-from modegpt.methods.divergence import Departure, Departures, even_positions
+from modegpt.methods.divergence import Departures, even_positions
 from modegpt.methods.prospects import PROSPECTS
 from modegpt.models import decoder_layers, read_mlps
 
@@ -21,19 +21,12 @@ Costs = list[dict[str, list[float]]]
 """costs[layer][module][k]: what removing k of a module's dims is expected to cost."""
 
 ENOUGH_TOKENS, FEWEST_TOKENS = 1024, 256
-"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than a pass over
-all, but not on fewer than so many."""
+"""Divergences are measured on about so many calibration tokens; on fewer where that would cost more than a pass and a
+half over all, but not on fewer than so many."""
 
 MOST_ENTRIES, FEWEST_PREDICTIONS = 2**21, 128
 """So many log probabilities are compared a measurement (1365 predictions over 1536 tokens, 128 over 49152), at no fewer
 positions than that."""
-
-ALWAYS_MEASURED = frozenset({"query_key"})
-"""Modules of which every share is measured: once they lose what matters to them their divergence jumps, and how far
-they move their layer's output does not show it."""
-
-GROWTH = 1.1
-"""The power of a layer's relative squared error with which the other modules' divergence grows between two shares."""
 
 TOKENS_PER_CHANNEL = 4
 """Closed-form errors come from so many tokens for each MLP channel (of an expert: on average), or from a quarter of all
@@ -48,46 +41,33 @@ def rank_costs(
 ) -> Costs:
     """costs[layer][module][k]: KL divergence expected from removing k dims of that module alone.
 
-    Each of ``modules`` (with the statistics it needs) loses the largest of ``shares`` of its dims (closed form,
-    statistics of the dense stream), the rest of the model runs dense on a few calibration windows, and the divergence
-    from the dense model's predictions is measured, in float32 whatever the model's dtype. So it is with the smaller
-    shares of what is ``ALWAYS_MEASURED``; that of the others is taken to be less by the power ``GROWTH`` of what the
-    relative squared error of the layer's output is. ``expected`` carries all to all ranks. One statistics pass over a
-    quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``), and for each changed model
-    ``L^2 / 2`` layer passes over ``measured_windows``, for which each layer is needed once; no evaluation data, no
-    gradient. Several processes take the changes of layers by turns, and the windows whole.
+    Each of ``modules`` (with the statistics it needs) loses each of ``shares`` of its dims (closed form, statistics of
+    the dense stream), the rest of the model runs dense on a few calibration windows, and the divergence from the dense
+    model's predictions is measured, in float32 whatever the model's dtype. ``expected`` carries it to all ranks. One
+    statistics pass over a quarter of the windows (more where they are short of ``TOKENS_PER_CHANNEL``), and for each
+    module and share ``L^2 / 2`` layer passes over ``measured_windows``, for which each layer is needed once; no
+    evaluation data, no gradient. Several processes take the changes of layers by turns, and the windows whole.
     """
     model, ids, world = calibration.model, calibration.tokens.ids, calibration.world
     layers, own = decoder_layers(model), _own_layers(calibration)
     measured = measured_windows(ids, num_layers=len(layers))
     departures = Departures.of(calibration.stored, measured, batch_size=calibration.batch_size)
     curves: Costs = []
-    distances: dict[Departure, float] = {}
     for index, (layer, statistics) in enumerate(zip(layers, curve_statistics(calibration, modules, own), strict=True)):
         wanted = () if index in skip_layers or index not in own else modules
         prospects = {module: PROSPECTS[module](calibration.family, layer, statistics) for module in wanted}
         changes = (
-            (
-                (index, module, removed),
-                prospect.map(removed),
-                module in ALWAYS_MEASURED or removed == prospect.removed(max(shares)),
-            )
+            ((index, module, removed), prospect.map(removed))
             for module, prospect in prospects.items()
             for removed in sorted({prospect.removed(share) for share in shares})
         )
-        distances |= departures.advance(index, layer, changes)
+        departures.advance(index, layer, changes)
         if index in own:
             curves.append({module: prospect.curve for module, prospect in prospects.items()})
     positions = compared_positions(measured, vocabulary=len(model.get_output_embeddings().weight))
-    divergences = departures.divergences(positions)
     points: dict[tuple[int, str], dict[int, float]] = {}
-    for changed in sorted(distances, reverse=True):  # the largest share of a module first
-        of_module = points.setdefault(changed[:2], {})
-        if changed not in divergences:
-            most = (*changed[:2], max(of_module))
-            closer = distances[changed] / distances[most] if distances[most] else 1.0
-            divergences[changed] = divergences[most] * closer**GROWTH
-        of_module[changed[2]] = divergences[changed]
+    for (index, module, removed), divergence in departures.divergences(positions).items():
+        points.setdefault((index, module), {})[removed] = divergence
     costs = [
         {module: expected(curve, points[index, module]) for module, curve in of_layer.items()}
         for index, of_layer in zip(own, curves, strict=True)
@@ -111,8 +91,8 @@ def measured_windows(ids: Tensor, *, num_layers: int) -> Tensor:
     """The first calibration windows, whole, or the beginning of the first.
 
     Whole, because queries and keys do more the more tokens are in front of them. So many tokens that all measurements
-    together cost about a quarter of a pass over all windows. More where that is short of ``ENOUGH_TOKENS``, but not
-    above a pass, unless that were fewer than ``FEWEST_TOKENS``.
+    together cost about three eighths of a pass over all windows, with two shares. More where that is short of
+    ``ENOUGH_TOKENS``, but not above a pass and a half, unless that were fewer than ``FEWEST_TOKENS``.
     """
     num_samples, length = ids.shape
     tokens = max(
@@ -133,18 +113,13 @@ def compared_positions(measured: Tensor, *, vocabulary: int) -> Tensor | None:
     return None if count >= length else even_positions(length, count).to(measured.device)
 
 
-def changed_models(modules: Iterable[str], *, num_shares: int) -> int:
-    """Models that are measured for each layer; ``num_shares`` of each of the modules are changed."""
-    return sum(num_shares if module in ALWAYS_MEASURED else 1 for module in modules)
-
-
 def perturbed_passes(calibration: Calibration, modules: Collection[str], *, num_shares: int) -> float:
     """Passes over all calibration windows that the forwards of ``rank_costs`` amount to, without those of its
     statistics; in this process.
     """
     ids, L = calibration.tokens.ids, calibration.num_layers
-    measured, changed = measured_windows(ids, num_layers=L), changed_models(modules, num_shares=num_shares)
-    run = sum(changed * (L - index) + len(modules) * num_shares - changed for index in _own_layers(calibration))
+    measured = measured_windows(ids, num_layers=L)
+    run = len(modules) * num_shares * sum(L - index for index in _own_layers(calibration))
     return (1 + run / L) * measured.numel() / ids.numel()
 
 
@@ -195,7 +170,7 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 SMALLEST = 1e-12
 """A divergence below this is the rounding of float32 logits."""
 
-VERSION = 4
+VERSION = 5
 """Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
 
 

@@ -32,8 +32,7 @@ class Switches:
         bias: a constant feature in each output solve: never, or where the family has a bias for it.
         allocation: sparsity over layers, uniform or entropic (paper's defaults), or over layers and modules by measured
             divergence.
-        shares: of a module's dims (``allocation=loss``): the divergence is measured without each of these for queries
-            and keys, and without the largest for other modules, where the layer's output tells it of the others.
+        shares: of a module's dims; the divergence is measured without each of these (``allocation=loss``).
         cap: largest share any module loses (``allocation=loss``).
         rounds: how often the budget is shared out again by what modules cost in the model as planned; a plan is kept
             where it diverges less on other calibration windows (``allocation=loss``).
@@ -60,7 +59,7 @@ class Switches:
     temperature: bool = field(default=True, metadata={"before": False})
     nested: bool = False
     queries_per_window: int = 32
-    query_key_windows: int = 8
+    query_key_windows: int = 32
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
