@@ -19,6 +19,8 @@ from modegpt.cli.schema import INGREDIENTS
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments"
 NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments")
+PROTOCOL = "+experiments/protocol="
+"""What a command puts in front of the name of a protocol that it adds to an experiment."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Experiment:
         kept = [
             word
             for word in given
-            if (key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE)
+            if word.startswith(PROTOCOL)
+            or ((key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE))
         ]
         return shlex.join(["modegpt", "--multirun", f"+experiments={self.name}", *kept])
 
@@ -119,7 +122,12 @@ def _composed(file: Path) -> Any:
     """The file upon the protocol that it names among its defaults."""
     content: Any = OmegaConf.load(file)
     protocols = [each.protocol for each in content.get("defaults", []) if "protocol" in each]
-    return OmegaConf.merge(*(OmegaConf.load(DIRECTORY / "protocol" / f"{each}.yaml") for each in protocols), content)
+    return OmegaConf.merge(*map(_protocol, protocols), content)
+
+
+@cache
+def _protocol(name: str) -> Any:
+    return OmegaConf.load(DIRECTORY / "protocol" / f"{name}.yaml")
 
 
 def _product(choices: Mapping[str, list]) -> tuple[Mapping[str, Any], ...]:
@@ -131,11 +139,16 @@ def _limits(config: Any) -> tuple[int | None, int | None]:
     return setting(config, "evaluation.perplexity.limit"), setting(config, "evaluation.zeroshot.limit")
 
 
-def _started_by(run: Run) -> list[Experiment]:
-    """The file that started the run, where it is one of ours and its folder is the run's."""
-    names = [word.partition("=")[2] for word in _words(run.record["command"]) if word.startswith("+experiments=")]
+def _promised_limits(run: Run) -> list[tuple[int | None, int | None]]:
+    """Those of the file that started the run, where it is one of ours and its folder is the run's, or of the protocol
+    that its command adds to the file.
+    """
+    words = _words(run.record["command"])
+    names = [word.partition("=")[2] for word in words if word.startswith("+experiments=")]
     files = [experiment(name) for name in names if (DIRECTORY / f"{name}.yaml").is_file()]
-    return [each for each in files if each.folder == run.facts["experiment"]]
+    protocols = [word.removeprefix(PROTOCOL) for word in words if word.startswith(PROTOCOL)]
+    added = [_limits(_protocol(name)) for name in protocols if (DIRECTORY / "protocol" / f"{name}.yaml").is_file()]
+    return [added[-1] if added else each.limits for each in files if each.folder == run.facts["experiment"]]
 
 
 def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
@@ -149,7 +162,7 @@ def screen(runs: Iterable[Run]) -> tuple[list[Run], list[Refusal]]:
     kept, refused = [], []
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        if run.facts["limited"] and not any(_limits(run.config) == each.limits for each in _started_by(run)):
+        if run.facts["limited"] and _limits(run.config) not in _promised_limits(run):
             refused.append(Refusal(run.path, "limited: scored on a part of the test sets"))
         else:
             groups.setdefault((run.facts["experiment"], run.facts["model"]), []).append(run)

@@ -85,6 +85,17 @@ def test_a_part_of_a_text_is_scored_where_the_experiment_says_so(store, tmp_path
     assert headings and all("windows of its first 8,192 tokens" in heading for heading in headings)
 
 
+def test_a_part_of_a_text_is_scored_where_the_added_protocol_says_so(store, tmp_path: Path) -> None:
+    each = store.experiment("engines_plus")
+    for seed, (limit, protocol) in enumerate(((16384, "real_models"), (16384, "unheard_of"), (8192, "real_models"))):
+        command = f"modegpt +experiments=engines_plus +experiments/protocol={protocol} model=tiny-llama threads=1"
+        store.write_one(tmp_path, each, each.settings[0] | {"seed": seed}, limit=limit, command=command)
+    kept, refused = screen(load_runs(tmp_path))
+    [run], [first, second] = kept, refused
+    assert run.setting("evaluation.perplexity.limit") == 16384 and first.reason == second.reason
+    assert "experiments/protocol=real_models model=tiny-llama" in each.command(run)
+
+
 def test_mixed_settings_have_no_mean(store, tmp_path: Path) -> None:
     store.write(tmp_path, "seeds")
     place = store.write_one(
