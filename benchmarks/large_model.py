@@ -75,10 +75,10 @@ def compress(dense: Path, target: Path, *, name: str, results: Path, arguments: 
             "model=local",
             f"model.name={name}",
             f"model.path={dense}",
-            "allocation=uniform",
             "evaluation=none",
             "tracking=disabled",
         ),
+        *(arguments.overrides or ["allocation=uniform"]),
         *(f"compression.sparsity={arguments.sparsity}", f"calibration.num_samples={arguments.num_samples}"),
         *(
             f"calibration.sequence_length={arguments.sequence_length}",
@@ -101,6 +101,7 @@ def main() -> int:
     """Make, compress, print, remove."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the weights are made, and removed at the end")
+    parser.add_argument("overrides", nargs="*", help="of the run, such as method=modegpt_plus; else allocation=uniform")
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--num-layers", type=int, default=None, help="fewer layers, to see what one costs")
     parser.add_argument("--sparsity", type=float, default=0.3)

@@ -49,12 +49,23 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
         width = min(block, num_removed - start)
         steps, costs[start : start + width], alive, p, uw = _panel(P, E, width)
         removed[start : start + width] = channels[steps]
-        p, uw, channels = p[:, alive], uw[:, :, alive], channels[alive]
-        P = P[alive]  # in two steps, so that two matrices of a kind are there at a time and not three
-        P = P[:, alive].addmm_(p.mT, p, alpha=-1)
-        E = E[alive]
-        E = E[:, alive].addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
+        P, E, p, uw, channels = _alive_first(alive, P, E, p, uw, channels)
+        P.addmm_(p.mT, p, alpha=-1)
+        E.addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
     return removed, costs
+
+
+def _alive_first(alive: Tensor, P: Tensor, E: Tensor, *others: Tensor) -> list[Tensor]:
+    """Views of P, E (n, n) and others (..., n) that hold the channels ``alive`` (n,) alone, moved within them: the last
+    take the places of those that are gone, so that little is copied.
+    """
+    size = int(alive.sum())
+    gone, last = (~alive[:size]).nonzero().squeeze(1), size + alive[size:].nonzero().squeeze(1)
+    for matrix in (P, E):
+        matrix[gone] = matrix[last]
+    for tensor in (P, E, *others):
+        tensor[..., gone] = tensor[..., last]
+    return [P[:size, :size], E[:size, :size], *(tensor[..., :size] for tensor in others)]
 
 
 @wrap_torch_function(lambda P, E, width: (P, E))  # one operation to those that watch: many small steps on vectors
@@ -120,7 +131,7 @@ class MLPElimination(MLPVariant):
         return reduce_to_channels(weights, statistics["mlp.C"], surviving(removed, weights.inner_size))
 
     def solver_elements(self, sizes: Sizes, rank: int) -> int:
-        """P and E, and what replaces one of them after a panel; before, what P is made of."""
+        """What P is made of, its factor among it; later P and E, and what the refit solves."""
         return 4 * sizes.n**2 + 2 * sizes.n * sizes.d_h
 
 

@@ -92,17 +92,25 @@ def inverse_diagonal(L: Tensor) -> Tensor:
     return torch.cat([inverse_diagonal(A) + between.square_().sum(dim=-2), inverse_diagonal(D)], dim=-1)
 
 
-def equilibrate(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlation form of a Gram matrix: ``(K, scale, dead)`` with ``C = S K S`` and a unit diagonal of K.
+def channel_scales(C: Tensor) -> tuple[Tensor, Tensor]:
+    """``(scale, dead)`` (..., n), float64: the amplitude of each channel of a Gram matrix C (..., n, n), finite.
 
-    C (..., n, n), finite. A dead channel (no energy) becomes an identity row of K at a tiny scale.
+    A dead channel (no energy) has a tiny one.
     """
-    C = C.double()
-    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    diagonal = C.diagonal(dim1=-2, dim2=-1).double()
     largest = diagonal.amax(dim=-1, keepdim=True).clamp(min=0)
     dead = diagonal <= DEAD * largest
     dead_scale = torch.where(largest > 0, DEAD_SCALE * largest.sqrt(), torch.ones_like(largest))
-    scale = torch.where(dead, dead_scale, diagonal.clamp(min=0).sqrt())
+    return torch.where(dead, dead_scale, diagonal.clamp(min=0).sqrt()), dead
+
+
+def equilibrate(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlation form of a Gram matrix: ``(K, scale, dead)`` with ``C = S K S`` and a unit diagonal of K.
+
+    C (..., n, n), finite; scale and dead are its ``channel_scales``. A dead channel becomes an identity row of K.
+    """
+    C = C.double()
+    scale, dead = channel_scales(C)
     K = (C / scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
     if dead.any():
         K.masked_fill_(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)

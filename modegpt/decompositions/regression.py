@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modegpt.decompositions.linalg import add_gram, energy, equilibrate, mirror_blocks, psd_cholesky, relative
+from modegpt.decompositions.linalg import add_gram, channel_scales, energy, mirror_blocks, psd_cholesky, relative
 
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Relative ridges among which ``held_out_refit`` searches, beside the start itself (an infinite ridge)."""
@@ -61,7 +61,9 @@ class Moments:
         return replace(self, G=P.mT @ (self.G @ P), X=P.mT @ self.X)
 
     def kept(self, S: Tensor) -> "Moments":
-        """The moments of the features S (k,) alone."""
+        """The moments of the features S (k,) alone, ascending; of all features these themselves."""
+        if len(S) == len(self.G):
+            return self
         return replace(self, G=self.G[S][:, S], X=self.X[S])
 
     def aimed(self, W: Tensor) -> "Moments":
@@ -90,19 +92,28 @@ def ridge_towards(moments: Moments, W_0: Tensor) -> Callable[[float], tuple[Tens
     ``W_0 + (G + ridge D)^-1 (X - G W_0)``: D makes the ridge blind to the features' scales.
     2 m^2 p FLOPs, and m^3/3 + 2 m^2 p a ridge, float64.
     """
-    _, scale, _ = equilibrate(moments.G)
     missing = moments.X - moments.G @ W_0
 
-    def ridged(ridge: float) -> Tensor:
-        G = moments.G.clone()
-        G.diagonal().add_(ridge * scale**2)
-        return G
-
     def solve(ridge: float) -> tuple[Tensor, dict[str, Any]]:
-        factor = psd_cholesky(ridged(ridge))
+        factor = psd_cholesky(_ridged(moments.G.clone(), ridge))
         return W_0 + factor.solve(missing), factor.numerics
 
     return solve
+
+
+def _ridged(G: Tensor, ridge: float) -> Tensor:
+    """``G + ridge D`` with D = diag(G), in place."""
+    scale, _ = channel_scales(G)
+    G.diagonal().add_(ridge * scale**2)
+    return G
+
+
+def _solve_all(fit: Moments, held: Moments, W_0: Tensor, ridge: float) -> tuple[Tensor, dict[str, Any]]:
+    """``ridge_towards`` on all rows at one ridge, without a Gram matrix beside the one that is factored."""
+    G = [fit.G + held.G]  # which goes with its last reader
+    missing = fit.X + held.X - G[0] @ W_0
+    factor = psd_cholesky(_ridged(G.pop(), ridge))
+    return W_0 + factor.solve(missing), factor.numerics
 
 
 @dataclass(frozen=True)
@@ -150,5 +161,5 @@ def held_out_refit(fit: Moments, held: Moments, start: tuple[Tensor, Tensor]) ->
             break
     if before <= best:
         return Refit(W_all, W_fit, float("inf"), (relative(before, held.energy),) * 2, {})
-    W, numerics = ridge_towards(fit + held, W_all)(RIDGES[place])
+    W, numerics = _solve_all(fit, held, W_all, RIDGES[place])
     return Refit(W, fitted, RIDGES[place], (relative(before, held.energy), relative(best, held.energy)), numerics)

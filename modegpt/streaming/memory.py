@@ -181,10 +181,10 @@ def solver_bytes(method: LayerByLayer, task: CompressionTask, sizes: Sizes) -> i
     """What the greediest of the decompositions holds, at the largest MLP width that may be kept."""
     widest = sizes.n
     if isinstance(method, MoDeGPTPlus):
-        # more than the elimination: a refit of all features, its sums a part and together, and two or three matrices of
-        # a factorisation
+        # more than the elimination: a refit of nearly all features, its sums of both parts of the windows, and the two
+        # matrices of a factorisation
         m = max(widest, sizes.H * sizes.d) + 1
-        return FLOAT64 * (6 * m**2 + 8 * m * sizes.d_h)
+        return FLOAT64 * (4 * m**2 + 8 * m * sizes.d_h)
     assert isinstance(method, MoDeGPT)
     if not method.allocation.needs_influence:
         widest = max(ranks["mlp"] for ranks in method.plan(task, None).ranks)
