@@ -18,7 +18,7 @@ from analysis.runs import Refusal, Run, hashable, setting
 from modegpt.cli.schema import INGREDIENTS
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments"
-NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments")
+NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments=")
 PROTOCOL = "+experiments/protocol="
 """What a command puts in front of the name of a protocol that it adds to an experiment."""
 
@@ -71,8 +71,7 @@ class Experiment:
         kept = [
             word
             for word in given
-            if word.startswith(PROTOCOL)
-            or ((key := word.partition("=")[0]) not in self.swept - {"model"} and not key.startswith(NOT_DECISIVE))
+            if word.partition("=")[0].lstrip("+") not in self.swept - {"model"} and not word.startswith(NOT_DECISIVE)
         ]
         return shlex.join(["modegpt", "--multirun", f"+experiments={self.name}", *kept])
 
