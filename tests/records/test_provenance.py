@@ -67,6 +67,7 @@ def test_portable_paths(tmp_path: Path) -> None:
     }
     assert portable(f"cannot read {ELSEWHERE}: 3/4 done", tmp_path) == "cannot read .../babyllama-105: 3/4 done"
     assert portable(f"model.path={ELSEWHERE} x", tmp_path) == "model.path=.../babyllama-105 x"
+    assert portable(f"a={ELSEWHERE} b={ELSEWHERE}", tmp_path) == "a=.../babyllama-105 b=.../babyllama-105"
     assert (
         portable(f"paths=[{ELSEWHERE},{inside.replace(' ', '_')}]", tmp_path)
         == "paths=[.../babyllama-105,data/a_b.txt]"
