@@ -226,8 +226,8 @@ def _entropic(runs: Sequence[Run], metric: str) -> Claim:
     [uniform] = published(method="MoDeGPT uniform allocation", metric=metric)
     [entropic] = published(method="MoDeGPT BI allocation", metric=metric)
     rate = float(entropic.rate) / 100
-    released = [("plus_released", "plus_released_uniform"), ("real_models", "real_models_uniform")]
-    experiments = [*(released if of_perplexity else []), (*OWN, "plus_uniform")]
+    released = [("real_models", "real_models_uniform")] if of_perplexity else []
+    experiments = [*released, (*OWN, "plus_uniform")]
     measured, measured_on = [], []
     for names in experiments:
         for group in groups(runs, names, per_perplexity=of_perplexity, where=BOTH):

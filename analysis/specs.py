@@ -190,6 +190,15 @@ MAIN_TABLES = (
         one_per_group=True,
     ),
     TableSpec(
+        "real_models_retention",
+        "A released model: share of the dense zero-shot mean that is kept (%)",
+        ("real_models_zeroshot",),
+        METHODS,
+        at_rates(KEPT, MIDDLE_RATES),
+        per_perplexity=False,
+        note="Columns: the share asked for. MoDeGPT has its entropic allocation.",
+    ),
+    TableSpec(
         "mixtures_perplexity",
         "A mixture of experts: perplexity over methods and rates",
         ("mixtures",),

@@ -1,9 +1,9 @@
 """Does compression help once weights are quantised? ``python benchmarks/quantised.py MODEL [--help]``.
 
-The dense model and what MoDeGPT makes of it at ``--sparsity`` under ``engine=deci`` (rows that 4 bits can store), each
-as GGUF files of 16, 8 and 4 bits: bytes, perplexity with the weights that the file's blocks stand for, and llama.cpp's
-tokens a second on one thread. Writes ``results/bench/quantised.json``. ``--engine`` is the interpreter of an
-environment with xllamacpp, as ``make engines`` builds one; without it there are no speeds.
+The dense model and what ``--methods`` make of it at ``--sparsity`` under ``engine=deci`` (rows that 4 bits can store),
+each as GGUF files of 16, 8 and 4 bits: bytes, perplexity with the weights that the file's blocks stand for, and
+llama.cpp's tokens a second on one thread. Writes ``results/bench/quantised.json``. ``--engine`` is the interpreter of
+an environment with xllamacpp, as ``make engines`` builds one; without it there are no speeds.
 
 ``--factors`` adds what the scales of value-output factors are worth, on a model whose heads are cut as well: balanced
 between the two as MoDeGPT has them, or all on one side, with every matrix rounded in place (rows filled to whole
@@ -112,20 +112,21 @@ def run(arguments: argparse.Namespace) -> None:
     windows = arguments.windows * arguments.length
     ids = torch.tensor(tokenizer(Path(arguments.text).read_text(encoding="utf-8")).input_ids[:windows])
 
-    def compressed(engine: str) -> PreTrainedModel:
+    def compressed(method: str, engine: str) -> PreTrainedModel:
         return modegpt.compress(
             model,
             tokenizer,
             texts,
             sparsity=arguments.sparsity,
-            method=arguments.method,
+            method=method,
             num_samples=arguments.samples,
             sequence_length=arguments.length,
             engine=engine,
         )
 
-    smaller, shapes = compressed("deci"), layer_shapes(model.config)
-    forms = {"dense": build_compressed(model, shapes, [{}] * len(shapes)), f"{arguments.sparsity:.0%} removed": smaller}
+    shapes = layer_shapes(model.config)
+    forms = {"dense": build_compressed(model, shapes, [{}] * len(shapes))}
+    forms |= {f"{arguments.sparsity:.0%} removed by {name}": compressed(name, "deci") for name in arguments.methods}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, form in forms.items():
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
                 rows.append(row | {"perplexity": scored(form, ids, arguments)})
                 form.load_state_dict(weights)
                 print(rows[-1], flush=True)
-    for row in factor_rows(compressed("any"), ids, arguments) if arguments.factors else ():
+    for row in factor_rows(compressed("modegpt", "any"), ids, arguments) if arguments.factors else ():
         rows.append(row)
         print(row, flush=True)
     path = FOLDER / "quantised.json"
@@ -154,7 +155,8 @@ def main() -> int:
     parser.add_argument("--calibration", required=True, help="a text file")
     parser.add_argument("--text", required=True, help="a text file to score")
     parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--method", default="modegpt", choices=("modegpt", "modegpt_plus"))
+    methods = ("modegpt", "modegpt_plus")
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window, in calibration and in scoring")
     parser.add_argument("--windows", type=int, default=32, help="windows scored")

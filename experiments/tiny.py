@@ -99,8 +99,6 @@ PLAN = {
 """Where each experiment runs; a model is swept whole or not at all, because tables refuse a part of the seeds."""
 ELSEWHERE = (
     "engines_real",
-    "plus_released",
-    "plus_released_uniform",
     *(path.stem for path in sorted(Path(__file__).parent.glob("real_models*.yaml"))),
 )
 """Experiments on a model that has to be fetched first: their headers say how."""

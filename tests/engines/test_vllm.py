@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from modegpt.cli.export import export
 from modegpt.models import dense_shape, family_of
 from modegpt.models.checkpoints import load_model, load_tokenizer, save_checkpoint
 from modegpt.models.deci import FAMILIES as DECI
 from modegpt.models.export import stock_model
-from tests.engines.forms import FORMS, with_heads_of_32
+from tests.engines.forms import FORMS, VOCABULARY, with_heads_of_32
 from tests.engines.greedy import PROMPTS, assert_same, greedy
-from tests.models.family_table import CONFIGS, sliced_model
+from tests.models.family_table import CONFIGS, dense_model, sliced_model
 from tests.models.test_quantised import given_back
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
@@ -44,23 +45,43 @@ fewer. As DeciLM: what that class computes."""
 CASES = [(engine, name) for engine, names in FORMS_OF.items() for name in names]
 
 
+def asked(model: PreTrainedModel, folder: Path, *, engine: str = "vllm", **options) -> tuple[dict[str, Any], list]:
+    """What vLLM is asked of an export of ``model`` in ``folder``, and what our logits say to it."""
+    save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), folder / "ours", {})
+    export(str(folder / "ours"), folder / "theirs", engine=engine, pages="cpu", force=True)
+    job = {"path": str(folder / "theirs"), "prompts": PROMPTS, "num_new": 8, "options": options}
+    return job, [greedy(model, prompt, 8) for prompt in PROMPTS]
+
+
 @pytest.fixture(scope="module")
 def answers(ask: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Any, list]]:
     """By export and form: what vLLM said and what our logits say. One process for all, since each start takes long."""
     root, jobs, expected = tmp_path_factory.mktemp("forms"), [], []
     for engine, name in CASES:
-        folder, (make, arguments) = root / engine / name.replace(" ", "-"), FORMS[name]
+        make, arguments = FORMS[name]
         model = make(**arguments, **({} if engine == "vllm" else with_heads_of_32(name)))
-        save_checkpoint(model, load_tokenizer("embedded:tiny-llama"), folder / "ours", {})
-        export(str(folder / "ours"), folder / "theirs", engine=engine, pages="cpu", force=True)
-        jobs.append({"path": str(folder / "theirs"), "prompts": PROMPTS, "num_new": 8})
-        expected.append([greedy(model, prompt, 8) for prompt in PROMPTS])
+        job, wanted = asked(model, root / engine / name.replace(" ", "-"), engine=engine)
+        jobs.append(job)
+        expected.append(wanted)
     return dict(zip(CASES, zip(ask("vllm_greedy.py", jobs), expected, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_same_tokens_and_probabilities(answers: dict, case: tuple[str, str]) -> None:
     assert_same(*answers[case])
+
+
+@pytest.mark.parametrize("name", ["low rank", "empty layer"])
+def test_compiled(ask: Callable, tmp_path: Path, name: str) -> None:
+    make, arguments = FORMS[name]
+    job, wanted = asked(make(**arguments), tmp_path, enforce_eager=False)
+    assert_same(ask("vllm_greedy.py", [job])[0], wanted)
+
+
+def test_two_processes_share_the_layers(ask: Callable, tmp_path: Path) -> None:
+    """Those of the cut model divide by two."""
+    job, wanted = asked(sliced_model(dense_model("llama", **VOCABULARY))[0], tmp_path, tensor_parallel_size=2)
+    assert_same(ask("vllm_greedy.py", [job])[0], wanted)
 
 
 def quantised_job(root: Path, kind: str) -> tuple[dict[str, Any], list]:

@@ -211,7 +211,7 @@ def test_refits_are_least_squares_on_explicit_activations(
         target = dense[output] + beta * (dense[before] - ours[before])
         z, W_got = ours[features], linear.weight.detach().double().T
         if bias == "none":
-            target = target if linear.bias is None else target - linear.bias.double()
+            target = target if linear.bias is None else target - linear.bias.detach().double()
         else:
             z = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], dim=1)
             W_got = torch.cat([W_got, linear.bias.detach().double().unsqueeze(0)])
