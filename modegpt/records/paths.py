@@ -24,7 +24,7 @@ def portable(value: Any, directory: Path | None = None) -> Any:
     if not isinstance(value, str):
         return value
     key, equals, path = value.rpartition("=")
-    if path.startswith("/") and "," not in path and " " not in key:  # one setting whose value is one path, spaces and all
+    if path.startswith("/") and "," not in path and " " not in key:  # a setting that is one path
         return key + equals + _portable_path(path, directory)
     return ABSOLUTE.sub(lambda match: _portable_path(match.group().removeprefix("file://"), directory), value)
 
