@@ -5,6 +5,7 @@ so MLPs keep their widths (up to a multiple that quantised rows want) and heads 
 with norms or an activation that ``deci`` has not are written in their own architecture, which has one width.
 """
 
+import logging
 import re
 import tempfile
 from collections import Counter
@@ -266,6 +267,7 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, num_rows: in
         tokenizer.save_pretrained(folder)
         described = read_json(Path(folder) / "tokenizer.json")
         word_breaks = _word_breaks(described)
+        logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of pairs of sequences, which a file has not
         special = gguf.SpecialVocab(folder, load_merges=word_breaks is not None, n_vocab=num_rows)
     vocabulary: dict[int, str] = {index: token for token, index in described["model"]["vocab"].items()}
     types = {index: gguf.TokenType.NORMAL for index in vocabulary}
