@@ -7,6 +7,7 @@ it adds starting Python, composing configurations, reading texts and writing rec
 no other.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -44,7 +45,10 @@ def account(records: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], float]:
 
 
 def main() -> int:
-    """Run, add up, print; the exit code says whether the goal was met."""
+    """Run, add up, print; the exit code is that of a job that failed, else says whether the goal was met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of every job, such as model=tiny-opt")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -55,12 +59,14 @@ def main() -> int:
             VARIANTS,
             *SETTINGS,
             f"output.root={folder}/results",
-            *sys.argv[1:],
+            *arguments.overrides,
         ]
         environment = os.environ | {"MODEGPT_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
         checkout = Path(__file__).resolve().parent.parent
         started = time.monotonic()
-        subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=True)
+        done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode != 0:  # it said why
+            return done.returncode
         wall = time.monotonic() - started
         records = [load_record(path) for path in RecordStore(f"{folder}/results").paths()]
     assert len(records) == NUM_JOBS, f"{len(records)} records instead of {NUM_JOBS}"
