@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from modegpt.allocation.exchange import exchange
 from modegpt.allocation.ranks import RankPlan
 from modegpt.errors import UserError
 from modegpt.methods.divergence import Predictions, Reference, acting_as, kl_divergence
@@ -62,7 +63,23 @@ def test_costs_rise_steeply_outside_the_radius() -> None:
     cost = [0.1 * removed for removed in range(11)]
     [bounded] = within([{"mlp": cost}], [{"mlp": Prospect(1, cost, lambda _: [])}], plan, 0.2)
     assert bounded["mlp"][2:7] == cost[2:7], "four are removed, and two more or fewer may be"
-    assert bounded["mlp"][7] > 900 and bounded["mlp"][1] < -900, "a module can afford to grow no further"
+    assert bounded["mlp"][7] > 900 and bounded["mlp"][1] > 900
+
+
+def test_the_budget_is_shared_out_within_the_radius() -> None:
+    """Costs that would send every module elsewhere move each as far as it may, and the target is met."""
+    task = task_of(dense_model("llama"), 0.4)
+    start, budgets = PLUS.faithful().plan(task, None), PLUS.faithful().budgets(task)
+    sizes = {name: module.size for name, module in budgets[0].items()}
+    costs: Costs = [
+        {name: [removed * 10.0 ** (index - 1) for removed in range(size + 1)] for name, size in sizes.items()}
+        for index in range(len(start.ranks))
+    ]
+    prospects = [{name: Prospect(size, costs[0][name], lambda _: []) for name, size in sizes.items()}] * len(costs)
+    found = exchange(within(costs, prospects, start, 0.2), budgets, start, cap=0.9)
+    assert found.ranks != start.ranks and found.achieved == pytest.approx(start.achieved, abs=0.02)
+    for ours, planned in zip(found.ranks, start.ranks, strict=True):
+        assert all(abs(ours[name] - planned[name]) <= round(0.2 * size) + 1 for name, size in sizes.items())
 
 
 @pytest.mark.parametrize("better", [True, False])

@@ -110,12 +110,12 @@ def marginal_costs(reference: Reference, prospects: Prospects, plan: RankPlan) -
 
 
 def within(costs: Costs, prospects: Prospects, plan: RankPlan, radius: float) -> Costs:
-    """``costs`` that rise steeply where a module would change by more than the share ``radius``."""
+    """``costs`` that rise steeply, either way, where a module would change by more than the share ``radius``."""
 
     def bounded(cost: Sequence[float], planned: int) -> list[float]:
         reach = round(radius * (len(cost) - 1))
         near = [min(max(removed, planned - reach), planned + reach) for removed in range(len(cost))]
-        return [cost[at] + (removed - at) * TOO_FAR for removed, at in enumerate(near)]
+        return [cost[at] + abs(removed - at) * TOO_FAR for removed, at in enumerate(near)]
 
     return [
         {
