@@ -13,9 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Transformer
 from omegaconf import OmegaConf
 
-from analysis.ingredients import taken_out
 from analysis.runs import Refusal, Run, hashable, setting
-from modegpt.cli.schema import INGREDIENTS
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "experiments"
 NOT_DECISIVE = ("output", "hydra", "quiet", "threads", "tracking", "cache", "+experiments=")
@@ -27,15 +25,13 @@ PROTOCOL = "+experiments/protocol="
 class Experiment:
     """One file of ``experiments/``: its folder in the store and every combination of its settings, the model apart.
 
-    ``limits``: how many tokens of the text and items of each task it scores; None for all. ``former``: settings whose
-    runs belong to it and cannot be made any more.
+    ``limits``: how many tokens of the text and items of each task it scores; None for all.
     """
 
     name: str
     folder: str
     settings: tuple[Mapping[str, Any], ...]
     limits: tuple[int | None, int | None]
-    former: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def swept(self) -> set[str]:
@@ -44,7 +40,7 @@ class Experiment:
 
     def runs(self, runs: Iterable[Run]) -> list[Run]:
         """The members of ``runs`` that belong to this experiment."""
-        promised = {tuple(each.values()) for each in (*self.settings, *self.former)}
+        promised = {tuple(each.values()) for each in self.settings}
         return [run for run in runs if run.facts["experiment"] == self.folder and self._of(run) in promised]
 
     def missing(self, runs: Iterable[Run]) -> list[Mapping[str, Any]]:
@@ -107,13 +103,11 @@ def experiment(name: str) -> Experiment:
             values = override.sweep_iterator(Transformer.identity) if several else [override.value()]
             choices[key] = list(map(hashable, values))
     choices.setdefault("seed", [0])  # conf/config.yaml's
-    former = choices | {INGREDIENTS: list(taken_out())} if INGREDIENTS in choices else {}
     return Experiment(
         name=name,
         folder=content.output.experiment,
         settings=_product(choices),
         limits=_limits(content),
-        former=_product(former) if former else (),
     )
 
 

@@ -73,9 +73,8 @@ AGAINST_BOTH = (
 
 
 def listed(*prefixes: str) -> frozenset[str]:
-    """The combinations of the ablation whose names begin so, those that were taken out since among them."""
-    ablation = experiment("plus_ablation")
-    names = {each[INGREDIENTS] for each in (*ablation.settings, *ablation.former)}
+    """The combinations of the ablation whose names begin so."""
+    names = {each[INGREDIENTS] for each in experiment("plus_ablation").settings}
     return frozenset(name for name in names if name.startswith(prefixes))
 
 

@@ -202,12 +202,7 @@ def _ranks(group: Group, keys: Sequence[str]) -> dict[str, Any]:
 
     def rank(key: str) -> Any:
         listed = list(
-            dict.fromkeys(
-                settings[key]
-                for each in group.experiments
-                for settings in (*each.settings, *each.former)
-                if key in settings
-            )
+            dict.fromkeys(settings[key] for each in group.experiments for settings in each.settings if key in settings)
         )
         return lambda value: (listed.index(value) if value in listed else len(listed), str(value))
 

@@ -60,7 +60,7 @@ def unknown_key(key: str, choices: Iterable[str]) -> UserError:
 
 def _unknown(subject: str, given: str, choices: Iterable[str]) -> UserError:
     if subject in TAKEN_OUT:
-        return UserError(f"{subject} was taken out in November 2026: {TAKEN_OUT[subject]} (docs/plus.md)")
+        return UserError(f"{subject} was taken out in November 2026: {TAKEN_OUT[subject]} (docs/plus_choices.md)")
     choices = sorted(choices)
     near = difflib.get_close_matches(given, choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

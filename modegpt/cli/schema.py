@@ -34,8 +34,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     for name, combination in ingredients().items():
-        if "switches" in combination:
-            store.store(group=INGREDIENTS, name=name, node=combination["switches"], package="method")
+        store.store(group=INGREDIENTS, name=name, node=combination["switches"], package="method")
     Plugins.instance()  # which registers Hydra's own sources, once
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
@@ -93,10 +92,7 @@ def _classes() -> dict[str, Mapping[str, type]]:
 
 
 def ingredients() -> dict[str, dict]:
-    """Combinations of modegpt_plus's switches by name: a ``title``, and the ``switches`` that are set.
-
-    Or, of what can be run no more, those that were ``recorded``.
-    """
+    """Combinations of modegpt_plus's switches by name: a ``title``, and the ``switches`` that are set."""
     combined = OmegaConf.to_container(OmegaConf.load(config_directory() / f"{INGREDIENTS}.yaml"))
     assert isinstance(combined, dict)
     return {str(name): combination for name, combination in combined.items()}

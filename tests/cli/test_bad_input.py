@@ -24,7 +24,7 @@ BAD = {
     "key that was taken out": (
         ["method=modegpt_plus", "method.centred=true"],
         "error: method.centred was taken out in November 2026: ",
-        "(docs/plus.md)",
+        "(docs/plus_choices.md)",
     ),
     "added key": (["+nonsense=1"], "nonsense is not known; choose from"),
     "unknown option": (

@@ -9,7 +9,7 @@ import pytest
 
 import modegpt.cli.main as cli
 from analysis.expected import DIRECTORY, experiment
-from analysis.ingredients import combination, combinations, taken_out, title
+from analysis.ingredients import combination, combinations, title
 from analysis.runs import annotated, hashable, setting
 from modegpt.cli.schema import config_directory, ingredients
 from modegpt.config import RunConfig, build
@@ -142,36 +142,15 @@ def test_a_switch_that_a_record_does_not_know_was_off() -> None:
     recorded = combinations()["only_mlp"] | {}
     del recorded["temperature"]
     assert combination(recorded) == "only_mlp"
-    recorded = taken_out()["only_query_key_centred"] | {}
-    del recorded["centred"]
-    assert combination(recorded) == "only_query_key_checked"
     assert combination({"name": "modegpt"}) is None and combination(combinations()["all"] | {"cap": 0.123}) is None
 
 
-FORMER_DEFAULTS = {"centred": True, "query_key": "rescaled", "fisher": []}
-
-
-@pytest.mark.parametrize("name", combinations())
-def test_a_record_of_former_defaults_keeps_its_place(name: str) -> None:
-    """Those on top of the paper's method had both off; in the others, what is set apart from them stays."""
-    of_paper = name == "paper" or name.startswith("only_")
-    off = {"centred": False, "fisher": []} | ({} if of_paper else FORMER_DEFAULTS)
-    switches = ingredients()[name]["switches"]
-    if "query_key" in switches:
-        off |= {"centred": False, "query_key": switches["query_key"]}
-    assert combination(combinations()[name] | off) == name
-
-
-def test_what_was_taken_out_is_known_from_records_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ablation = experiment("plus_ablation")
-    assert {each["experiments/ingredients"] for each in ablation.former} == set(taken_out())
-    assert not set(taken_out()) & set(combinations())
-    for name, switches in taken_out().items():
-        assert combination(switches) == name and title(name)
-        with pytest.raises(UserError, match=r"^method\.(centred|fisher|bias=added|query_key=rescaled) was taken out"):
-            build({"modegpt_plus": MoDeGPTPlus}, switches, "method")
-    assert combination(taken_out()["only_fisher_half"] | {"fisher": [0.6]}) is None
-    assert combination(combinations()["all"] | {"centred": True}) == "without_rescaling"
+@pytest.mark.parametrize("switch", [{"centred": True}, {"fisher": [0.5]}, {"bias": "added"}, {"query_key": "rescaled"}])
+def test_what_was_taken_out_is_no_combination_and_cannot_be_run(switch: dict) -> None:
+    switches = combinations()["all"] | switch
+    assert combination(switches) is None
+    with pytest.raises(UserError, match=r"^method\.(centred|fisher|bias=added|query_key=rescaled) was taken out"):
+        build({"modegpt_plus": MoDeGPTPlus}, switches, "method")
 
 
 def test_nothing_is_forgotten() -> None:

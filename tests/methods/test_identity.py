@@ -79,7 +79,8 @@ def paper() -> RunConfig:
 def test_records_keep_their_identity(number: int) -> None:
     recorded = RECORDED[number]
     if gone := [f"method.{option}" for option in TAKEN_OUT[number]]:
-        with pytest.raises(UserError, match=f"^({'|'.join(gone)}) was taken out in November 2026: .*docs/plus.md"):
+        refusal = f"^({'|'.join(gone)}) was taken out in November 2026: .*docs/plus_choices.md"
+        with pytest.raises(UserError, match=refusal):
             decides(rebuilt(recorded["config"]))
         return
     ours = decides(rebuilt(recorded["config"]))
