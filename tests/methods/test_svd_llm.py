@@ -1,5 +1,8 @@
 """SVD-LLM: the truncation loss is the dropped singular values; the update is a least-squares optimum."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from modegpt.methods.asvd import channel_scale, scaled_truncation
 from modegpt.methods.low_rank import (
     INPUT_GRAM,
     INPUT_GRAMS,
+    Truncation,
     block_linears,
     input_grams,
     input_statistics,
@@ -207,13 +211,22 @@ def test_saved_and_generating(tmp_path):
     check_saved_and_generating(SVDLLM(update=True), "llama", 0.4, tmp_path)
 
 
-def test_an_update_from_too_few_tokens_says_which_model_and_why():
-    """The dense model is well on these tokens; the compressed one is not."""
-    for length, layer in ((4, 0), (10, 1)):
-        task = task_of(dense_model("opt"), 0.3, num_samples=1, sequence_length=length)
-        SVDLLM().compress(task)
-        with pytest.raises(UserError) as raised:
-            SVDLLM(update=True).compress(task)
-        said = str(raised.value)
-        assert f"the compressed model gives NaN or inf at layer {layer}" in said and "method.update=false" in said
-        assert f"{length} calibration tokens do not determine the update of 40 input features" in said
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_update_from_too_few_tokens_says_which_model_and_why(broken: int, monkeypatch: pytest.MonkeyPatch):
+    """The dense model is well on these tokens; the compressed one is not, from the layer on whose update overflows."""
+    task, layers = task_of(dense_model("opt"), 0.3, num_samples=1, sequence_length=4), itertools.count()
+    SVDLLM().compress(task)
+
+    def refitted(family: object, layer: object, truncations: dict[str, Truncation], inputs: object):
+        factor = torch.inf if next(layers) == broken else 1
+        return {
+            role: replace(each, factors=replace(each.factors, B=each.factors.B * factor))
+            for role, each in truncations.items()
+        }
+
+    monkeypatch.setattr(SVDLLM, "_refit", staticmethod(refitted))
+    with pytest.raises(UserError) as raised:
+        SVDLLM(update=True).compress(task)
+    said = str(raised.value)
+    assert f"the compressed model gives NaN or inf at layer {broken}" in said and "method.update=false" in said
+    assert "4 calibration tokens do not determine the update of 40 input features" in said
