@@ -1,6 +1,5 @@
 """The hub where it can be reached, and else the libraries' own caches of it."""
 
-import logging
 import re
 import socket
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from modegpt.errors import UserError, shortened
+from modegpt.progress import errors_only
 
 LOGGERS = ("datasets", "huggingface_hub", "transformers")
 
@@ -94,19 +94,14 @@ def _silence() -> Iterator[None]:
     import datasets
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
     bars = [] if sys.stderr.isatty() else [datasets.are_progress_bars_disabled(), are_progress_bars_disabled()]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     if bars:
         datasets.disable_progress_bars()
         disable_progress_bars()
     try:
-        yield
+        with errors_only(LOGGERS):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         for were_off, enable in zip(bars, (datasets.enable_progress_bars, enable_progress_bars), strict=False):
             if not were_off:
                 enable()

@@ -3,13 +3,14 @@
 import functools
 import gc
 import io
-import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import numpy as np
 import torch
+
+from modegpt.progress import errors_only
 
 LOGGERS = ("lm_eval", "datasets")
 
@@ -30,18 +31,12 @@ def isolated_harness() -> Iterator[None]:
 def _silence() -> Iterator[None]:
     import datasets
 
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
     bars_were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with errors_only(LOGGERS), redirect_stderr(io.StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if not bars_were_off:
             datasets.enable_progress_bars()
 

@@ -5,7 +5,6 @@ so MLPs keep their widths (up to a multiple that quantised rows want) and heads 
 with norms or an activation that ``deci`` has not are written in their own architecture, which has one width.
 """
 
-import logging
 import re
 import tempfile
 from collections import Counter
@@ -36,6 +35,7 @@ from modegpt.models.export import (
 )
 from modegpt.models.families import RESIZED
 from modegpt.models.weights import bias_of
+from modegpt.progress import errors_only
 
 TYPES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_0": 32, "q4_k": 256}
 """What weights are stored as, and the multiple that the rows of a matrix must have for it."""
@@ -267,8 +267,8 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, num_rows: in
         tokenizer.save_pretrained(folder)
         described = read_json(Path(folder) / "tokenizer.json")
         word_breaks = _word_breaks(described)
-        logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of pairs of sequences, which a file has not
-        special = gguf.SpecialVocab(folder, load_merges=word_breaks is not None, n_vocab=num_rows)
+        with errors_only(["gguf.vocab"]):  # it warns of pairs of sequences, which a file has not
+            special = gguf.SpecialVocab(folder, load_merges=word_breaks is not None, n_vocab=num_rows)
     vocabulary: dict[int, str] = {index: token for token, index in described["model"]["vocab"].items()}
     types = {index: gguf.TokenType.NORMAL for index in vocabulary}
     if word_breaks is None:

@@ -1,5 +1,6 @@
 """A finished run as a record (see ``records/schema.py``): its name, what decides it, and its content."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -81,7 +82,7 @@ def make_record(
         "name": name,
         "experiment": config.output.experiment,
         "created": timestamp(),
-        "command": portable(command),
+        "command": shlex.join(portable(shlex.split(command))),
         "config": portable(asdict(config)),
         "seeds": {"seed": config.seed, "calibration": config.calibration.seed},
         "provenance": provenance() | ({"hub": dict(commits)} if commits else {}),
