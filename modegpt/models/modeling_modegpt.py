@@ -453,11 +453,14 @@ class CompressedAttention:
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate (batch, heads, sequence, qk_dim) by the frequencies that each key/value head kept.
 
-        ``cos`` and ``sin`` are the family's tables, (batch, sequence, head size).
+        ``cos`` and ``sin`` are the family's tables, (batch, sequence, head size); where they are of a wider type, as
+        in OLMo 2, so is the product.
         """
+        dtype = query.dtype
         if not self.has_rope_index:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-            return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+            query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+            return query.to(dtype), key.to(dtype)
         kept, heads = self.rope_index, key.shape[1]
         if heads < self.num_kv_heads:  # an engine divides the maps, and says on them which part is here
             part = next(module.tp_rank for module in self.modules() if hasattr(module, "tp_rank"))
@@ -468,7 +471,7 @@ class CompressedAttention:
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         # the queries of a key/value head and its key as one tensor: half as many small operations
         states = torch.cat((query.unflatten(1, (heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2)
-        states = states * cos + states.roll(self.qk_dim // 2, dims=-1) * sin
+        states = (states * cos + states.roll(self.qk_dim // 2, dims=-1) * sin).to(dtype)
         return states[:, :, :-1].flatten(1, 2), states[:, :, -1]
 
     def forward(

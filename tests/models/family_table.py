@@ -113,6 +113,11 @@ def tokens(batch: int = 2, length: int = 12) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def typical_error(logits: Tensor, expected: Tensor) -> float:
+    """Relative error of the median token of (batch, sequence, vocabulary); rounding sends a few to other experts."""
+    return float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
 @dataclass
 class Selection:
     """Indices of what stays in a layer.

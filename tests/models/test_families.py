@@ -22,7 +22,15 @@ from modegpt.models import (
     read_query_key,
     read_value_output,
 )
-from tests.models.family_table import CONFIGS, dense_model, native_model, sliced_model, smaller_shape, tokens
+from tests.models.family_table import (
+    CONFIGS,
+    dense_model,
+    native_model,
+    sliced_model,
+    smaller_shape,
+    tokens,
+    typical_error,
+)
 
 pytestmark = pytest.mark.parametrize("name", CONFIGS)
 
@@ -47,6 +55,19 @@ def test_full_size_reproduces_the_stock_model(name: str) -> None:
     assert torch.equal(logits(untouched, tokens()), logits(rebuilt, tokens()))
     # products of a fused map taken apart may round differently
     torch.testing.assert_close(logits(rebuilt, tokens()), expected, rtol=0, atol=1e-5 if family.taken_apart else 0)
+
+
+def test_half_precision(name: str) -> None:
+    """Of full size the bits of the stock model; cut, what the same model gives in float32, to rounding."""
+    native, dense = native_model(name), dense_model(name)
+    shape, family = dense_shape(dense.config), family_of(dense.config)
+    whole = build_compressed(dense, *zip(*[(shape, {})] * len(decoder_layers(dense)), strict=True))
+    expected = logits(native.bfloat16(), tokens())
+    tolerance = 0.02 * float(expected.abs().max()) if family.taken_apart else 0
+    torch.testing.assert_close(logits(whole.bfloat16(), tokens()), expected, rtol=0, atol=tolerance)
+    compressed, _ = sliced_model(dense_model(name))
+    expected = logits(compressed, tokens())
+    assert typical_error(logits(compressed.bfloat16(), tokens()), expected) < 0.03
 
 
 def test_slicing_equals_the_stock_model_with_the_rest_zeroed(name: str) -> None:
