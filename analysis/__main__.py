@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from analysis import orderings, page
+from analysis import gpu, orderings, page
 from analysis.claims import claims
 from analysis.expected import experiment, screen
 from analysis.figures import Panel, draw, fingerprint, panels, save, save_small
@@ -36,9 +36,9 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     """
     whole, broken = read_runs(results)
     runs, refused = screen(whole)
-    refused = [*broken, *refused, *damaged(results)]
+    refused = [*broken, *refused, *damaged(results), *gpu.damaged(results)]
     tables = {part.name: [table for spec in part.tables for table in build(spec, runs)] for part in PARTS}
-    tables["cost"] += throughput(results)
+    tables["cost"] += [*throughput(results), *gpu.compression(results)]
     built = {table.name: table for each in tables.values() for table in each}
     drawn = {spec.name: found for spec in FIGURES if (found := panels(spec, runs))}
     judged = claims(runs, results)

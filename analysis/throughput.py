@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.cells import Cell, Column
+from analysis.gpu import Part, gpu_parts
 from analysis.runs import Refusal
 from analysis.tables import Row, Table
 from modegpt.errors import UserError
@@ -24,38 +25,26 @@ COLUMNS = (
 
 
 def throughput(results: Path) -> list[Table]:
-    """The table of ``results/bench/inference.json``; none where nothing was measured or the file is damaged."""
+    """The table of ``results/bench/inference.json`` and of what was measured on GPUs; none where nothing was, and
+    without files that are damaged.
+    """
+    blocks: list[tuple[str, tuple[Row, ...]]] = []
     with suppress(UserError):
-        return _tables(results)
-    return []
-
-
-def damaged(results: Path) -> list[Refusal]:
-    """The file, where it is one that no table can be made of."""
-    try:
-        _tables(results)
-    except UserError as error:
-        return [Refusal(FILE, str(error).removeprefix(f"{results / FILE}: "))]
-    return []
-
-
-def _tables(results: Path) -> list[Table]:
-    path = results / FILE
-    if not path.is_file():
+        blocks += _blocks(results)
+    blocks += [
+        (_on_gpu(part), tuple(_row(each, part.file) for each in part.found["measurements"]))
+        for part in gpu_parts(results, "inference")
+        if part.found is not None
+    ]
+    if not blocks:
         return []
-    measured = read_json(path)
-    with explained(path):
-        blocks = tuple(
-            (_heading(name, found, measured), tuple(_row(each) for each in found["measurements"]))
-            for name, found in measured["compared"].items()
-        )
     return [
         Table(
             name="throughput",
             title="Throughput and latency against rate",
             headings=tuple(HEADINGS.values()),
             columns=COLUMNS,
-            blocks=blocks,
+            blocks=tuple(blocks),
             notes=(
                 "Latency: of a prefill, or of one more token of every sequence. "
                 "The last columns set the speed-up beside what the sizes allow on that machine.",
@@ -65,11 +54,32 @@ def _tables(results: Path) -> list[Table]:
     ]
 
 
-def _row(measured: Mapping[str, Any]) -> Row:
+def damaged(results: Path) -> list[Refusal]:
+    """The file, where it is one that no table can be made of."""
+    try:
+        _blocks(results)
+    except UserError as error:
+        return [Refusal(FILE, str(error).removeprefix(f"{results / FILE}: "))]
+    return []
+
+
+def _blocks(results: Path) -> list[tuple[str, tuple[Row, ...]]]:
+    path = results / FILE
+    if not path.is_file():
+        return []
+    measured = read_json(path)
+    with explained(path):
+        return [
+            (_heading(name, found, measured), tuple(_row(each, FILE) for each in found["measurements"]))
+            for name, found in measured["compared"].items()
+        ]
+
+
+def _row(measured: Mapping[str, Any], file: str) -> Row:
     # a decoding step makes one token for every sequence of the batch, a prefill reads all of them at once
     tokens = measured["batch_size"] * (measured["length"] if measured["phase"] == "prefill" else 1)
     values = {**measured, "latency_milliseconds": 1000 * tokens / measured["tokens_per_second"]}
-    cells = tuple(Cell(values=(column.scale * values[column.metric],), records=(FILE,)) for column in COLUMNS)
+    cells = tuple(Cell(values=(column.scale * values[column.metric],), records=(file,)) for column in COLUMNS)
     return Row(labels=tuple(str(measured[key]) for key in HEADINGS), cells=cells, marks=("",) * len(cells))
 
 
@@ -84,3 +94,11 @@ def _heading(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -
     seconds = {"wall": "", "processor": ", processor seconds"}[settings["clock"]]
     what = "random Llama" if name == "random" else name
     return f"{what} of {size:.0f}M parameters, {settings['dtype']}, {where}{seconds}"
+
+
+def _on_gpu(part: Part) -> str:
+    assert part.found is not None
+    size, layers = part.found["models"]["dense"]["num_parameters"] / 1e6, part.found["layers"]
+    cut = "" if layers == part.found["of_layers"] else f" ({layers} of {part.found['of_layers']} layers)"
+    way = {"captured": "captured as CUDA graphs"}.get(way := part.name.partition(",")[0], way)
+    return f"random Llama of {size:.0f}M parameters{cut}, bfloat16, {part.where.partition(',')[0]}, {way}"

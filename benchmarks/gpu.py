@@ -4,12 +4,14 @@ Five steps, in order: whether CPU and GPU agree; what compressing 7B to 70B take
 second stream; dense against compressed inference; scoring. ``gpu_steps.py`` has them. Each step is a process of its own
 and has a share of the time; what it leaves goes to the next. It writes its record, ``<output>/<step>.json``, anew after
 each part, and names there what failed and what was skipped. ``<output>/timeline.json`` comes last. ``--plan`` prints
-what each part should take, and measures nothing. ``gpu_wheels.sh`` collects what a machine without a network lacks.
+what each part should take, and measures nothing; ``--parts`` leaves the others out. ``gpu_wheels.sh`` collects what a
+machine without a network lacks.
 """
 
 import argparse
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SHARES = {"correct": 0.20, "cost": 0.40, "overlap": 0.06, "inference": 0.26, "evaluation": 0.08}
-"""Of the whole time, by step."""
+"""Of the whole time, by step; of some parts alone, each step has what they should take."""
 FAREWELL_SECONDS = 4.0
 """Kept back at the end of a step: to write, and to end its process."""
 
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", default="full", choices=("full", "tiny"), help="tiny: to rehearse on a CPU")
     parser.add_argument("--plan", action="store_true", help="print the time line and measure nothing")
+    parser.add_argument("--parts", type=re.compile, help="only those whose name has this regular expression in it")
     parser.add_argument("--step", choices=SHARES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(CHECKOUT))  # nothing of ours need be installed
@@ -51,34 +54,54 @@ def main() -> int:
     arguments.output = arguments.output or Path("results", "gpu", datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S"))
     if any((arguments.output / f"{name}.json").exists() for name in (*SHARES, "timeline")):
         parser.error(f"--output {arguments.output} has records already; name another folder")
-    return run(arguments)
+    shares = SHARES if arguments.parts is None else shares_of_parts(arguments)
+    if not shares:
+        parser.error(f"--parts {arguments.parts.pattern} is in no name; --plan prints them all")
+    return run(arguments, shares)
+
+
+def chosen(name: str, setting: Any, arguments: argparse.Namespace) -> list[Any]:
+    """The parts of a step that are asked for."""
+    from gpu_steps import STEPS
+
+    parts = STEPS[name](setting)
+    return parts if arguments.parts is None else [part for part in parts if arguments.parts.search(part.name)]
+
+
+def shares_of_parts(arguments: argparse.Namespace) -> dict[str, float]:
+    """Of the whole time, by step, for the parts that are asked for; a step without any has none."""
+    from gpu_steps import SCALES, Setting
+
+    setting = Setting(device=arguments.device, **SCALES[arguments.scale])
+    seconds = {name: sum(part.seconds for part in chosen(name, setting, arguments)) for name in SHARES}
+    return {name: each / sum(seconds.values()) for name, each in seconds.items() if each > 0}
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """What each part should take."""
-    from gpu_steps import GIVEN_GPU, SCALES, STEPS, Setting
+    from gpu_steps import GIVEN_GPU, SCALES, Setting
 
     setting, total = Setting(device=arguments.device, **SCALES[arguments.scale]), 0.0
-    print(f"Seconds expected on an {GIVEN_GPU} at true shapes; nothing here was measured on one.")
-    for name, parts in STEPS.items():
-        print(f"{name}: {SHARES[name] * 60 * arguments.minutes:.0f} s of {60 * arguments.minutes:.0f} s")
-        for part in parts(setting):
+    print(f"Seconds expected on an {GIVEN_GPU} at true shapes, by nominal rates; results/gpu has what was measured.")
+    for name, share in (SHARES if arguments.parts is None else shares_of_parts(arguments)).items():
+        print(f"{name}: {share * 60 * arguments.minutes:.0f} s of {60 * arguments.minutes:.0f} s")
+        for part in chosen(name, setting, arguments):
             total += part.seconds
             print(f"  {part.seconds:6.0f}  {part.name}{', and what is left of the step' if part.stretches else ''}")
     print(f"  {total:6.0f}  in all")
     return 0
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """All steps, one process after the other; the next one imports while this one works."""
+def run(arguments: argparse.Namespace, shares: dict[str, float]) -> int:
+    """All steps that have a share, one process after the other; the next one imports while this one works."""
     deadline = time.monotonic() + 60 * arguments.minutes
-    names, report = list(SHARES), []
+    names, report = list(shares), []
     waiting = _start(names[0], arguments)
     for index, name in enumerate(names):
         process = waiting
         if index + 1 < len(names):
             waiting = _start(names[index + 1], arguments)
-        reserved = 60 * arguments.minutes * sum(SHARES[later] for later in names[index + 1 :])
+        reserved = 60 * arguments.minutes * sum(shares[later] for later in names[index + 1 :])
         end, began = deadline - reserved, time.monotonic()
         print(f"{60 * arguments.minutes - (deadline - began):5.0f} s  {name}: {end - began:.0f} s at most", flush=True)
         status = "done"
@@ -97,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _start(name: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--step", name, "--output", str(arguments.output)]
     command += ["--device", arguments.device, "--scale", arguments.scale, "--minutes", str(arguments.minutes)]
+    if arguments.parts is not None:
+        command += ["--parts", arguments.parts.pattern]
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
 
 
@@ -125,7 +150,7 @@ def _conclude(report: list[dict[str, Any]], arguments: argparse.Namespace) -> in
 def step(arguments: argparse.Namespace) -> int:
     """One step, until the moment that standard input names; it imports everything before it asks."""
     import torch
-    from gpu_steps import SCALES, STEPS, Setting, rates
+    from gpu_steps import SCALES, Setting, rates
 
     from modegpt.records.benchmark import write_benchmark
 
@@ -139,7 +164,7 @@ def step(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     took: list[tuple[float, float]] = []
     record = {"kind": "gpu", "step": arguments.step, "settings": vars(setting), "parts": []}
-    began, parts = time.monotonic(), STEPS[arguments.step](setting)
+    began, parts = time.monotonic(), chosen(arguments.step, setting, arguments)
     for index, part in enumerate(parts):
         left = end - time.monotonic() - sum(later.seconds for later in parts[index + 1 :] if later.stretches)
         pace = sum(actual for _, actual in took) / sum(wanted for wanted, _ in took) if took else 1.0

@@ -208,9 +208,11 @@ def _shared_model(name: str) -> str:
 
 def gpu_tests(seconds: float) -> dict[str, Any]:
     """The tests marked ``gpu``, in processes of their own; where the time is over before they are, those that ran."""
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "-n", "8", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
     with tempfile.TemporaryFile("w+") as log:
-        tests = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True)
+        tests = subprocess.Popen(
+            [*command, "-n", "8", "tests/gpu"], cwd=CHECKOUT, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             status = tests.wait(max(seconds - 1, 1))
         except subprocess.TimeoutExpired:
@@ -224,7 +226,7 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
     outcomes = re.findall(r"\[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) (\S+)", output)
     counts = dict(Counter(outcome.lower() for outcome, _ in outcomes))
     failed = [name for outcome, name in outcomes if outcome in ("FAILED", "ERROR")]
-    return {"status": status, "counts": counts, "failed": failed, "output": output[-8000:], "met": status == 0}
+    return {"status": status, "counts": counts, "failed": failed, "output": output[-20000:], "met": status == 0}
 
 
 # 2. Compression cost

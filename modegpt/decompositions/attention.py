@@ -80,15 +80,16 @@ def output_sensitivity(states: AttentionStates, *, pairs: bool) -> Tensor:
 
 
 def elimination_order(R: Tensor, num_removed: int) -> tuple[Tensor, Tensor]:
-    """Greedy order (num_removed,) in which blocks go, and ``1_S^T R_SS 1_S`` after each removal, S what is gone.
+    """Greedy order (..., num_removed) in which blocks go, and ``1_S^T R_SS 1_S`` after each removal, S what is gone.
 
-    R (b, b): Gram of what each block adds.
+    R (..., b, b): Gram of what each block adds, of any number of heads, which take their steps together.
     """
-    alive = torch.ones(len(R), dtype=torch.bool, device=R.device)
-    order, lost = [], R.new_zeros(num_removed)
+    alive = torch.ones(R.shape[:-1], dtype=torch.bool, device=R.device)
+    order, lost = (R.new_zeros(*R.shape[:-2], num_removed, dtype=dtype) for dtype in (torch.long, R.dtype))
+    costs = R.diagonal(dim1=-2, dim2=-1).clone()
     for step in range(num_removed):
-        cost = torch.where(alive, R.diagonal() + 2 * R[:, ~alive].sum(dim=1), torch.inf)
-        order.append(cost.argmin())
-        alive[order[-1]] = False
-        lost[step] = cost[order[-1]]
-    return torch.stack(order) if order else alive.new_zeros(0, dtype=torch.long), lost.cumsum(0)
+        least, chosen = torch.where(alive, costs, torch.inf).min(dim=-1, keepdim=True)
+        order[..., step], lost[..., step] = chosen.squeeze(-1), least.squeeze(-1)
+        alive.scatter_(-1, chosen, False)
+        costs += 2 * R.take_along_dim(chosen.unsqueeze(-1), dim=-2).squeeze(-2)
+    return order, lost.cumsum(-1)

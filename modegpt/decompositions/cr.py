@@ -119,11 +119,9 @@ class QueryKeyElimination(QueryKeySelection):
         unit, size = weights.rank_unit, weights.inner_size
         products = group_heads(C_Q, len(C_K)).sum(dim=1) * self.seen_keys(statistics)
         blocks = products.reshape(len(C_K), unit, size // unit, unit, size // unit).sum(dim=(1, 3))
-        alive = torch.ones(blocks.shape[:2], dtype=torch.bool, device=blocks.device)
-        for head, M in enumerate(blocks):
-            gone, _ = elimination_order(M, (size - rank) // unit)
-            alive[head, gone] = False
-        kept = choose_query_key(alive.double(), rank, rope=weights.rope)
+        gone, _ = elimination_order(blocks, (size - rank) // unit)
+        alive = blocks.new_ones(blocks.shape[:2]).scatter(1, gone, 0.0)
+        kept = choose_query_key(alive, rank, rope=weights.rope)
         error = query_key_relative_error(C_Q, C_K, kept)
         reduced, numerics = keep_query_key(weights, kept, statistics, head_norm=self.head_norm)
         return Reduction(reduced, relative_error=error, kept=kept, numerics=numerics)

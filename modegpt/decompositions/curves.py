@@ -60,6 +60,6 @@ def attention_curve(M: Tensor) -> tuple[Tensor, Tensor]:
     Float64. M (H_kv, b, b) of ``SampledStates.sensitivity``; blocks are rotary pairs, or dims. They go by backward
     elimination in each head, in the order (H_kv, b) that is returned too.
     """
-    orders, lost = zip(*(elimination_order(of_head, len(of_head)) for of_head in M), strict=True)
-    total = torch.stack(lost).sum(dim=0).clamp(min=0).cummax(0).values
-    return torch.cat([total.new_zeros(1), total]), torch.stack(orders)
+    orders, lost = elimination_order(M, M.shape[-1])
+    total = lost.sum(dim=0).clamp(min=0).cummax(0).values
+    return torch.cat([total.new_zeros(1), total]), orders

@@ -39,60 +39,66 @@ def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> t
     P = psd_cholesky(K).inverse()
     del K
     scaled = scale.unsqueeze(1) * W.double()
-    E = scaled @ scaled.mT
+    PE = P.new_empty(2, *P.shape)
+    PE[0] = P
+    del P
+    torch.matmul(scaled, scaled.mT, out=PE[1])
     del scaled
 
-    num_removed = len(P) - rank
-    removed, costs = torch.empty(num_removed, dtype=torch.long, device=P.device), P.new_empty(num_removed)
-    channels = torch.arange(len(P), device=P.device)
+    num_removed = PE.shape[1] - rank
+    removed, costs = torch.empty(num_removed, dtype=torch.long, device=PE.device), PE.new_empty(num_removed)
+    channels = torch.arange(PE.shape[1], device=PE.device)
     for start in range(0, num_removed, block):
         width = min(block, num_removed - start)
-        steps, costs[start : start + width], alive, p, uw = _panel(P, E, width)
+        steps, costs[start : start + width], alive, pw = _panel(PE, width)
         removed[start : start + width] = channels[steps]
-        P, E, p, uw, channels = _alive_first(alive, P, E, p, uw, channels)
-        P.addmm_(p.mT, p, alpha=-1)
-        E.addmm_(uw.flatten(0, 1).mT, uw.flip(1).flatten(0, 1), alpha=-1)
+        PE, pw, channels = _alive_first(alive, PE, pw, channels)
+        p, w = pw
+        PE[0].addmm_(p.mT, p, alpha=-1)
+        PE[1].addmm_(pw.flatten(0, 1).mT, torch.cat((w, p)), alpha=-1)
     return removed, costs
 
 
-def _alive_first(alive: Tensor, P: Tensor, E: Tensor, *others: Tensor) -> list[Tensor]:
-    """Views of P, E (n, n) and others (..., n) that hold the channels ``alive`` (n,) alone, moved within them: the last
-    take the places of those that are gone, so that little is copied.
+def _alive_first(alive: Tensor, PE: Tensor, *others: Tensor) -> list[Tensor]:
+    """Views of PE (2, n, n) and others (..., n) that hold the channels ``alive`` (n,) alone, moved within them: the
+    last take the places of those that are gone, so that little is copied.
     """
     size = int(alive.sum())
     gone, last = (~alive[:size]).nonzero().squeeze(1), size + alive[size:].nonzero().squeeze(1)
-    for matrix in (P, E):
-        matrix[gone] = matrix[last]
-    for tensor in (P, E, *others):
+    PE[:, gone] = PE[:, last]
+    for tensor in (PE, *others):
         tensor[..., gone] = tensor[..., last]
-    return [P[:size, :size], E[:size, :size], *(tensor[..., :size] for tensor in others)]
+    return [PE[:, :size, :size], *(tensor[..., :size] for tensor in others)]
 
 
-@wrap_torch_function(lambda P, E, width: (P, E))  # one operation to those that watch: many small steps on vectors
-def _panel(P: Tensor, E: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@wrap_torch_function(lambda PE, width: (PE,))  # one operation to those that watch: many small steps on vectors
+def _panel(PE: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``width`` removals: their indices and costs, what is left (n,), and the updates of P and E that are pending.
 
-    These are ``P - p^T p`` and ``E - u^T w - w^T u``: a row of p (width, n) and one each of u and w (width, 2, n) a
-    removal.
+    These are ``P - p^T p`` and ``E - p^T w - w^T p``: a row of p and one of w (2, width, n) a removal. The chosen index
+    stays where it is computed, and a step is few operations: on a GPU waiting and launching would take most of the
+    time.
     """
-    alive = torch.ones(len(P), dtype=torch.bool, device=P.device)
-    steps, costs = torch.empty(width, dtype=torch.long, device=P.device), P.new_empty(width)
-    diag_P, diag_E = P.diagonal().clone(), E.diagonal().clone()
-    p, uw = P.new_empty(width, len(P)), P.new_empty(width, 2, len(P))
+    n = PE.shape[1]
+    alive = torch.ones(n, dtype=torch.bool, device=PE.device)
+    steps, costs = torch.empty(width, dtype=torch.long, device=PE.device), PE.new_empty(width)
+    diag_P, diag_E = PE.diagonal(dim1=1, dim2=2).clone()
+    pw = PE.new_empty(2, width, n)
     for t in range(width):
+        j, (p, w) = steps[t : t + 1], pw[:, t]
         cost = torch.where(alive, diag_E.clamp(min=0) / diag_P, torch.inf)
-        j = int(cost.argmin())
-        column_P = torch.addmv(P[j], p[:t].mT, p[:t, j], alpha=-1)
-        column_E = torch.addmv(E[j], uw[:t].flatten(0, 1).mT, uw[:t, :, j].flip(1).flatten(), alpha=-1)
-        p[t] = column_P / column_P[j].sqrt()
-        u = column_P / column_P[j]
-        w = column_E - 0.5 * column_E[j] * u
-        uw[t, 0], uw[t, 1] = u, w
-        diag_P -= p[t] ** 2
-        diag_E -= 2 * u * w
-        alive[j] = False
-        steps[t], costs[t] = j, cost[j]
-    return steps, costs, alive, p, uw
+        torch.min(cost, dim=0, keepdim=True, out=(costs[t : t + 1], j))
+        columns, pending = PE[:, j].squeeze(1), pw[:, :t].index_select(2, j).squeeze(2)
+        columns.addmm_(pending, pw[0, :t], alpha=-1)
+        columns[1].addmv_(pw[1, :t].mT, pending[0], alpha=-1)
+        pivot, cross = columns.index_select(1, j)
+        scale = pivot.rsqrt()
+        torch.mul(columns[0], scale, out=p)
+        torch.mul(torch.addcmul(columns[1], p, cross * scale, value=-0.5), scale, out=w)
+        diag_P.addcmul_(p, p, value=-1)
+        diag_E.addcmul_(p, w, value=-2)
+        alive.index_fill_(0, j, False)
+    return steps, costs, alive, pw
 
 
 def surviving(removed: Tensor, num_channels: int) -> Tensor:

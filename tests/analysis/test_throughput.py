@@ -53,6 +53,6 @@ def test_the_table_is_the_measurement(tmp_path: Path) -> None:
 
 def test_the_committed_measurement_is_read(repository: Path) -> None:
     [table] = throughput(repository / "results")
-    assert len(table.blocks) == 2, "a model of random weights, and a released one"
+    assert len(table.blocks) >= 3, "a model of random weights, a released one, and 7B on a GPU"
     for _, rows in table.blocks:
         assert len(rows) >= 3 and all(cell.values for row in rows for cell in row.cells)

@@ -60,7 +60,7 @@ def run_step(monkeypatch: pytest.MonkeyPatch, folder: Path, parts: list, *, seco
     monkeypatch.setitem(steps.STEPS, "cost", lambda _: parts)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{gpu.time.monotonic() + seconds + gpu.FAREWELL_SECONDS}\n"))
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
-    arguments = argparse.Namespace(step="cost", device="cpu", scale="tiny", minutes=9.0, output=folder)
+    arguments = argparse.Namespace(step="cost", device="cpu", scale="tiny", minutes=9.0, output=folder, parts=None)
     status = gpu.step(arguments)
     return status, json.loads((folder / "cost.json").read_text())["parts"]
 
@@ -186,6 +186,16 @@ def test_an_old_record_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "cost.json").write_text("{}")
     done = run_script(tmp_path, "--minutes", "1")
     assert done.returncode == 2 and "has records already" in done.stderr
+
+
+def test_some_parts_alone_share_the_time(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "--plan", "--parts", "7B, (uniform|entropic)|gain")
+    assert [line.split()[0] for line in done.stdout.splitlines() if " s of " in line] == ["cost:", "overlap:"]
+    assert [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("  ")] == [
+        *("7B, uniform", "7B, entropic", "gain on 7B", "in all")
+    ]
+    done = run_script(tmp_path, "--parts", "8B, nothing")
+    assert done.returncode == 2 and "--plan prints them all" in done.stderr
 
 
 def run_script(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:

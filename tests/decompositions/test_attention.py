@@ -1,8 +1,11 @@
 """First-order sensitivities against finite differences, elimination against brute force."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
 
@@ -66,6 +69,17 @@ def test_what_goes_first_costs_least_and_the_cost_of_all_that_is_gone_is_known()
         }
         assert int(order[gone - 1]) == min(costs, key=costs.__getitem__)
         assert float(lost[gone - 1]) == pytest.approx(min(costs.values()))
+
+
+def test_heads_take_their_steps_together_and_nothing_waits_for_a_device() -> None:
+    x = torch.randn(2, 3, 30, 6, dtype=torch.float64)
+    M = x.mT @ x
+    orders, lost = elimination_order(M, 4)
+    for group, head in itertools.product(range(2), range(3)):
+        order, own = elimination_order(M[group, head], 4)
+        assert torch.equal(orders[group, head], order) and torch.equal(lost[group, head], own)
+    with FakeTensorMode():  # which has no values to wait for
+        assert elimination_order(torch.empty(3, 6, 6), 4)[0].shape == (3, 4)
 
 
 def test_blocks_that_make_up_for_each_other_go_together() -> None:

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from modegpt.decompositions import MLPElimination, MLPNystrom, ValueOutputColumns, ValueOutputSVD
-from modegpt.decompositions.elimination import eliminate
+from modegpt.decompositions.elimination import _panel, eliminate
 from tests.decompositions.cases import HEADS, generator, mlp_case, normal, value_output_case
 
 
@@ -149,3 +150,12 @@ def test_its_small_steps_are_one_operation_to_whoever_watches() -> None:
             eliminate(C, W, rank, ridge=0.0, block=24)
         watched.append(watch.calls)
     assert watched[0] == watched[1]
+
+
+def test_a_panel_waits_for_no_device() -> None:
+    """Tensors without values cannot be waited for."""
+    with FakeTensorMode():
+        steps, costs, alive, pending = _panel(torch.empty(2, 9, 9, dtype=torch.float64), 4)
+        with pytest.raises(Exception, match=r"_local_scalar_dense"):
+            int(costs.argmin())
+    assert steps.shape == costs.shape == (4,) and alive.shape == (9,) and pending.shape == (2, 4, 9)

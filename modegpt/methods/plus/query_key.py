@@ -13,7 +13,6 @@ from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import ALONE, World
 from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
-from modegpt.decompositions.elimination import surviving
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.decompositions.modules import HEAD_NORM_FIT, QueryKeyWeights, Statistics
@@ -203,15 +202,17 @@ def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, im
         logits = cast(Tensor, sum(block for half in logits.chunk(2, dim=-1) for block in half.chunk(2, dim=-2)))
     outputs = states.sensitivity(parts, pairs=pairs)
     for name, lost in (("logits", logits), ("output", outputs)):
-        found.append(Candidate.of(name, torch.stack([_spared(M, rank, pairs=pairs) for M in lost]), basis))
+        found.append(Candidate.of(name, _spared(lost, rank, pairs=pairs), basis))
     return found
 
 
 def _spared(M: Tensor, rank: int, *, pairs: bool) -> Tensor:
-    """Dims (rank,) of one head that backward elimination on ``M`` (b, b) of its blocks leaves."""
-    removed, _ = elimination_order(M, len(M) - (rank // 2 if pairs else rank))
-    kept = surviving(removed, len(M))
-    return torch.cat([kept, kept + len(M)]) if pairs else kept
+    """Dims (H_kv, rank) that backward elimination on ``M`` (H_kv, b, b) of the blocks of each head leaves."""
+    num_kept = rank // 2 if pairs else rank
+    removed, _ = elimination_order(M, M.shape[-1] - num_kept)
+    alive = torch.ones(M.shape[:2], dtype=torch.bool, device=M.device).scatter_(1, removed, False)
+    kept = alive.nonzero()[:, 1].view(len(M), num_kept)
+    return torch.cat([kept, kept + M.shape[-1]], dim=1) if pairs else kept
 
 
 def _singular_basis(C_Q: Tensor, C_K: Tensor) -> tuple[Tensor, Tensor]:
