@@ -22,6 +22,7 @@ from modegpt.decompositions.nystrom import reduce_to_channels, refit
 from modegpt.decompositions.selection import group_heads, keep_value_output, value_output_relative_error
 
 
+@torch.no_grad()
 def eliminate(C: Tensor, W: Tensor, rank: int, *, ridge: float, block: int) -> tuple[Tensor, Tensor]:
     """Greedy backward elimination of ``n - rank`` channels: what is removed, in order, and the cost of each removal.
 
