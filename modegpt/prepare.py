@@ -305,7 +305,10 @@ def what_decides(
         calibration |= {} if tokens.bos is None else {"bos": "each_window"}
     if calibration is not None and recovery is not None:
         calibration["recovery_tokens_sha256"] = recovery.tokens.sha256
-    found = decides(config) | {"calibration": calibration, "evaluation": evaluation.fingerprint()}
+    found = decides(config, None if task is None else task.family) | {
+        "calibration": calibration,
+        "evaluation": evaluation.fingerprint(),
+    }
     if recovery is not None:
         found["recovery"] = recovery.decides()
     if config.evaluation.throughput.workloads:

@@ -157,6 +157,10 @@ class Method:
             "compression": {"sparsity": sparsity},
         }
 
+    def revision_for(self, family: Family) -> int:
+        """``revision``, or a later one where what was mended concerns this family and not all."""
+        return self.revision
+
     def applicable(self, family: Family) -> str | None:
         """Why this method cannot compress ``family``, or None."""
         if family.experts_path is not None and not self.experts:

@@ -14,7 +14,7 @@ from modegpt.decompositions.modules import HEAD_NORM_FIT, HeadNorm
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 from modegpt.methods.divergence import StandIns, exact, exact_linear
-from modegpt.models import Family, read_mlps, read_query_key, read_value_output
+from modegpt.models import Family, gained, output_gain, read_mlps, read_query_key, read_value_output
 from modegpt.models.modeling_modegpt import normed_heads
 
 
@@ -51,7 +51,8 @@ class Prospect:
 def mlp_prospect(family: Family, layer: nn.Module, statistics: Statistics) -> Prospect:
     """Channels by backward elimination, with the down projection refitted; those of all experts together."""
     mlps, downs = of_each(read_mlps(family, layer), statistics), family.downs(layer)
-    curves, orders = zip(*(mlp_curve(C, weights.W_D) for weights, C in mlps), strict=True)
+    gain = output_gain(family, layer, "mlp")
+    curves, orders = zip(*(mlp_curve(C, gained(weights.W_D, gain)) for weights, C in mlps), strict=True)
 
     def lifted(removed: int) -> StandIns:
         acting: StandIns = []
@@ -71,7 +72,9 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
     weights = read_value_output(family, layer)
     A = statistics.get("value_output.A")
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
-    curve, P, B = value_output_curve(G, weights.W_O)
+    gain = output_gain(family, layer, "attention")
+    curve, P, B = value_output_curve(G, gained(weights.W_O.double(), gain))
+    B = gained(B, None if gain is None else 1 / gain)
 
     def lifted(removed: int) -> StandIns:
         rank = P.shape[-1] - removed

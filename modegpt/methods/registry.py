@@ -26,6 +26,7 @@ from modegpt.methods.svd import SVD
 from modegpt.methods.svd_llm import SVDLLM
 from modegpt.methods.two_stage import TwoStage
 from modegpt.methods.tyr import Tyr
+from modegpt.models import Family
 
 DENSE = "dense"
 """What stands in a method's place where a run only scores the dense model."""
@@ -87,9 +88,11 @@ def settled(config: RunConfig, *, device: str | torch.device, model_config: PreT
     return replace(config, compression=replace(config.compression, rank_multiple=multiples))
 
 
-def decides(config: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that decides what the method does."""
+def decides(config: RunConfig, family: Family | None = None) -> dict[str, Any]:
+    """The part of the configuration that decides what the method does, to a model of ``family`` where one is named."""
     method = make_method(config)
     if method is None:
         return {"method": {"name": DENSE}}
-    return method.identity(sparsity=config.compression.sparsity, seed=config.seed)
+    found = method.identity(sparsity=config.compression.sparsity, seed=config.seed)
+    revision = method.revision if family is None else method.revision_for(family)
+    return found if revision == 1 else found | {"method": found["method"] | {"revision": revision}}

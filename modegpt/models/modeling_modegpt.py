@@ -66,8 +66,8 @@ class Family:
     """One norm spans all heads, and not each head."""
     heads_first: bool = False
     """Its own attention gives these norms (batch, heads, sequence, d), and not (batch, sequence, heads, d)."""
-    branch_norms: bool = False
-    """A norm stands between the output of each block and the sum that it enters."""
+    branch_norms: Mapping[str, str] = field(default_factory=dict)
+    """Norms between the output of a block (``attention``, ``mlp``) and the sum that it enters."""
     final_norm_path: str = "model.norm"
     norm_offset: float = 0.0
     """What a norm adds to its weight."""
@@ -176,6 +176,7 @@ def linear_at(layer: nn.Module, path: str) -> nn.Linear:
 
 
 HEAD_NORMS: dict[str, Any] = {"query_norm_path": "self_attn.q_norm", "key_norm_path": "self_attn.k_norm"}
+BRANCH_NORMS = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 EXPERTS: dict[str, Any] = {
     **{f"{role}_path": f"mlp.experts.*.{role}_proj" for role in ("gate", "up", "down")},
     "experts_path": "mlp.experts",
@@ -208,10 +209,10 @@ FAMILIES = {
             module="gemma3",
             norm_offset=1.0,
             heads_first=True,
-            branch_norms=True,
+            branch_norms=BRANCH_NORMS,
             **HEAD_NORMS,
         ),
-        Family("olmo2", "Olmo2", joint_norms=True, branch_norms=True, **HEAD_NORMS),
+        Family("olmo2", "Olmo2", joint_norms=True, branch_norms=BRANCH_NORMS, **HEAD_NORMS),
         Family("smollm3", "SmolLM3"),
         Family(
             "phi3",

@@ -66,6 +66,25 @@ def read_mlp(family: Family, layer: nn.Module) -> MLPWeights:
     )
 
 
+def output_gain(family: Family, layer: nn.Module, block: str) -> Tensor | None:
+    """What the norm behind a block (``attention`` or ``mlp``) multiplies each of its outputs by, (d_h,) float64; None
+    where the family has no norm there.
+
+    At least a thousandth of the largest, so that what is multiplied by it can be divided by it again.
+    """
+    path = family.branch_norms.get(block)
+    if path is None:
+        return None
+    norm: Any = layer.get_submodule(path)
+    gain = (norm.weight.detach().double() + family.norm_offset).abs()
+    return gain.clamp(min=1e-3 * float(gain.max()))
+
+
+def gained(W: Tensor, gain: Tensor | None) -> Tensor:
+    """W (..., d_h) for outputs that are multiplied by ``gain`` (d_h,); W itself where there is none."""
+    return W if gain is None else W * gain
+
+
 def read_query_key(family: Family, layer: nn.Module) -> QueryKeyWeights:
     """Queries and keys of a dense layer by head: W_Q (H, d_h, d), W_K (H_kv, d_h, d), biases (heads, d)."""
     (W_Q, b_Q), (W_K, b_K) = (

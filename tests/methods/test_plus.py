@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from modegpt.allocation.policies import Uniform
 from modegpt.decompositions import MLPNystrom, QueryKeyCR, ValueOutputSVD
@@ -18,7 +19,15 @@ from modegpt.methods.modegpt import MoDeGPT
 from modegpt.methods.plus.method import MoDeGPTPlus
 from modegpt.methods.plus.sensitivity import SMALLEST, expected
 from modegpt.methods.plus.streams import Split
-from modegpt.models import block_linear_parameters, decoder_layers, family_of, layer_shapes, read_query_key
+from modegpt.models import (
+    FAMILIES,
+    block_linear_parameters,
+    decoder_layers,
+    family_of,
+    layer_shapes,
+    output_gain,
+    read_query_key,
+)
 from modegpt.models.modeling_modegpt import Experts
 from modegpt.progress import Progress
 from tests.methods.protocol_checks import (
@@ -502,3 +511,52 @@ def test_held_out_windows_are_whole_and_a_quarter() -> None:
 def test_one_window_is_enough_to_run() -> None:
     check = MoDeGPTPlus().compress(task_of(dense_model("llama"), 0.3, num_samples=1))
     assert achieved_sparsity(check, dense_model("llama")) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo2"])
+def test_what_a_norm_behind_a_block_makes_of_it_decides_what_goes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as a trained model has them, of whose outputs the norms make little of most and much of a few."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uneven() -> PreTrainedModel:
+        model = dense_model(name)
+        family = family_of(model.config)
+        for layer in decoder_layers(model):
+            for path in family.branch_norms.values():
+                weight = layer.get_submodule(path).weight
+                weight.data = torch.randn(weight.shape, generator=generator.manual_seed(1)).mul(1.5).exp()
+                weight.data -= family.norm_offset
+        return model
+
+    def lost() -> float:
+        model, task = uneven(), task_of(uneven(), 0.3)
+        small = MoDeGPTPlus(allocation="uniform", temperature=False).compress(task).model
+        ids = task.calibration.tokens.ids
+        with torch.no_grad():
+            return float((small(ids).logits - model(ids).logits).square().mean())
+
+    seen = lost()
+    for module in ("sequential", "query_key"):
+        monkeypatch.setattr(f"modegpt.methods.plus.{module}.output_gain", lambda *_: None)
+    assert seen < lost()
+
+
+def test_what_was_mended_for_families_with_norms_behind_their_blocks_is_another_method_there() -> None:
+    method = MoDeGPTPlus()
+    assert {name: method.revision_for(family) for name, family in FAMILIES.items() if family.branch_norms} == {
+        "gemma3_text": 6,
+        "olmo2": 6,
+    }
+    assert method.revision_for(FAMILIES["llama"]) == method.revision
+
+
+def test_the_gain_of_a_norm_behind_a_block() -> None:
+    for name, offset in (("gemma3_text", 1.0), ("olmo2", 0.0)):
+        model = dense_model(name)
+        layer = decoder_layers(model)[0]
+        weight = layer.post_feedforward_layernorm.weight
+        weight.data[:3] = torch.tensor([0.0, -7.0, 3.0]) - offset
+        gain = output_gain(family_of(model.config), layer, "mlp")
+        assert gain is not None and gain[:3].tolist() == pytest.approx([7e-3, 7.0, 3.0])
+        torch.testing.assert_close(gain[3:], (weight[3:].detach().double() + offset).abs())
+    assert output_gain(FAMILIES["llama"], decoder_layers(dense_model("llama"))[0], "mlp") is None

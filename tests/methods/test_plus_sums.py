@@ -1,4 +1,4 @@
-"""The sums of one module's solve: which tokens they are of."""
+"""The sums of one module's solve: which tokens they are of, and what an error of a token counts."""
 
 import torch
 
@@ -26,3 +26,29 @@ def test_rows_of_some_tokens_count_as_if_the_others_were_zero() -> None:
     assert [some.parts[held].num_rows for held in (False, True)] == [5, 1], "the last window is held out"
     rows = (z * there).flatten(0, 1)
     torch.testing.assert_close(some.whole.G, rows.mT @ rows)
+
+
+def test_behind_a_norm_an_error_counts_as_what_it_moves_the_norms_output_by() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, t, e = (
+        torch.randn(WINDOWS, LENGTH, size, generator=generator, dtype=torch.float64)
+        for size in (FEATURES, TARGETS, TARGETS)
+    )
+    t *= torch.logspace(-2, 2, LENGTH, dtype=t.dtype).unsqueeze(-1)  # tokens of very different length
+    e -= (e * t).sum(-1, keepdim=True) / (t * t).sum(-1, keepdim=True) * t  # along t the norm takes it away
+    gain = torch.tensor([0.1, 1.0, 30.0], dtype=t.dtype)
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return gain * x / x.square().mean(-1, keepdim=True).sqrt()
+
+    step = 1e-6 * t.norm(dim=-1, keepdim=True)
+    moved = ((normed(t + step * e) - normed(t)) / 1e-6).square().sum()
+    split = Split.of(torch.zeros(WINDOWS, LENGTH), batch_size=WINDOWS)
+    sums = Sums.zeros(split, FEATURES, TARGETS, device=torch.device("cpu"), gain=gain)
+    sums.update(0, z, t)
+    length = t.square().mean(-1, keepdim=True).sqrt()
+    scaled = gain * t.norm(dim=-1, keepdim=True) * e / length
+    torch.testing.assert_close(moved, scaled.square().sum(), rtol=1e-4, atol=0)
+    rows, aims = (z / length).flatten(0, 1), (gain * t / length).flatten(0, 1)
+    torch.testing.assert_close(sums.whole.G, rows.mT @ rows)
+    torch.testing.assert_close(sums.whole.X, rows.mT @ aims)

@@ -25,7 +25,7 @@ from modegpt.decompositions.selection import (
 )
 from modegpt.decompositions.svd import QueryKeySVD
 from modegpt.methods.plus.streams import Split, Tap, observe
-from modegpt.models import Family, read_value_output
+from modegpt.models import Family, gained, output_gain, read_value_output
 from modegpt.models.weights import key_norm, normalised_heads, query_norm
 
 
@@ -78,7 +78,7 @@ def sample(
         "v": (family.value(layer), "output"),
     }
     norm_Q, norm_K = query_norm(family, layer), key_norm(family, layer)
-    W_O = read_value_output(family, layer).W_O.double()
+    W_O = gained(read_value_output(family, layer).W_O.double(), output_gain(family, layer, "attention"))
     metric = psd_cholesky(W_O @ W_O.mT).root()
     sums: dict[str, Tensor] = {}
     states: tuple[list[AttentionStates], list[AttentionStates]] = ([], [])

@@ -170,7 +170,7 @@ def expected(curve: list[float], points: Mapping[int, float]) -> list[float]:
 SMALLEST = 1e-12
 """A divergence below this is the rounding of float32 logits."""
 
-VERSION = 5
+VERSION = 6
 """Raised whenever ``rank_costs`` changes what it returns, so that what an older version kept is not found."""
 
 

@@ -30,7 +30,9 @@ from modegpt.models import (
     LayerShape,
     build_layer,
     compressed_config,
+    gained,
     merged_tensors,
+    output_gain,
     read_mlp,
     read_mlps,
     read_query_key,
@@ -382,7 +384,8 @@ class LayerPass:
         taps: dict[str, Tap] = {"states": (self.family.output(layer), "input")}
         if self.options.value_output == "values":
             taps["values"] = (self.family.value(layer), "output")
-        sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1])
+        gain = output_gain(self.family, self.layer, "attention")
+        sums = self._sums(num_heads * d + constant, weights.W_O.shape[-1], gain)
         world, G, read = self.walk.calibration.world, None, self.stored.batches()
         for seen in observe(layer, self.index, self.stream, taps, stop=True):
             z = seen.seen["states"] if b_V is None else seen.seen["states"] - b_V
@@ -396,7 +399,7 @@ class LayerPass:
         if G is not None:
             world.pool([G])
         solution = self._solve_value_output(sums, weights, rank, constant=constant, G=G)
-        (P, P_all, factor), W = solution.kept, solution.refit.W
+        (P, P_all, factor), W = solution.kept, gained(solution.refit.W, None if gain is None else 1 / gain)
         W_V, B = balance(weights.W_V.double() @ P, W[: num_heads * rank].unflatten(0, (num_groups, -1, rank)))
         b_O = self._with_constant(folded, W, constant)
         reduced = ValueOutputWeights(
@@ -421,12 +424,12 @@ class LayerPass:
     def _solve_value_output(
         self, sums: Sums, weights: ValueOutputWeights, rank: int, *, constant: int, G: Tensor | None
     ) -> Solution:
-        """Subspace P of each key head's values, and W_O for it.
+        """Subspace P of each key head's values, and W_O for it, behind the norm where there is one.
 
         G: Gram matrices (H_kv, d, d) that say where the values are; None: those of the attention outputs.
         """
         num_heads, num_groups, d = len(weights.W_O), len(weights.W_V), weights.inner_size
-        W_O = weights.W_O.double()
+        W_O = gained(weights.W_O.double(), sums.gain)
         if G is None:
             C = sums.whole.G[: num_heads * d, : num_heads * d]
             blocks = C.reshape(num_heads, d, num_heads, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -449,9 +452,9 @@ class LayerPass:
     def _reduce_mlp(self, rank: int, targets: Targets, attention: Sequence[Tensor]) -> list[Tensor]:
         """``attention``: what the reduced attention adds to the stream. Returns what the reduced MLP gives."""
         weights, layer = read_mlp(self.family, self.layer), self.layer
-        constant = self._constant(weights.b_D)
+        constant, gain = self._constant(weights.b_D), output_gain(self.family, layer, "mlp")
         taps: dict[str, Tap] = {"h": (self.family.down(layer), "input"), **self._middle_tap(layer)}
-        sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1])
+        sums = self._sums(len(weights.W_D) + constant, weights.W_D.shape[1], gain)
         known, read = known_attention(self.family, layer, attention), self.stored.batches()
         for seen in observe(layer, self.index, self.stream, taps, stop=True, known=[known]):
             t = self._mlp_target(seen, targets, attention)
@@ -459,8 +462,9 @@ class LayerPass:
             sums.update(seen.batch, seen.seen["h"], t, constant=bool(constant))
             read.append(seen.seen["h"])
         sums.pool()
-        solution = self._solve_mlp(sums.parts, weights, rank, constant=constant)
-        kept, W = solution.kept, solution.refit.W
+        aimed = replace(weights, W_D=gained(weights.W_D, gain))
+        solution = self._solve_mlp(sums.parts, aimed, rank, constant=constant)
+        kept, W = solution.kept, gained(solution.refit.W, None if gain is None else 1 / gain)
         b_D = self._with_constant(weights.b_D, W, constant)
         reduced = keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D)
         self.reductions["mlp"] = Reduction(
@@ -553,9 +557,9 @@ class LayerPass:
     def _with_constant(bias: Tensor | None, W: Tensor, constant: int) -> Tensor | None:
         return bias if bias is None or not constant else (W[-1] + bias.double()).to(bias.dtype)
 
-    def _sums(self, num_features: int, num_targets: int) -> Sums:
+    def _sums(self, num_features: int, num_targets: int, gain: Tensor | None = None) -> Sums:
         device = next(self.layer.parameters()).device
-        return Sums.zeros(self.walk.split, num_features, num_targets, device=device)
+        return Sums.zeros(self.walk.split, num_features, num_targets, device=device, gain=gain)
 
     @staticmethod
     def _error(*solved: tuple[Sums, Solution]) -> float:

@@ -18,17 +18,22 @@ Parts = dict[bool, Moments]
 class Sums:
     """Moments of features (batch, sequence, num_features) and targets (batch, sequence, num_targets).
 
-    Batch by batch.
+    Batch by batch. ``gain`` (num_targets,): of a norm behind the targets, as which they are summed then: an error e of
+    a token's target t counts as ``gain e / rms(t)``, which is what it moves the norm's output by, to first order and
+    but for its part along t, which counts although the norm takes it away.
     """
 
     split: Split
     parts: Parts
+    gain: Tensor | None = None
 
     @classmethod
-    def zeros(cls, split: Split, num_features: int, num_targets: int, *, device: torch.device) -> "Sums":
+    def zeros(
+        cls, split: Split, num_features: int, num_targets: int, *, device: torch.device, gain: Tensor | None = None
+    ) -> "Sums":
         """No tokens yet."""
         parts = {held: Moments.zeros(num_features, num_targets, device=device) for held in (False, True)}
-        return cls(split, parts)
+        return cls(split, parts, gain)
 
     def update(self, batch: int, z: Tensor, t: Tensor, *, constant: bool = False, tokens: Tensor | None = None) -> None:
         """Add a batch, or the rows z (k, num_features) and t (k, num_targets) of its ``tokens`` (k,) alone.
@@ -37,6 +42,10 @@ class Sums:
         """
         if constant:
             z = torch.cat([z, z.new_ones(*z.shape[:2], 1)], dim=-1)
+        if self.gain is not None:
+            t = t.to(torch.promote_types(t.dtype, torch.float32))
+            length = t.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=torch.finfo(t.dtype).tiny)
+            z, t = z / length, t * self.gain.to(t.dtype) / length
         for held, rows in self.split.parts(batch, z, t, tokens=tokens):
             self.parts[held] = self.parts[held].updated(*rows, add=self.split.world.add)
 
