@@ -1,11 +1,15 @@
 """What a reader can rely on in every tracked file: nothing names one machine or registry, and no line is too wide."""
 
+import gzip
+import json
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
+from modegpt.records.paths import portable
 
 COLUMNS = 120
 PLACES = "|".join(("root", "home", "work", "Users", "opt", "mnt"))
@@ -37,6 +41,19 @@ def lines_of(paths: Iterable[Path], repository: Path) -> Iterator[tuple[str, str
 def test_no_file_names_a_machine(repository: Path) -> None:
     lines = lines_of(tracked(repository), repository)
     assert not [f"{place}: {line.strip()[:80]}" for place, line in lines if MACHINE.search(line)]
+
+
+def test_no_committed_record_names_a_machine(repository: Path) -> None:
+    """Not in its command either, which is what a reader would run again."""
+    seen = []
+    for path in tracked(repository):
+        if path.name.endswith(".jsonl.gz"):
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    command = json.loads(line)["command"]
+                    if MACHINE.search(line) or portable(command.split(" "), repository) != command.split(" "):
+                        seen.append(f"{path.name}: {command}")
+    assert not seen
 
 
 def test_no_line_of_code_or_prose_is_wider_than_the_page(repository: Path) -> None:
