@@ -47,7 +47,8 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     all heads jointly (h and X' for the MLP), W_0 the map of the aligned weights on the compressed stream's own
     features, for A the identity. lambda is the one of ``regression.RIDGES``, or infinity, that errs least on every
     fourth calibration window, solved again on all of them. Each expert of a mixture is solved for alone, on the tokens
-    that the router sends it from X~, for its own dense output and its share of what all experts lack.
+    that the router sends it from X~, for its own dense output and its share of what all experts lack. Where a norm
+    stands behind a block, errors count as what they move its output by (``Sums``).
 
     Cost: of each layer, the dense one once, the compressed one's projections on ``query_key_windows``, its attention
     and its MLP once; Gram matrices on Z~ and h~ as the paper's with cross moments 2 T (H d + n) d_h, 6 T d_h^2 for the
