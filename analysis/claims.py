@@ -188,8 +188,8 @@ def _accuracy_kept(runs: Sequence[Run]) -> Claim:
         source.model,
         (source,),
         tuple(measured),
-        "Ours: per cent of the dense accuracy. The tiny models have five tasks made for them, because they guess on the "
-        "paper's, where nothing of them is judged. Next sentence: which of four sentences comes next.",
+        "Ours: per cent of the dense accuracy. The tiny models have five tasks made for them, because they guess on "
+        "the paper's, where nothing of them is judged. Next sentence: which of four sentences comes next.",
     )
 
 
