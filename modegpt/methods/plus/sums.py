@@ -20,7 +20,9 @@ class Sums:
 
     Batch by batch. ``gain`` (num_targets,): of a norm behind the targets, as which they are summed then: an error e of
     a token's target t counts as ``gain e / rms(t)``, which is what it moves the norm's output by, to first order and
-    but for its part along t, which counts although the norm takes it away.
+    but for its part along t, which counts although the norm takes it away. A target shorter than the window's median
+    counts as if it were that long: what a norm makes of the first token's can be a thousand times longer, and no error
+    moves its output by more than twice the whole.
     """
 
     split: Split
@@ -45,6 +47,7 @@ class Sums:
         if self.gain is not None:
             t = t.to(torch.promote_types(t.dtype, torch.float32))
             length = t.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=torch.finfo(t.dtype).tiny)
+            length = torch.maximum(length, length.median(dim=1, keepdim=True).values)
             z, t = z / length, t * self.gain.to(t.dtype) / length
         for held, rows in self.split.parts(batch, z, t, tokens=tokens):
             self.parts[held] = self.parts[held].updated(*rows, add=self.split.world.add)
