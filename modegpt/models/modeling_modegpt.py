@@ -461,7 +461,7 @@ class CompressedAttention:
         if not self.has_rope_index:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
             query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-            return query.to(dtype), key.to(dtype)
+            return (query, key) if query.dtype == dtype else (query.to(dtype), key.to(dtype))
         kept, heads = self.rope_index, key.shape[1]
         if heads < self.num_kv_heads:  # an engine divides the maps, and says on them which part is here
             part = next(module.tp_rank for module in self.modules() if hasattr(module, "tp_rank"))
@@ -472,7 +472,8 @@ class CompressedAttention:
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         # the queries of a key/value head and its key as one tensor: half as many small operations
         states = torch.cat((query.unflatten(1, (heads, self.num_key_value_groups)), key.unsqueeze(2)), dim=2)
-        states = (states * cos + states.roll(self.qk_dim // 2, dims=-1) * sin).to(dtype)
+        states = states * cos + states.roll(self.qk_dim // 2, dims=-1) * sin
+        states = states if states.dtype == dtype else states.to(dtype)  # no operation where there is nothing to do
         return states[:, :, :-1].flatten(1, 2), states[:, :, -1]
 
     def forward(
