@@ -16,10 +16,10 @@ from analysis.figures import Panel, draw, fingerprint, panels, save, save_small
 from analysis.formats import latex, markdown, tidy_csv
 from analysis.published import Beside, beside
 from analysis.readme import SHOWN, readme
-from analysis.runs import Run, read_runs
+from analysis.runs import Run, damaged, read_runs
 from analysis.specs import COMPARED, FIGURES, PARTS, TABLES, folders
 from analysis.tables import Table, build
-from analysis.throughput import damaged, throughput
+from analysis.throughput import FILE, blocks_of, throughput
 from modegpt.errors import UserError
 from modegpt.escaping import printable, spreadsheet
 
@@ -36,7 +36,9 @@ def paper(results: Path, output: Path) -> dict[str, int]:
     """
     whole, broken = read_runs(results)
     runs, refused = screen(whole)
-    refused = [*broken, *refused, *damaged(results), *gpu.damaged(results)]
+    refused = [*broken, *refused, *damaged(results, results / FILE, blocks_of)]
+    for path in sorted((results / gpu.FOLDER).glob("*/*.json")):
+        refused += damaged(results, path, gpu.parts_of)
     tables = {part.name: [table for spec in part.tables for table in build(spec, runs)] for part in PARTS}
     tables["cost"] += [*throughput(results), *gpu.compression(results)]
     built = {table.name: table for each in tables.values() for table in each}

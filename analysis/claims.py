@@ -12,7 +12,7 @@ from pathlib import Path
 
 from analysis.cells import Cell, Column, Group, groups, measure
 from analysis.formats import shown
-from analysis.gpu import Part, gpu_parts, peak_gpu_bytes
+from analysis.gpu import Part, gpu_parts
 from analysis.orderings import (
     AGREES,
     DIFFERS,
@@ -31,6 +31,7 @@ from analysis.style import label
 from analysis.tables import RATE
 from analysis.throughput import COLUMNS, throughput
 from modegpt.evaluation.throughput import DENSE
+from modegpt.records.frame import peak_gpu_bytes
 
 HOLDS, IN_PART, UNDECIDED, FAILS = "holds", "holds in part", "within the spread", "does not hold"
 OUTCOMES = {AGREES: HOLDS, DIFFERS: FAILS, WITHIN: UNDECIDED}
@@ -357,15 +358,12 @@ def _on_gpu(parts: Sequence[Part], times: Sequence[Published]) -> Iterable[Measu
     """Whole models of the shape of each of ``times`` on a GPU; nothing for others."""
     for source in times:
         name = source.model.removeprefix("Llama-2-")
-        own = [
-            part for part in parts if part.found is not None and part.name in (f"{name}, uniform", f"{name}, entropic")
-        ]
-        found = [part.found for part in own if part.found is not None]
-        if found:
-            texts = [f"{each['seconds']:.0f} s with {each['method']} allocation" for each in found]
-            memory = max(map(peak_gpu_bytes, found)) / 2**30
-            text = f"{', '.join(texts)} on one {own[0].where.partition(',')[0]}, {memory:.0f} GiB with the model on it"
-            outcomes = (reached(Cell((-each["seconds"],)), -seconds(source.value)) for each in found)
+        own = [part for part in parts if part.found and part.name in (f"{name}, uniform", f"{name}, entropic")]
+        if own:
+            texts = [f"{part.found['seconds']:.0f} s with {part.found['method']} allocation" for part in own]
+            peaks = [peak_gpu_bytes(part.found["peak_memory_bytes"]) or 0 for part in own]
+            text = f"{', '.join(texts)} on one {own[0].gpu}, {max(peaks) / 2**30:.0f} GiB with the model on it"
+            outcomes = (reached(Cell((-part.found["seconds"],)), -seconds(source.value)) for part in own)
             yield Measured(f"{name} (random weights)", text, combined(filter(None, outcomes)))
 
 

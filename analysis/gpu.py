@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.cells import Cell, Column
-from analysis.runs import Refusal
-from analysis.tables import Row, Table
+from analysis.tables import Row, Table, measured_row
 from modegpt.errors import UserError
 from modegpt.files import read_json
+from modegpt.records.frame import peak_gpu_bytes
 from modegpt.records.store import explained
 
 FOLDER = "gpu"
@@ -25,13 +25,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement: its file below the results, GPU and time, name, what was found or None, and the ``status``."""
+    """One measurement: its file below the results, the GPU, its name, and what was found or why nothing was.
+
+    ``found`` is empty where it failed or was skipped.
+    """
 
     file: str
-    where: str
+    gpu: str
     name: str
-    found: Mapping[str, Any] | None
-    status: str
+    found: Mapping[str, Any]
+    failure: str
 
 
 def gpu_parts(results: Path, step: str) -> list[Part]:
@@ -39,27 +42,17 @@ def gpu_parts(results: Path, step: str) -> list[Part]:
     found: list[Part] = []
     for path in sorted((results / FOLDER).glob(f"*/{step}.json")):
         with suppress(UserError):
-            found += _read(results, path)
+            found += parts_of(path)
     return found
 
 
-def damaged(results: Path) -> list[Refusal]:
-    """The files that are left out."""
-    refused = []
-    for path in sorted((results / FOLDER).glob("*/*.json")):
-        try:
-            _read(results, path)
-        except UserError as error:
-            refused.append(Refusal(path.relative_to(results).as_posix(), str(error).removeprefix(f"{path}: ")))
-    return refused
-
-
-def _read(results: Path, path: Path) -> list[Part]:
-    record, file = read_json(path), path.relative_to(results).as_posix()
+def parts_of(path: Path) -> list[Part]:
+    """Those of one record; raises UserError where it is damaged."""
+    record, file = read_json(path), f"{FOLDER}/{path.parent.name}/{path.name}"
     with explained(path):
-        where = f"{record['provenance']['hardware']['gpus'][0]['name']}, {path.parent.name}"
+        gpu = record["provenance"]["hardware"]["gpus"][0]["name"]
         return [
-            Part(file, where, part["name"], part.get("result"), f"{part['status']}: {part.get('reason')}")
+            Part(file, gpu, part["name"], part.get("result", {}), f"{part['status']}: {part.get('reason')}")
             for part in record.get("parts", ())
         ]
 
@@ -68,7 +61,7 @@ def compression(results: Path) -> list[Table]:
     """Seconds of compressing models of true shape; empty where nothing was measured."""
     blocks: dict[str, list[Row]] = {}
     for part in gpu_parts(results, "cost"):
-        blocks.setdefault(part.where, []).append(_row(part))
+        blocks.setdefault(f"{part.gpu}, {Path(part.file).parent.name}", []).append(_row(part))
     if not blocks:
         return []
     return [
@@ -88,20 +81,10 @@ def compression(results: Path) -> list[Table]:
     ]
 
 
-def peak_gpu_bytes(found: Mapping[str, Any]) -> int:
-    """Of a measurement on one GPU."""
-    [peak] = (size for device, size in found["peak_memory_bytes"].items() if device != "host")
-    return int(peak)
-
-
 def _row(part: Part) -> Row:
-    if part.found is None:
-        cells = (Cell(records=(part.file,), refused=part.status), *(Cell(),) * (len(COLUMNS) - 1))
-    else:
-        whole = part.found.get("extrapolated_seconds", part.found["seconds"])
-        values = {**part.found, "whole": whole, "peak_gpu_memory_bytes": peak_gpu_bytes(part.found)}
-        cells = tuple(
-            Cell((column.scale * values[column.metric],), (part.file,)) if column.metric in values else Cell()
-            for column in COLUMNS
-        )
-    return Row((part.name,), cells, ("",) * len(cells))
+    if not part.found:
+        cells = (Cell(records=(part.file,), refused=part.failure), *(Cell(),) * (len(COLUMNS) - 1))
+        return Row((part.name,), cells, ("",) * len(cells))
+    whole = part.found.get("extrapolated_seconds", part.found["seconds"])
+    peak = peak_gpu_bytes(part.found["peak_memory_bytes"])
+    return measured_row((part.name,), COLUMNS, {**part.found, "whole": whole, "peak_gpu_memory_bytes": peak}, part.file)

@@ -1,13 +1,14 @@
 """The finished runs of a store."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from analysis.ingredients import combination
+from modegpt.errors import UserError
 from modegpt.records.frame import row
 from modegpt.records.store import RecordStore, canonical
 
@@ -88,6 +89,15 @@ class Refusal:
 
     path: str
     reason: str
+
+
+def damaged(results: Path, path: Path, read: Callable[[Path], object]) -> list[Refusal]:
+    """The file ``path`` below ``results``, where ``read`` cannot make anything of it."""
+    try:
+        read(path)
+    except UserError as error:
+        return [Refusal(path.relative_to(results).as_posix(), str(error).removeprefix(f"{path}: "))]
+    return []
 
 
 def load_runs(root: Path | str) -> list[Run]:

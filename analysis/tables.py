@@ -50,6 +50,15 @@ class Row:
     marks: tuple[str, ...]
 
 
+def measured_row(labels: tuple[str, ...], columns: Sequence[Column], values: Mapping[str, Any], file: str) -> Row:
+    """A row of what a benchmark's ``file`` has; a cell is empty where ``values`` lack its quantity."""
+    cells = tuple(
+        Cell((column.scale * values[column.metric],), (file,)) if column.metric in values else Cell()
+        for column in columns
+    )
+    return Row(labels, cells, ("",) * len(cells))
+
+
 @dataclass(frozen=True)
 class Table:
     """A filled table: blocks of rows under a heading each, what is missing, and the commands that would produce it."""

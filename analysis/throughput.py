@@ -5,10 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from analysis.cells import Cell, Column
+from analysis.cells import Column
 from analysis.gpu import Part, gpu_parts
-from analysis.runs import Refusal
-from analysis.tables import Row, Table
+from analysis.tables import Row, Table, measured_row
 from modegpt.errors import UserError
 from modegpt.files import read_json
 from modegpt.records.store import explained
@@ -30,11 +29,11 @@ def throughput(results: Path) -> list[Table]:
     """
     blocks: list[tuple[str, tuple[Row, ...]]] = []
     with suppress(UserError):
-        blocks += _blocks(results)
+        blocks += blocks_of(results / FILE)
     blocks += [
         (_on_gpu(part), tuple(_row(each, part.file) for each in part.found["measurements"]))
         for part in gpu_parts(results, "inference")
-        if part.found is not None
+        if part.found
     ]
     if not blocks:
         return []
@@ -54,17 +53,8 @@ def throughput(results: Path) -> list[Table]:
     ]
 
 
-def damaged(results: Path) -> list[Refusal]:
-    """The file, where it is one that no table can be made of."""
-    try:
-        _blocks(results)
-    except UserError as error:
-        return [Refusal(FILE, str(error).removeprefix(f"{results / FILE}: "))]
-    return []
-
-
-def _blocks(results: Path) -> list[tuple[str, tuple[Row, ...]]]:
-    path = results / FILE
+def blocks_of(path: Path) -> list[tuple[str, tuple[Row, ...]]]:
+    """Rows under their headings, of `FILE` at ``path``; raises UserError where it is damaged."""
     if not path.is_file():
         return []
     measured = read_json(path)
@@ -79,8 +69,7 @@ def _row(measured: Mapping[str, Any], file: str) -> Row:
     # a decoding step makes one token for every sequence of the batch, a prefill reads all of them at once
     tokens = measured["batch_size"] * (measured["length"] if measured["phase"] == "prefill" else 1)
     values = {**measured, "latency_milliseconds": 1000 * tokens / measured["tokens_per_second"]}
-    cells = tuple(Cell(values=(column.scale * values[column.metric],), records=(file,)) for column in COLUMNS)
-    return Row(labels=tuple(str(measured[key]) for key in HEADINGS), cells=cells, marks=("",) * len(cells))
+    return measured_row(tuple(str(measured[key]) for key in HEADINGS), COLUMNS, values, file)
 
 
 def _heading(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
@@ -97,8 +86,7 @@ def _heading(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -
 
 
 def _on_gpu(part: Part) -> str:
-    assert part.found is not None
     size, layers = part.found["models"]["dense"]["num_parameters"] / 1e6, part.found["layers"]
     cut = "" if layers == part.found["of_layers"] else f" ({layers} of {part.found['of_layers']} layers)"
     way = {"captured": "captured as CUDA graphs"}.get(way := part.name.partition(",")[0], way)
-    return f"random Llama of {size:.0f}M parameters{cut}, bfloat16, {part.where.partition(',')[0]}, {way}"
+    return f"random Llama of {size:.0f}M parameters{cut}, bfloat16, {part.gpu}, {way}"

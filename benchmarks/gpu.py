@@ -54,7 +54,7 @@ def main() -> int:
     arguments.output = arguments.output or Path("results", "gpu", datetime.now(UTC).strftime("%Y-%m-%d-%H%M%S"))
     if any((arguments.output / f"{name}.json").exists() for name in (*SHARES, "timeline")):
         parser.error(f"--output {arguments.output} has records already; name another folder")
-    shares = SHARES if arguments.parts is None else shares_of_parts(arguments)
+    shares = shares_of(arguments)
     if not shares:
         parser.error(f"--parts {arguments.parts.pattern} is in no name; --plan prints them all")
     return run(arguments, shares)
@@ -68,8 +68,10 @@ def chosen(name: str, setting: Any, arguments: argparse.Namespace) -> list[Any]:
     return parts if arguments.parts is None else [part for part in parts if arguments.parts.search(part.name)]
 
 
-def shares_of_parts(arguments: argparse.Namespace) -> dict[str, float]:
+def shares_of(arguments: argparse.Namespace) -> dict[str, float]:
     """Of the whole time, by step, for the parts that are asked for; a step without any has none."""
+    if arguments.parts is None:
+        return SHARES
     from gpu_steps import SCALES, Setting
 
     setting = Setting(device=arguments.device, **SCALES[arguments.scale])
@@ -83,7 +85,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     setting, total = Setting(device=arguments.device, **SCALES[arguments.scale]), 0.0
     print(f"Seconds expected on an {GIVEN_GPU} at true shapes, by nominal rates; results/gpu has what was measured.")
-    for name, share in (SHARES if arguments.parts is None else shares_of_parts(arguments)).items():
+    for name, share in shares_of(arguments).items():
         print(f"{name}: {share * 60 * arguments.minutes:.0f} s of {60 * arguments.minutes:.0f} s")
         for part in chosen(name, setting, arguments):
             total += part.seconds

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,9 +51,9 @@ def test_no_committed_record_names_a_machine(repository: Path) -> None:
         if path.name.endswith(".jsonl.gz"):
             with gzip.open(path, "rt", encoding="utf-8") as lines:
                 for line in lines:
-                    command = json.loads(line)["command"]
-                    if MACHINE.search(line) or portable(command.split(" "), repository) != command.split(" "):
-                        seen.append(f"{path.name}: {command}")
+                    words = shlex.split(json.loads(line)["command"])
+                    if MACHINE.search(line) or portable(words, repository) != words:
+                        seen.append(f"{path.name}: {shlex.join(words)}")
     assert not seen
 
 

@@ -103,10 +103,9 @@ def _panel(PE: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def surviving(removed: Tensor, num_channels: int) -> Tensor:
-    """Ascending indices of the channels not in ``removed``."""
-    alive = torch.ones(num_channels, dtype=torch.bool, device=removed.device)
-    alive[removed] = False
-    return alive.nonzero().squeeze(1)
+    """Ascending indices (..., k) of the channels not in ``removed`` (..., num_channels - k)."""
+    alive = torch.ones(*removed.shape[:-1], num_channels, dtype=torch.bool, device=removed.device)
+    return alive.scatter_(-1, removed, False).nonzero()[:, -1].view(*removed.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

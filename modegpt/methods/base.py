@@ -148,16 +148,21 @@ class Method:
         """The parts of a run's configuration that choose an implementation, with every option."""
         return {"method": spelled({self.name: type(self)}, self)}
 
-    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
-        """What of a run's configuration decides what the method does at ``sparsity`` with ``seed``, ready for JSON."""
-        revision = {"revision": self.revision} if self.revision > 1 else {}
+    def identity(self, *, sparsity: float, seed: int, family: Family | None = None) -> dict[str, Any]:
+        """What of a run's configuration decides what the method does at ``sparsity`` with ``seed``, ready for JSON.
+
+        To a model of ``family``, where one is named.
+        """
+        revision = self.revision_for(family)
         return {
-            "method": decisive({self.name: type(self)}, self) | dict(self.retired) | revision,
+            "method": decisive({self.name: type(self)}, self)
+            | dict(self.retired)
+            | ({"revision": revision} if revision > 1 else {}),
             "seed": seed,
             "compression": {"sparsity": sparsity},
         }
 
-    def revision_for(self, family: Family) -> int:
+    def revision_for(self, family: Family | None) -> int:
         """``revision``, or a later one where what was mended concerns this family and not all."""
         return self.revision
 
@@ -272,7 +277,7 @@ class RankMethod(Method):
             "engine": compression.engine,
         }
 
-    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
+    def identity(self, *, sparsity: float, seed: int, family: Family | None = None) -> dict[str, Any]:
         """With all that rules the ranks."""
         ranks = {
             "module_sparsity": asdict(ModuleSparsity()) | self.module_sparsity,
@@ -283,7 +288,9 @@ class RankMethod(Method):
         }
         if self.engine != "any":  # as every run did before there was a choice
             ranks["engine"] = self.engine
-        return super().identity(sparsity=sparsity, seed=seed) | {"compression": {"sparsity": sparsity, **ranks}}
+        return super().identity(sparsity=sparsity, seed=seed, family=family) | {
+            "compression": {"sparsity": sparsity, **ranks}
+        }
 
 
 class LayerByLayer(RankMethod):

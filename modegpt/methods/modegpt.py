@@ -149,9 +149,9 @@ class MoDeGPT(LayerByLayer):
         decomposition, allocation = self._chosen(spelled)
         return super().choices() | {"decomposition": DecompositionConfig(**decomposition), "allocation": allocation}
 
-    def identity(self, *, sparsity: float, seed: int) -> dict[str, Any]:
+    def identity(self, *, sparsity: float, seed: int, family: Family | None = None) -> dict[str, Any]:
         """With the decompositions, the allocation and all that rules the ranks."""
-        identity = super().identity(sparsity=sparsity, seed=seed)
+        identity = super().identity(sparsity=sparsity, seed=seed, family=family)
         if isinstance(self.allocation, Explicit):
             identity["compression"]["layer_sparsity"] = list(self.allocation.values)
         decomposition, allocation = self._chosen(decisive)

@@ -14,7 +14,7 @@ from modegpt.decompositions.modules import HEAD_NORM_FIT, HeadNorm
 from modegpt.decompositions.nystrom import refit
 from modegpt.decompositions.selection import group_heads
 from modegpt.methods.divergence import StandIns, exact, exact_linear
-from modegpt.models import Family, gained, output_gain, read_mlps, read_query_key, read_value_output
+from modegpt.models import Family, gained, output_gain, read_mlps, read_query_key, read_value_output, ungained
 from modegpt.models.modeling_modegpt import normed_heads
 
 
@@ -74,7 +74,7 @@ def value_output_prospect(family: Family, layer: nn.Module, statistics: Statisti
     G = statistics["value_output.G"] if A is None else group_heads(A, len(weights.W_V)).sum(dim=1)
     gain = output_gain(family, layer, "attention")
     curve, P, B = value_output_curve(G, gained(weights.W_O.double(), gain))
-    B = gained(B, None if gain is None else 1 / gain)
+    B = ungained(B, gain)
 
     def lifted(removed: int) -> StandIns:
         rank = P.shape[-1] - removed

@@ -93,6 +93,4 @@ def decides(config: RunConfig, family: Family | None = None) -> dict[str, Any]:
     method = make_method(config)
     if method is None:
         return {"method": {"name": DENSE}}
-    found = method.identity(sparsity=config.compression.sparsity, seed=config.seed)
-    revision = method.revision if family is None else method.revision_for(family)
-    return found if revision == 1 else found | {"method": found["method"] | {"revision": revision}}
+    return method.identity(sparsity=config.compression.sparsity, seed=config.seed, family=family)

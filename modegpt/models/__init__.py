@@ -36,6 +36,7 @@ from modegpt.models.weights import (
     read_query_key,
     read_value_output,
     rotary_frequencies,
+    ungained,
 )
 
 for _model in (*modeling_modegpt.MODELS, *modeling_sliced.MODELS):
@@ -71,4 +72,5 @@ __all__ = [
     "read_value_output",
     "rotary_frequencies",
     "unfused",
+    "ungained",
 ]

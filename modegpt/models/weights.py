@@ -85,6 +85,11 @@ def gained(W: Tensor, gain: Tensor | None) -> Tensor:
     return W if gain is None else W * gain
 
 
+def ungained(W: Tensor, gain: Tensor | None) -> Tensor:
+    """What ``gained`` makes W of."""
+    return gained(W, None if gain is None else 1 / gain)
+
+
 def read_query_key(family: Family, layer: nn.Module) -> QueryKeyWeights:
     """Queries and keys of a dense layer by head: W_Q (H, d_h, d), W_K (H_kv, d_h, d), biases (heads, d)."""
     (W_Q, b_Q), (W_K, b_K) = (

@@ -82,7 +82,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         **{f"seconds_{stage['name']}": stage["seconds"] for stage in stages},
         "flops": sum(stage["flops"] for stage in stages),
         "peak_memory_bytes": peaks.get("host"),
-        "peak_gpu_memory_bytes": max((peak for device, peak in peaks.items() if device != "host"), default=None),
+        "peak_gpu_memory_bytes": peak_gpu_bytes(peaks),
         "forward_passes": cost["forward_passes"],
         "backward_passes": cost["backward_passes"],
         "num_parameters": model["num_parameters"],
@@ -134,6 +134,11 @@ def _speeds(throughput: Mapping[str, Any] | None) -> dict[str, float]:
             columns |= speed | {f"{name}_{key}": each[key] for key in ("speedup", "ideal_speedup", "share_of_ideal")}
             columns[f"speedup_{each['phase']}"] = each["speedup"]
     return columns | {"dense_cache_bytes_per_token": cache["dense"], "cache_bytes_per_token": cache[final]}
+
+
+def peak_gpu_bytes(peaks: Mapping[str, int]) -> int | None:
+    """The most that any GPU held, of the peaks by device; None without one."""
+    return max((peak for device, peak in peaks.items() if device != "host"), default=None)
 
 
 def _mean_errors(layers: list[dict[str, Any]]) -> dict[str, float]:

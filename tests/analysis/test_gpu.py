@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from analysis.claims import HOLDS, claims
-from analysis.gpu import compression, damaged, gpu_parts
+from analysis.gpu import compression, gpu_parts, parts_of
+from analysis.runs import damaged
 from analysis.throughput import throughput
 
 PROVENANCE = {"hardware": {"gpus": [{"name": "a card"}]}}
@@ -65,5 +66,5 @@ def test_a_damaged_file_is_named_and_left_out(results: Path) -> None:
     [path] = results.glob("gpu/*/cost.json")
     path.write_text('{"provenance": {}}', encoding="utf-8")
     assert compression(results) == [] and len(gpu_parts(results, "inference")) == 2
-    [refused] = damaged(results)
+    [refused] = damaged(results, path, parts_of)
     assert refused.path == "gpu/2000-01-01-000000/cost.json"

@@ -66,9 +66,9 @@ class MoDeGPTPlus(Switches, LayerByLayer):
     revision: ClassVar[int] = 5
     retired: ClassVar[dict[str, Any]] = {"centred": False}
 
-    def revision_for(self, family: Family) -> int:
+    def revision_for(self, family: Family | None) -> int:
         """6 where norms stand behind the blocks, which were not looked through before."""
-        return 6 if family.branch_norms else self.revision
+        return 6 if family is not None and family.branch_norms else self.revision
 
     def applicable(self, family: Family) -> str | None:
         """Orders of experts' channels are not kept."""

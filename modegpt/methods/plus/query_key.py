@@ -13,6 +13,7 @@ from modegpt.calibration.stream import HiddenStates
 from modegpt.calibration.world import ALONE, World
 from modegpt.decompositions.attention import AttentionStates, elimination_order, output_sensitivity
 from modegpt.decompositions.cr import cr_scores
+from modegpt.decompositions.elimination import surviving
 from modegpt.decompositions.head_norm import keep_head_norms, norm_shares, share_factors
 from modegpt.decompositions.linalg import psd_cholesky
 from modegpt.decompositions.modules import HEAD_NORM_FIT, QueryKeyWeights, Statistics
@@ -208,11 +209,10 @@ def candidates(weights: QueryKeyWeights, states: SampledStates, rank: int, *, im
 
 def _spared(M: Tensor, rank: int, *, pairs: bool) -> Tensor:
     """Dims (H_kv, rank) that backward elimination on ``M`` (H_kv, b, b) of the blocks of each head leaves."""
-    num_kept = rank // 2 if pairs else rank
-    removed, _ = elimination_order(M, M.shape[-1] - num_kept)
-    alive = torch.ones(M.shape[:2], dtype=torch.bool, device=M.device).scatter_(1, removed, False)
-    kept = alive.nonzero()[:, 1].view(len(M), num_kept)
-    return torch.cat([kept, kept + M.shape[-1]], dim=1) if pairs else kept
+    size = M.shape[-1]
+    removed, _ = elimination_order(M, size - (rank // 2 if pairs else rank))
+    kept = surviving(removed, size)
+    return torch.cat([kept, kept + size], dim=1) if pairs else kept
 
 
 def _singular_basis(C_Q: Tensor, C_K: Tensor) -> tuple[Tensor, Tensor]:

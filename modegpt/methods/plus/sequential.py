@@ -37,6 +37,7 @@ from modegpt.models import (
     read_mlps,
     read_query_key,
     read_value_output,
+    ungained,
 )
 
 
@@ -399,7 +400,7 @@ class LayerPass:
         if G is not None:
             world.pool([G])
         solution = self._solve_value_output(sums, weights, rank, constant=constant, G=G)
-        (P, P_all, factor), W = solution.kept, gained(solution.refit.W, None if gain is None else 1 / gain)
+        (P, P_all, factor), W = solution.kept, ungained(solution.refit.W, gain)
         W_V, B = balance(weights.W_V.double() @ P, W[: num_heads * rank].unflatten(0, (num_groups, -1, rank)))
         b_O = self._with_constant(folded, W, constant)
         reduced = ValueOutputWeights(
@@ -464,7 +465,7 @@ class LayerPass:
         sums.pool()
         aimed = replace(weights, W_D=gained(weights.W_D, gain))
         solution = self._solve_mlp(sums.parts, aimed, rank, constant=constant)
-        kept, W = solution.kept, gained(solution.refit.W, None if gain is None else 1 / gain)
+        kept, W = solution.kept, ungained(solution.refit.W, gain)
         b_D = self._with_constant(weights.b_D, W, constant)
         reduced = keep_mlp(weights, kept, W_D=W[:rank], b_D=b_D)
         self.reductions["mlp"] = Reduction(
